@@ -1,0 +1,40 @@
+"""Settings, each with its one default. Flags and environment variables are derived from these fields."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """How the base is held and rows are run."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str = "auto"  # "auto", "cpu", "cuda", "cuda:1"
+    max_model_len: int = 0  # tokens of context per row; 0: the base's own
+    max_rows: int = 64  # rows that run at once
+    max_step_tokens: int = 1024  # token budget of one step, prefill chunks and decodes together
+    max_waiting: int = 1024  # requests in the queue before 429
+    kv_bytes: int = 2 * GIB  # memory for keys and values
+    kv_layout: Literal["auto", "slots", "pages"] = "auto"  # auto: slots on the CPU, pages on CUDA
+    page_tokens: int = 16
+    adapter_bytes: int = 2 * GIB  # device memory for adapters and snapshots together
+    pack_weights: bool = True  # CPU float32: oneDNN-packed copies of the base's weights, faster and larger
+    threads: int = 0  # torch threads on the CPU; 0: torch's own choice
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    """How the service listens."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    adapters: str = "./adapters"
+    max_body_bytes: int = 8 << 20
+    request_timeout_s: float = 600.0
+    drain_timeout_s: float = 30.0
+    insecure: bool = False
+    log_level: Literal["debug", "info", "warning", "error"] = "info"

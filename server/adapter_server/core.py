@@ -1,0 +1,154 @@
+"""The nouns that every layer shares. No torch, no web: plain data that pickles, so that the engine may live elsewhere.
+
+Spec      an adapter on disk, at one version              Member   a spec with its weight in one request
+Request   what was asked, validated and resolved          Sampling how its tokens are chosen
+Token     one emitted token    Finished   the end of a request    Loaded, Folded   an adapter's news
+Stats     a picture of the engine after a step
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from adapter_server.errors import AdapterServerError
+
+Mode = Literal["base", "unmerged", "merged"]
+FinishReason = Literal["stop", "length", "eos", "cancelled", "timeout", "error"]
+ResidentState = Literal["loading", "ready", "failed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """An adapter on disk at one version. `version` is the first 12 hex digits of the content hash."""
+
+    name: str
+    version: str
+    path: str
+    family: str  # PEFT's peft_type, such as "LORA"
+    config: Mapping[str, Any] = field(hash=False, compare=False)
+    bytes: int = field(hash=False, compare=False)
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.name, self.version
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One adapter of a request and its weight w: y = y₀ + Σ wᵢ (yᵢ − y₀) per module."""
+
+    spec: Spec
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How a row's tokens are chosen. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    max_new_tokens: int = 128
+    ignore_eos: bool = False
+    logprobs: int = 0  # alternatives reported per token; 0 reports none
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What was asked: validated, tokenised, its adapters resolved to versions. Times are `time.monotonic()`."""
+
+    id: str
+    prompt: tuple[int, ...]
+    sampling: Sampling = Sampling()
+    members: tuple[Member, ...] = ()
+    mode: Mode = "base"
+    task_id: int | None = None
+    arrived: float = 0.0
+    deadline: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One emitted token of a request; `index` counts from 0. `logprob` and `top` are of the raw logits."""
+
+    request_id: str
+    index: int
+    id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The end of a request. An `error` (reason "error" or "timeout") says why; seconds are since the arrival."""
+
+    request_id: str
+    reason: FinishReason
+    error: AdapterServerError | None = None
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    queue_s: float = 0.0
+    load_s: float = 0.0
+    ttft_s: float | None = None
+    total_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """An adapter's load ended, well or badly."""
+
+    name: str
+    version: str
+    seconds: float
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Folded:
+    """A snapshot was made, or could not be."""
+
+    name: str
+    version: str
+    seconds: float
+    error: str | None = None
+
+
+Event = Token | Finished | Loaded | Folded
+
+
+@dataclass(frozen=True, slots=True)
+class Resident:
+    """What the engine holds of one adapter version. Bytes are of the device tier."""
+
+    name: str
+    version: str
+    state: ResidentState
+    family: str
+    rank: int | None = None
+    bytes: int = 0
+    snapshot_bytes: int = 0  # 0: no merged snapshot
+    pinned: bool = False
+    foldable: bool = True
+    running: int = 0
+    waiting: int = 0
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """A picture of the engine, taken after a step."""
+
+    running: int = 0
+    waiting: int = 0
+    kv_used_tokens: int = 0
+    kv_total_tokens: int = 0
+    preemptions: int = 0
+    steps: int = 0
+    residents: tuple[Resident, ...] = ()

@@ -1,0 +1,79 @@
+"""Every refusal, typed, with the HTTP status it becomes and a message that says what to do.
+
+AdapterServerError
+├── InvalidRequest      422  a field of the request is wrong: `param` names it
+├── PromptTooLong       413  prompt and new tokens do not fit the context
+├── AdapterNotFound     404  no adapter, or no version, of that name
+├── AdapterRefused      424  the adapter's files break a rule
+│   └── VersionGone     424  the files changed between admission and load
+├── AdapterUnavailable  424  the adapter is sound and does not fit or could not be loaded
+├── NotMergeable        422  the adapter has no merged form (409 on the admin routes)
+├── QueueFull           429  with `retry_after` seconds
+├── Unavailable         503  starting, draining or dead, with `retry_after` seconds
+├── RequestFailed       500  this request failed inside
+├── DeadlineExceeded    504  the deadline passed before the first token
+└── BaseNotSupported     –   at start: this base model cannot be served
+"""
+
+from __future__ import annotations
+
+
+class AdapterServerError(Exception):
+    """The root. `status` and `code` are of the class; `param` names the field at fault, if one is."""
+
+    status = 500
+    code = "internal_error"
+
+    def __init__(self, message: str, *, param: str | None = None, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.retry_after = retry_after
+
+
+class InvalidRequest(AdapterServerError):
+    status, code = 422, "invalid_request"
+
+
+class PromptTooLong(AdapterServerError):
+    status, code = 413, "prompt_too_long"
+
+
+class AdapterNotFound(AdapterServerError):
+    status, code = 404, "adapter_not_found"
+
+
+class AdapterRefused(AdapterServerError):
+    status, code = 424, "adapter_refused"
+
+
+class VersionGone(AdapterRefused):
+    code = "version_gone"
+
+
+class AdapterUnavailable(AdapterServerError):
+    status, code = 424, "adapter_unavailable"
+
+
+class NotMergeable(AdapterServerError):
+    status, code = 422, "not_mergeable"
+
+
+class QueueFull(AdapterServerError):
+    status, code = 429, "queue_full"
+
+
+class Unavailable(AdapterServerError):
+    status, code = 503, "unavailable"
+
+
+class RequestFailed(AdapterServerError):
+    status, code = 500, "request_failed"
+
+
+class DeadlineExceeded(AdapterServerError):
+    status, code = 504, "deadline_exceeded"
+
+
+class BaseNotSupported(AdapterServerError):
+    status, code = 500, "base_not_supported"

@@ -1,0 +1,257 @@
+"""An adapter compiles to data: the three places it touches, and the normal form of what it does at a module.
+
+    at a module         patches: {module path: Patch}
+    before the cache    prefix:  (K, V) per layer, written raw at positions 0..n-1
+    before the prompt   embeds:  [n, hidden], fed in front of the prompt's embeddings
+
+The normal form, for every kind that PEFT has at a Linear (shapes per module, tokens in rows):
+
+    y = out_scale * ( gain * W' (in_scale * x) + B (A x) + b + bias )
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from adapter_server.core import Spec
+
+Kind = Literal["linear", "conv1d", "embedding", "other"]
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleShape:
+    """What a family may know of a base module without its weights. Linear and Conv1D: y [out] from x [in]."""
+
+    kind: Kind
+    inp: int  # in_features; an embedding's vocabulary
+    out: int  # out_features; an embedding's width
+    params: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # own parameters as stored: {"weight": (…)}
+
+    @property
+    def has_bias(self) -> bool:
+        return "bias" in self.params
+
+
+@dataclass(frozen=True, slots=True)
+class Shapes:
+    """The base's shapes: enough for `expected`, read from the model on any device, meta included."""
+
+    modules: Mapping[str, ModuleShape]
+    layers: int
+    kv_heads: int
+    head_dim: int
+    hidden: int
+    vocab: int
+    tied: bool = False  # lm_head shares the embedding's weight
+    scaled_embeddings: Mapping[str, float] = field(default_factory=dict)  # module path: factor applied after look-up
+
+
+class Base(Protocol):
+    """What a family's `load` may ask of the base. Weights come out float32, [out, in], as private copies."""
+
+    shapes: Shapes
+
+    def weight(self, path: str) -> Tensor: ...
+
+    def bias(self, path: str) -> Tensor | None: ...
+
+    def param(self, path: str, name: str) -> Tensor: ...
+
+
+@runtime_checkable
+class AnyPatch(Protocol):
+    """What the engine needs of a patch at a module: apply it to some tokens, or fold it into the module's parameters."""
+
+    def apply(self, x: Tensor, module: nn.Module) -> Tensor:
+        """The patched module's output for x, `module` being the pristine one."""
+
+    def fold(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The module's float32 parameters (a Linear's weight as [out, in]) with the patch folded in; new tensors."""
+
+    def tensors(self) -> Iterator[Tensor]: ...
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> AnyPatch: ...
+
+
+class _Fields:
+    """Iterating and moving the tensor fields of a dataclass."""
+
+    def tensors(self) -> Iterator[Tensor]:
+        for f in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, f.name)
+            if isinstance(value, Tensor):
+                yield value
+
+    def _moved(self, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        return {k: v.to(device, dtype) if isinstance(v, Tensor) else v for k, v in values.items()}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Patch(_Fields):
+    """The normal form at a Linear or Conv1D. A field left None does nothing. s (and gain) are folded into B."""
+
+    A: Tensor | None = None  # [r, in]
+    B: Tensor | None = None  # [out, r]
+    gain: Tensor | None = None  # [out], before the base's bias
+    in_scale: Tensor | None = None  # [in]
+    out_scale: Tensor | None = None  # [out], after the bias
+    bias: Tensor | None = None  # [out], added to the base's
+    weight: Tensor | None = None  # W' [out, in], instead of the base's
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.A is None else self.A.shape[0]
+
+    def apply(self, x: Tensor, module: nn.Module) -> Tensor:
+        """x [..., in] → y [..., out]: the formula at the head of this file, term by term."""
+        W, b = linear_params(module)
+        W = W if self.weight is None else self.weight
+        y = F.linear(x if self.in_scale is None else x * self.in_scale, W)
+        y = y if self.gain is None else y * self.gain
+        y = y if self.A is None or self.B is None else y + F.linear(F.linear(x, self.A), self.B)
+        y = y if b is None else y + b
+        y = y if self.bias is None else y + self.bias
+        return y if self.out_scale is None else y * self.out_scale
+
+    def fold(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """{"weight": [out, in], "bias": [out]?} float32 → the same with this patch folded in."""
+        W = params["weight"] if self.weight is None else self.weight.float()
+        W = W if self.in_scale is None else W * self.in_scale.float()
+        W = W if self.gain is None else W * self.gain.float()[:, None]
+        W = W if self.A is None or self.B is None else W + self.B.float() @ self.A.float()
+        b = params.get("bias")
+        b = b if self.bias is None else self.bias.float() if b is None else b + self.bias.float()
+        if self.out_scale is not None:
+            scale = self.out_scale.float()
+            W, b = W * scale[:, None], b if b is None else b * scale
+        return {"weight": W.clone()} if b is None else {"weight": W.clone(), "bias": b.clone()}
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Patch:
+        return Patch(**self._moved(device, dtype))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EmbeddingPatch(_Fields):
+    """Low rank at an embedding: e = gain * (E'[id] + B A[:, id]) · scale (PEFT `lora/layer.py`, class Embedding).
+
+    `scale` is the base module's own factor after look-up (Gemma), 1 where it has none.
+    """
+
+    A: Tensor  # [r, vocab]
+    B: Tensor  # [hidden, r]
+    gain: Tensor | None = None  # [hidden]
+    weight: Tensor | None = None  # E' [vocab, hidden]
+    scale: float = 1.0
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[0]
+
+    def apply(self, x: Tensor, module: nn.Module) -> Tensor:
+        """x [...] token ids → e [..., hidden]."""
+        E = module.get_parameter("weight") if self.weight is None else self.weight
+        e = F.embedding(x, E) + F.linear(F.embedding(x, self.A.T), self.B)
+        e = e if self.gain is None else e * self.gain
+        return e * self.scale
+
+    def fold(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        E = params["weight"] if self.weight is None else self.weight.float()
+        E = E + (self.B.float() @ self.A.float()).T
+        return {"weight": E if self.gain is None else E * self.gain.float()}
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> EmbeddingPatch:
+        return EmbeddingPatch(**self._moved(device, dtype))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ParamPatch:
+    """Replaced parameters of a module that is no Linear (norms, embeddings): saved modules, trained norm biases."""
+
+    params: Mapping[str, Tensor]  # as the module stores them
+
+    rank = 0
+
+    def apply(self, x: Tensor, module: nn.Module) -> Tensor:
+        out: Tensor = torch.func.functional_call(module, dict(self.params), (x,))
+        return out
+
+    def fold(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {k: self.params.get(k, v).float().clone() for k, v in params.items()}
+
+    def tensors(self) -> Iterator[Tensor]:
+        yield from self.params.values()
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> ParamPatch:
+        return ParamPatch({k: v.to(device, dtype) for k, v in self.params.items()})
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Adapter:
+    """An adapter in memory, as data. At most one of `prefix` and `embeds` is set."""
+
+    spec: Spec
+    patches: Mapping[str, AnyPatch] = field(default_factory=dict)
+    prefix: tuple[tuple[Tensor, Tensor], ...] | None = None  # per layer K, V, each [n, kv_heads, head_dim]
+    embeds: Tensor | None = None  # [n, hidden]
+    tasks: tuple[Tensor, ...] = ()  # kinds with tasks: one `embeds` per task id
+
+    @property
+    def rank(self) -> int | None:
+        return max((getattr(p, "rank", 0) for p in self.patches.values()), default=0) or None
+
+    @property
+    def foldable(self) -> bool:
+        """A prefix or a soft prompt is no weight: it has no merged form."""
+        return self.prefix is None and self.embeds is None and not self.tasks
+
+    @property
+    def scalable(self) -> bool:
+        """Whether a request's `scale` has a meaning: not for what stands before the prompt."""
+        return self.foldable
+
+    def tensors(self) -> Iterator[Tensor]:
+        for patch in self.patches.values():
+            yield from patch.tensors()
+        for pair in self.prefix or ():
+            yield from pair
+        yield from (t for t in (self.embeds, *self.tasks) if t is not None)
+
+    @property
+    def bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.tensors())
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Adapter:
+        """A copy on the device, in the dtype that the engine computes in."""
+        move = {path: patch.to(device, dtype) for path, patch in self.patches.items()}
+        pairs = self.prefix and tuple((k.to(device, dtype), v.to(device, dtype)) for k, v in self.prefix)
+        embeds = None if self.embeds is None else self.embeds.to(device, dtype)
+        return Adapter(self.spec, move, pairs, embeds, tuple(t.to(device, dtype) for t in self.tasks))
+
+
+class Family(Protocol):
+    """One PEFT kind, one file. A module that defines `FAMILY` in this package is found by `families.find`."""
+
+    name: str  # PEFT's peft_type
+    slow: bool  # needs base weights or an SVD to compile: such loads queue apart
+
+    def expected(
+        self, config: Mapping[str, Any], shapes: Shapes, names: frozenset[str]
+    ) -> Mapping[str, tuple[int, ...]]:
+        """Every tensor the file must hold, with its shape. Raises AdapterRefused where the config makes no sense."""
+
+    def load(self, spec: Spec, tensors: Mapping[str, Tensor], base: Base) -> Adapter:
+        """The adapter as data, float32 on the CPU. The tensors are exactly `expected`, finite."""
+
+
+def linear_params(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """A Linear's or Conv1D's weight as [out, in] (a view) and its bias."""
+    weight = module.get_parameter("weight")
+    bias = getattr(module, "bias", None)
+    return (weight.T if type(module).__name__ == "Conv1D" else weight), bias
