@@ -1,0 +1,415 @@
+"""What an adapter's folder must satisfy before a byte of it is believed: every file is taken for hostile.
+
+Pure functions that raise `AdapterRefused`, the message saying what is wrong, in which file, and what to do. Sizes and
+nesting are capped before anything is parsed; shapes come from the header, before anything is allocated.
+
+safetensors:  | n: u64 LE | n bytes of JSON: {name: {dtype, shape, data_offsets}} | the tensors, end to end |
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import re
+import stat
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import numpy as np
+import numpy.typing as npt
+
+from adapter_server.errors import AdapterRefused
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+PICKLES = ("adapter_model.bin", "pytorch_adapter.bin")
+
+MAX_CONFIG_BYTES = 64 << 10
+MAX_CONFIG_DEPTH = 32
+MAX_HEADER_BYTES = 10 << 20
+MAX_TENSORS = 100_000
+MAX_BYTES = 4 << 30  # of one weights file
+MAX_DIMENSIONS = 8
+MAX_DIMENSION = 1 << 40
+MAX_TENSOR_NAME = 512
+SHOWN = 4  # names that a message lists before it counts
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+RESERVED = frozenset({"base"})
+PEFT_TYPE = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
+# Possessive, and with an optional end: one pass, whatever the bytes.
+JSON_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
+NOT_BRACKETS = bytes(set(range(256)) - set(b"{}[]"))
+
+
+class _Dtype(NamedTuple):
+    word: str  # numpy's type of the bits
+    exponent: int  # the exponent's bits; all of them set is an infinity or no number
+
+
+DTYPES = {"F32": _Dtype("<u4", 0x7F80_0000), "F16": _Dtype("<u2", 0x7C00), "BF16": _Dtype("<u2", 0x7F80)}
+
+
+class Span(NamedTuple):
+    """One tensor in the file: `data[begin:end]`, counted from the file's first byte."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+Header = Mapping[str, Span]
+Expected = Mapping[str, tuple[int, ...]]
+Buffer = bytes | bytearray | memoryview
+
+
+class Incomplete(AdapterRefused):
+    """A file is missing or shorter than it says: a copy may be under way."""
+
+
+class Unreadable(AdapterRefused):
+    """The system did not let us read. It may the next time."""
+
+
+# Names
+
+
+def check_name(name: str, reserved: Iterable[str] = ()) -> None:
+    """The grammar and the reserved names. Folders whose names differ by case only are the store's matter."""
+    if not NAME.fullmatch(name):
+        raise AdapterRefused(
+            f"adapter name {show(name)} is not allowed: 1 to 128 of A-Z a-z 0-9 . _ -, beginning with a letter or a digit"
+        )
+    if name.casefold() in {r.casefold() for r in (*RESERVED, *reserved)}:
+        raise AdapterRefused(f"adapter name {show(name)} is reserved: choose another")
+
+
+# The config
+
+
+def parse_config(data: Buffer) -> dict[str, Any]:
+    """adapter_config.json as a dictionary whose `peft_type` is a plain word."""
+    if len(data) > MAX_CONFIG_BYTES:
+        _refuse(CONFIG, f"{len(data):,} bytes, allowed are {MAX_CONFIG_BYTES:,}: remove what PEFT did not write")
+    config = _json_object(CONFIG, bytes(data), MAX_CONFIG_DEPTH, brackets=MAX_CONFIG_BYTES)
+    try:
+        json.dumps(config, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise AdapterRefused(f"{CONFIG}: text that is no Unicode (a lone surrogate): save the adapter again") from error
+    kind = config.get("peft_type")
+    if not isinstance(kind, str) or not PEFT_TYPE.fullmatch(kind):
+        _refuse(CONFIG, f'"peft_type" is {show(kind)}: it must name a PEFT type, such as "LORA"')
+    return config
+
+
+def _json_object(file: str, data: bytes, depth: int, brackets: int) -> dict[str, Any]:
+    """A JSON object of strict UTF-8 without duplicate keys, NaN or infinities, its nesting capped before parsing."""
+    _check_nesting(file, data, depth, brackets)
+    try:
+        text = data.decode("utf-8")
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite_float)
+    except ValueError as error:
+        raise AdapterRefused(f"{file}: no valid JSON ({_clip(str(error))}): save the adapter again") from error
+    if not isinstance(value, dict):
+        _refuse(file, f"a JSON object is needed, this is a {type(value).__name__}")
+    return value
+
+
+def _check_nesting(file: str, data: bytes, depth: int, brackets: int) -> None:
+    marks = JSON_STRING.sub(b"", data).translate(None, NOT_BRACKETS)
+    if len(marks) > brackets:
+        _refuse(file, f"{len(marks):,} brackets, allowed are {brackets:,}")
+    level = 0
+    for mark in marks:
+        level += 1 if mark in b"[{" else -1
+        if level > depth:
+            _refuse(file, f"nested deeper than {depth} levels")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {show(twice)} occurs twice")
+    return found
+
+
+def _no_constant(word: str) -> NoReturn:
+    raise ValueError(f"{word} is no number")
+
+
+def _finite_float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{_clip(text)} is too large for a number")
+    return value
+
+
+# The header
+
+
+def header_bytes(first: Buffer, size: int, max_bytes: int = MAX_BYTES) -> int:
+    """How many bytes the length and the header take, from the file's first 8 bytes and its size."""
+    if size > max_bytes:
+        _refuse(WEIGHTS, f"{size:,} bytes, allowed are {max_bytes:,}: raise the limit or shrink the adapter")
+    if size < 8 or len(first) < 8:
+        raise Incomplete(f"{WEIGHTS}: {size} bytes are no safetensors file: copy it again")
+    length = int.from_bytes(first[:8], "little")
+    if length > MAX_HEADER_BYTES:
+        _refuse(WEIGHTS, f"a header of {length:,} bytes, allowed are {MAX_HEADER_BYTES:,}: is it a safetensors file?")
+    if 8 + length > size:
+        raise Incomplete(f"{WEIGHTS}: ends inside its header ({size:,} of {8 + length:,} bytes): copy it again")
+    return 8 + length
+
+
+def parse_header(data: Buffer, size: int | None = None, max_bytes: int = MAX_BYTES) -> Header:
+    """The header of a safetensors file, proved to describe exactly `size` bytes (default: all of `data`)."""
+    size = len(data) if size is None else size
+    start = header_bytes(data[:8], size, max_bytes)
+    entries = _json_object(WEIGHTS, bytes(data[8:start]), depth=3, brackets=6 * MAX_TENSORS)
+    _check_metadata(entries.pop("__metadata__", {}))
+    if len(entries) > MAX_TENSORS:
+        _refuse(WEIGHTS, f"{len(entries):,} tensors, allowed are {MAX_TENSORS:,}")
+    if not entries:
+        _refuse(WEIGHTS, "no tensors: save the adapter again")
+    header = {name: _span(name, entry, start) for name, entry in entries.items()}
+    _check_layout(header, start, size)
+    return header
+
+
+def _check_metadata(metadata: object) -> None:
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        _refuse(WEIGHTS, "__metadata__ must map text to text")
+
+
+def _span(name: str, entry: object, start: int) -> Span:
+    """One entry of the header, its fields of the right types and its bytes as many as its shape says."""
+    if not name.isprintable() or not 0 < len(name) <= MAX_TENSOR_NAME:
+        _refuse(WEIGHTS, f"tensor name {show(name)} is not allowed")
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        _refuse(WEIGHTS, f"tensor {show(name)} needs dtype, shape and data_offsets, and nothing else")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        _refuse(WEIGHTS, f"tensor {show(name)} has dtype {show(dtype)}: convert it to {', '.join(DTYPES)}")
+    if not _naturals(shape, MAX_DIMENSION) or len(shape) > MAX_DIMENSIONS:
+        _refuse(WEIGHTS, f"tensor {show(name)} has a shape that is none: {show(shape)}")
+    if not _naturals(offsets, 1 << 62) or len(offsets) != 2:
+        _refuse(WEIGHTS, f"tensor {show(name)} has data_offsets that are none: {show(offsets)}")
+    span = Span(dtype, tuple(shape), start + offsets[0], start + offsets[1])
+    needed = math.prod(shape) * _itemsize(dtype)
+    if span.end - span.begin != needed:
+        _refuse(WEIGHTS, f"tensor {show(name)} has {span.end - span.begin} bytes where its shape needs {needed}")
+    return span
+
+
+def _naturals(value: object, most: int) -> bool:
+    return isinstance(value, list) and all(type(n) is int and 0 <= n <= most for n in value)
+
+
+def _itemsize(dtype: str) -> int:
+    return int(np.dtype(DTYPES[dtype].word).itemsize)
+
+
+def _check_layout(header: Header, start: int, size: int) -> None:
+    """The tensors lie end to end, from the header's end to the file's."""
+    at = start
+    for name, span in sorted(header.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if span.begin != at:
+            what = "overlaps the one before it" if span.begin < at else "leaves a gap before it"
+            _refuse(WEIGHTS, f"tensor {show(name)} {what}: save the adapter again")
+        at = span.end
+    if at > size:
+        raise Incomplete(f"{WEIGHTS}: {at - size:,} bytes are missing at its end: copy it again")
+    if at < size:
+        _refuse(WEIGHTS, f"{size - at:,} bytes too many at its end: save the adapter again")
+
+
+# Keys and numbers
+
+
+def check_keys(header: Header, expected: Expected) -> None:
+    """Exactly the tensors that the family expects, in exactly these shapes."""
+    wrong = [
+        f"{show(k)} is {list(header[k].shape)}, not {list(s)}"
+        for k, s in expected.items()
+        if k in header and header[k].shape != tuple(s)
+    ]
+    faults = [
+        _listed("missing", [show(k) for k in expected if k not in header]),
+        _listed("unexpected", [show(k) for k in header if k not in expected]),
+        _listed("of the wrong shape", wrong),
+    ]
+    if any(faults):
+        found = "; ".join(f for f in faults if f)
+        _refuse(WEIGHTS, f"{found}: the adapter does not fit its config or this base model")
+
+
+def _listed(what: str, names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
+    return f"{len(names):,} tensors {what} ({', '.join(names[:SHOWN])}{more})" if names else ""
+
+
+def check_finite(data: Buffer, header: Header) -> None:
+    """No NaN and no infinity in any tensor: an exponent of all ones is looked for in the bits."""
+    scratch = {"<u4": np.empty(1 << 18, "<u4"), "<u2": np.empty(1 << 18, "<u2")}
+    for name, span in header.items():
+        if not _finite(data, span, scratch[DTYPES[span.dtype].word]):
+            _refuse(WEIGHTS, f"tensor {show(name)} holds NaN or infinity: the training went wrong, save a sound step")
+
+
+def _finite(data: Buffer, span: Span, scratch: npt.NDArray[Any]) -> bool:
+    word, exponent = DTYPES[span.dtype]
+    bits = np.frombuffer(data, word, math.prod(span.shape), span.begin) if span.end > span.begin else scratch[:0]
+    for i in range(0, bits.size, scratch.size):
+        piece = bits[i : i + scratch.size]
+        if np.bitwise_and(piece, scratch.dtype.type(exponent), out=scratch[: piece.size]).max() == exponent:
+            return False
+    return True
+
+
+# Files
+
+
+def check_files(folder: Path) -> None:
+    """Both files are there; pickled weights are refused with the command that converts them."""
+    for file in (CONFIG, WEIGHTS):
+        if os.path.exists(folder / file):
+            continue
+        pickle = next((p for p in PICKLES if file == WEIGHTS and os.path.exists(folder / p)), None)
+        if pickle:
+            _refuse(
+                pickle,
+                f"a pickle can run code, so it is never read. If you trust it, run in its folder: {convert(pickle)}",
+            )
+        raise Incomplete(f"{file}: missing. Save the adapter with save_pretrained, or copy the file here")
+
+
+def convert(pickle: str) -> str:
+    """The command that turns pickled weights into safetensors."""
+    return (
+        'python -c "import torch; from safetensors.torch import save_file; '
+        f"save_file({{k: v.clone().contiguous() for k, v in torch.load('{pickle}', weights_only=True).items()}}, "
+        f"'{WEIGHTS}')\""
+    )
+
+
+def open_regular(path: Path, root: Path) -> io.FileIO:
+    """The file, if it is a regular one that lies inside root once its links are followed. Never blocks on a FIFO."""
+    try:
+        real, inside = os.path.realpath(path, strict=True), os.path.realpath(root)
+        if not Path(real).is_relative_to(inside):
+            _refuse(path.name, "a link leads out of the adapters folder: copy the file instead")
+        fd = os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError as error:
+        raise Incomplete(f"{path.name}: missing") from error
+    except OSError as error:
+        raise Unreadable(f"{path.name}: cannot be opened ({error.strerror})") from error
+    file = io.FileIO(fd, "rb")
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        file.close()
+        _refuse(path.name, "not a regular file: copy the file itself here")
+    return file
+
+
+def read_private(path: Path, root: Path, most: int) -> bytearray:
+    """The whole file in one buffer of our own: never mapped, so that nobody can change it after it was checked."""
+    with open_regular(path, root) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            _refuse(path.name, f"{size:,} bytes, allowed are {most:,}")
+        data = bytearray(size)
+        fill(file, memoryview(data), path.name)
+        if file.read(1):
+            raise Incomplete(f"{path.name}: grew while it was read")
+    return data
+
+
+def fill(file: io.FileIO, view: memoryview, name: str) -> None:
+    """Reads until the view is full."""
+    at = 0
+    while at < len(view):
+        try:
+            got = file.readinto(view[at:])
+        except OSError as error:
+            raise Unreadable(f"{name}: cannot be read ({error.strerror})") from error
+        if not got:
+            raise Incomplete(f"{name}: shrank while it was read")
+        at += got
+
+
+# The report
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One rule and what it says of a folder. `ok` None: not looked at, since an earlier rule refused."""
+
+    rule: str
+    ok: bool | None
+    message: str
+
+
+def report(
+    folder: Path, expected: Callable[[Mapping[str, Any], frozenset[str]], Expected] | None = None
+) -> list[Finding]:
+    """Every rule on one folder: name, files, config, header, finite, and keys where a family says what it expects."""
+    folder = folder.absolute()
+    read: dict[str, Any] = {}
+
+    def weights() -> bytearray:
+        if "data" not in read:
+            read["data"] = read_private(folder / WEIGHTS, folder.parent, MAX_BYTES)
+        data: bytearray = read["data"]
+        return data
+
+    def config() -> None:
+        read["config"] = parse_config(read_private(folder / CONFIG, folder.parent, MAX_CONFIG_BYTES))
+
+    def header() -> None:
+        read["header"] = parse_header(weights())
+
+    def keys() -> None:
+        if expected:
+            check_keys(read["header"], expected(read["config"], frozenset(read["header"])))
+
+    rules: list[tuple[str, Callable[[], None], tuple[str, ...]]] = [
+        ("name", lambda: check_name(folder.name), ()),
+        ("files", lambda: check_files(folder), ()),
+        ("config", config, ()),
+        ("header", header, ()),
+        ("keys", keys, ("config", "header")),
+        ("finite", lambda: check_finite(weights(), read["header"]), ("header",)),
+    ]
+    return [_finding(rule, check, [need for need in needs if need not in read]) for rule, check, needs in rules]
+
+
+def _finding(rule: str, check: Callable[[], None], unmet: list[str]) -> Finding:
+    if unmet:
+        return Finding(rule, None, f"not looked at: {' and '.join(unmet)} refused")
+    try:
+        check()
+    except AdapterRefused as refused:
+        return Finding(rule, False, refused.message)
+    return Finding(rule, True, "ok")
+
+
+# Messages
+
+
+def _refuse(file: str, what: str) -> NoReturn:
+    raise AdapterRefused(f"{file}: {what}")
+
+
+def show(value: object) -> str:
+    """A hostile value as short, printable ASCII."""
+    return _clip(ascii(value))
+
+
+def _clip(text: str) -> str:
+    return text if len(text) <= 100 else f"{text[:97]}..."

@@ -1,0 +1,367 @@
+"""The adapters folder: one sub-folder per adapter, found, named, versioned and read.
+
+    root/my-adapter/adapter_config.json + adapter_model.safetensors   →   Spec my-adapter@1f2e3d4c5b6a
+
+A folder is believed once it has settled: both files untouched for `settle_s`, and seen the same on two looks that far
+apart, so that a copy under way is never served, whatever times it preserves. Until a replaced folder has settled,
+requests get the version before, which the engine may still hold. A version is hashed when first asked for.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import io
+import math
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from adapter_server.core import Spec
+from adapter_server.errors import AdapterNotFound, AdapterRefused, AdapterUnavailable, VersionGone
+from adapter_server.registry import guard
+
+VERSION_DIGITS = 12
+VERSION = re.compile(r"[0-9a-f]{12,64}")
+STALLED = 20  # an incomplete folder is a stalled copy for this many `settle_s`, then it is broken
+WRITING = "its folder is being written, retry in a moment"
+CHUNK = 1 << 20
+
+
+class _File(NamedTuple):
+    """What `stat` says of a file, enough to notice that it is another. `error` is set when it says nothing."""
+
+    size: int = 0
+    mtime_ns: int = 0
+    ctime_ns: int = 0
+    inode: int = 0
+    error: int = 0
+
+
+_Signature = tuple[_File, _File | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One line of the list: a spec, or the reason why there is none. A version not yet hashed is ''."""
+
+    name: str
+    spec: Spec | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What a scan found since the scan before, by adapter name. `error`: the scan failed, and why."""
+
+    added: tuple[str, ...] = ()
+    changed: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
+    error: str | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self.added or self.changed or self.removed or self.error)
+
+
+@dataclass(frozen=True, slots=True)
+class Blob:
+    """An adapter's weights, checked, in a buffer of our own; the header's spans index `data`."""
+
+    data: bytearray
+    header: guard.Header
+
+
+@dataclass(slots=True, eq=False)
+class _State:
+    """A folder as one signature showed it. Everything but the signature is found out when it is needed."""
+
+    signature: _Signature
+    first_look: float  # time.monotonic()
+    config: Mapping[str, Any] | None = None
+    reason: str | None = None  # why it is refused
+    incomplete: bool = False  # refused for what a copy under way would explain
+    digest: str = ""
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+@dataclass(slots=True, eq=False)
+class _Folder:
+    """The newest state of a folder, and the one that requests are answered from."""
+
+    state: _State = field(default_factory=lambda: _State((_File(), None), 0.0))
+    served: _State | None = None
+
+
+class Store:
+    """The adapters below `root`. Safe to use from several threads."""
+
+    def __init__(
+        self, root: Path, reserved: Iterable[str] = (), settle_s: float = 0.5, max_bytes: int = guard.MAX_BYTES
+    ) -> None:
+        self.root = Path(root).absolute()
+        self.settle_s = settle_s
+        self.max_bytes = max_bytes
+        self._reserved = tuple(reserved)
+        self._lock = threading.RLock()
+        self._folders: dict[str, _Folder] = {}
+        self._owners: dict[str, str] = {}  # case-folded name: the one folder that may bear it
+        self._scan(first_look=-math.inf)
+        self._reported = {name: folder.state.signature for name, folder in self._folders.items()}
+
+    # The list
+
+    def entries(self) -> list[Entry]:
+        """Every adapter, sound or broken, by name. Reads configs that are new; hashes nothing."""
+        with self._lock:
+            self._scan()
+            return [self._entry(name, folder) for name, folder in sorted(self._folders.items())]
+
+    def names(self) -> list[str]:
+        """The adapters that nothing is known against."""
+        return [entry.name for entry in self.entries() if entry.spec]
+
+    def refresh(self) -> Changes:
+        """One scan: what appeared, changed or went since the scan before. New and changed ones count once settled."""
+        with self._lock:
+            self._scan()
+            old = {n: s for n, s in self._reported.items() if n in self._folders}
+            now = {n: f.state.signature for n, f in self._folders.items() if self._settled(f.state)}
+            removed = sorted(self._reported.keys() - old.keys())
+            self._reported = old | now
+        changed = sorted(n for n in now.keys() & old.keys() if now[n] != old[n])
+        return Changes(tuple(sorted(now.keys() - old.keys())), tuple(changed), tuple(removed))
+
+    @property
+    def restless(self) -> bool:
+        """Whether a folder has still to settle, so that another scan is due soon."""
+        with self._lock:
+            return any(self._reported.get(n) != f.state.signature for n, f in self._folders.items())
+
+    # One adapter
+
+    def resolve(self, ref: str) -> Spec:
+        """The spec of `name` or `name@version`, version being 12 or more digits of the content hash."""
+        name, at, version = ref.partition("@")
+        state = self._answer(name)
+        version = version.lower()
+        if at and not (VERSION.fullmatch(version) and state.digest.startswith(version)):
+            raise AdapterNotFound(
+                f"adapter {name} has no version {guard.show(version)}: it is at {state.digest[:VERSION_DIGITS]}",
+                param="adapter",
+            )
+        return self._spec(name, state)
+
+    def read(self, spec: Spec) -> Blob:
+        """The bytes of exactly this version, checked. Raises VersionGone when the files are no longer these."""
+        gone = f"adapter {spec.name}@{spec.version} is no longer on disk, it was replaced or removed: ask again"
+        try:
+            config = guard.read_private(self._path(spec.name, guard.CONFIG), self.root, guard.MAX_CONFIG_BYTES)
+            weights = guard.read_private(self._path(spec.name, guard.WEIGHTS), self.root, self.max_bytes)
+        except guard.Unreadable:
+            raise
+        except AdapterRefused as refused:
+            raise VersionGone(gone, param="adapter") from refused
+        digest = _hasher(config, len(weights))
+        digest.update(weights)
+        if digest.hexdigest()[:VERSION_DIGITS] != spec.version:
+            raise VersionGone(gone, param="adapter")
+        return self._checked(spec, weights)
+
+    def _checked(self, spec: Spec, weights: bytearray) -> Blob:
+        try:
+            header = guard.parse_header(weights, max_bytes=self.max_bytes)
+            guard.check_finite(weights, header)
+        except AdapterRefused as refused:
+            self._remember(spec, refused.message)
+            raise _refusal(spec.name, refused.message) from refused
+        return Blob(weights, header)
+
+    def _remember(self, spec: Spec, reason: str) -> None:
+        """The next request for these same files is refused without reading them again."""
+        with self._lock:
+            folder = self._folders.get(spec.name)
+            if folder and folder.state.digest.startswith(spec.version):
+                folder.state.reason = reason
+
+    # Looking at the disk
+
+    def _scan(self, first_look: float | None = None) -> None:
+        """Takes in what is there now. `first_look` dates the look at folders that are new."""
+        with self._lock:
+            seen = {name: signature for name in self._listed() if (signature := self._signature(name))}
+            self._folders = {name: folder for name, folder in self._folders.items() if name in seen}
+            self._owners = {key: name for key, name in self._owners.items() if name in seen}
+            for name in sorted(seen, key=lambda n: (n not in self._folders, seen[n][0].mtime_ns, n)):
+                self._take(name, seen[name], first_look)
+
+    def _listed(self) -> list[str]:
+        try:
+            return [name for name in os.listdir(self.root) if not name.startswith(".")]
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        except OSError as error:
+            raise AdapterUnavailable(f"the adapters folder cannot be listed ({error.strerror}): retry") from error
+
+    def _path(self, name: str, file: str) -> Path:
+        return self.root / name / file
+
+    def _signature(self, name: str) -> _Signature | None:
+        """None: no adapter's folder."""
+        config = _stat(f"{self.root}/{name}/{guard.CONFIG}")
+        return (config, _stat(f"{self.root}/{name}/{guard.WEIGHTS}")) if config else None
+
+    def _take(self, name: str, signature: _Signature, first_look: float | None = None) -> None:
+        """Keeps a folder's state while its signature is the same, and starts a new one when it is not."""
+        folder = self._folders.setdefault(name, _Folder())
+        if folder.state.signature != signature:
+            folder.state = _State(signature, time.monotonic() if first_look is None else first_look)
+        if guard.NAME.fullmatch(name):
+            self._owners.setdefault(name.casefold(), name)
+
+    def _settled(self, state: _State) -> bool:
+        changed = max(file.mtime_ns for file in state.signature if file) / 1e9
+        return not 0 <= time.time() - changed < self.settle_s and self._stood(state, 1)
+
+    def _stood(self, state: _State, times: int) -> bool:
+        """Whether the first look at this state was so many settle times ago."""
+        return time.monotonic() - state.first_look >= times * self.settle_s
+
+    # What a folder answers
+
+    def _find(self, name: str) -> _Folder:
+        """The folder as it is now, for two calls of `stat` when nothing changed."""
+        with self._lock:
+            if name not in self._folders:
+                if guard.NAME.fullmatch(name) and self._signature(name):
+                    self._scan()
+            elif signature := self._signature(name):
+                self._take(name, signature)
+            else:
+                del self._folders[name]
+            if name not in self._folders:
+                raise AdapterNotFound(self._unknown(name), param="adapter")
+            return self._folders[name]
+
+    def _unknown(self, name: str) -> str:
+        near = difflib.get_close_matches(name[:128], self._owners.values(), n=3)
+        hint = f"nearest: {', '.join(near)}" if near else "no name in the adapters folder comes near"
+        return f"there is no adapter {guard.show(name)}; {hint}"
+
+    def _answer(self, name: str) -> _State:
+        """What requests get: the files on disk once settled; until then the version before, if there was one."""
+        folder = self._find(name)
+        state, before = folder.state, folder.served
+        reason = self._name_fault(name)
+        if not reason and self._settled(state):
+            reason = self._weigh(name, state)
+            if state.digest and not reason:
+                folder.served = state
+                return state
+            if not state.incomplete or self._stood(state, STALLED):
+                before = None
+        if before and not before.reason and not self._name_fault(name):
+            return before
+        raise _refusal(name, reason or WRITING)
+
+    def _name_fault(self, name: str) -> str | None:
+        try:
+            guard.check_name(name, self._reserved)
+        except AdapterRefused as refused:
+            return refused.message
+        owner = self._owners.get(name.casefold(), name)
+        return None if owner == name else f"its name differs from {owner} by case only: rename one of them"
+
+    def _weigh(self, name: str, state: _State) -> str | None:
+        """Hashes a settled folder, once. Returns why it is refused, and remembers it if these files stay refused."""
+        with state.lock:
+            if not state.digest and not state.reason:
+                return self._judge(state, lambda: self._hash(name, state))
+            return state.reason
+
+    def _judge(self, state: _State, check: Callable[[], object]) -> str | None:
+        try:
+            check()
+        except guard.Unreadable as refused:
+            return refused.message
+        except AdapterRefused as refused:
+            state.reason, state.incomplete = refused.message, isinstance(refused, guard.Incomplete)
+        return state.reason
+
+    def _hash(self, name: str, state: _State) -> None:
+        """Sets the digest, unless the folder changed meanwhile: then the next look starts a new state."""
+        raw = self._configure(name, state)
+        with guard.open_regular(self._path(name, guard.WEIGHTS), self.root) as file:
+            digest = _stream(file, raw, self.max_bytes)
+        if self._signature(name) == state.signature:
+            state.digest = digest
+
+    def _configure(self, name: str, state: _State) -> bytearray:
+        guard.check_files(self.root / name)
+        raw = guard.read_private(self._path(name, guard.CONFIG), self.root, guard.MAX_CONFIG_BYTES)
+        state.config = guard.parse_config(raw)
+        return raw
+
+    def _entry(self, name: str, folder: _Folder) -> Entry:
+        """A line of the list, from the config alone."""
+        state, shown = folder.state, name.encode("utf-8", "backslashreplace").decode()
+        reason = self._name_fault(name)
+        if not reason and not self._settled(state):
+            if folder.served and not folder.served.reason:
+                return Entry(shown, self._spec(name, folder.served))
+            reason = WRITING
+        if not reason and state.config is None and not state.reason:
+            reason = self._judge(state, lambda: self._configure(name, state))
+        reason = reason or state.reason
+        return Entry(shown, reason=reason) if reason else Entry(shown, self._spec(name, state))
+
+    def _spec(self, name: str, state: _State) -> Spec:
+        config = state.config or {}
+        family = str(config["peft_type"]).upper()
+        weights = state.signature[1]
+        size = weights.size if weights else 0
+        return Spec(name, state.digest[:VERSION_DIGITS], str(self.root / name), family, config, size)
+
+
+def _stat(path: str) -> _File | None:
+    """None: no such file."""
+    try:
+        s = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        return _File(error=error.errno or -1)
+    return _File(s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino)
+
+
+def _hasher(config: bytes | bytearray, weights: int) -> hashlib._Hash:
+    """The hash of both files' lengths and contents, begun with all but the weights' own bytes."""
+    digest = hashlib.sha256(len(config).to_bytes(8, "little") + config)
+    digest.update(weights.to_bytes(8, "little"))
+    return digest
+
+
+def _stream(file: io.FileIO, config: bytearray, max_bytes: int) -> str:
+    """The content hash. The header is checked first, so that a file that is too short or too large costs little."""
+    size = os.fstat(file.fileno()).st_size
+    first = bytearray(min(8, size))
+    guard.fill(file, memoryview(first), guard.WEIGHTS)
+    head = first + bytearray(guard.header_bytes(first, size, max_bytes) - 8)
+    guard.fill(file, memoryview(head)[8:], guard.WEIGHTS)
+    guard.parse_header(head, size, max_bytes)
+    digest = _hasher(config, size)
+    digest.update(head)
+    piece = memoryview(bytearray(CHUNK))
+    for at in range(len(head), size, CHUNK):
+        part = piece[: min(CHUNK, size - at)]
+        guard.fill(file, part, guard.WEIGHTS)
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _refusal(name: str, reason: str) -> AdapterRefused:
+    return AdapterRefused(f"adapter {guard.show(name)}: {reason}", param="adapter")
