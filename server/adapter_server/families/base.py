@@ -50,6 +50,8 @@ class Shapes:
     vocab: int
     tied: bool = False  # lm_head shares the embedding's weight
     scaled_embeddings: Mapping[str, float] = field(default_factory=dict)  # module path: factor applied after look-up
+    embed: str = ""  # path of the input embedding
+    head: str = ""  # path of the output embedding
 
 
 class Base(Protocol):
@@ -66,7 +68,7 @@ class Base(Protocol):
 
 @runtime_checkable
 class AnyPatch(Protocol):
-    """What the engine needs of a patch at a module: apply it to some tokens, or fold it into the module's parameters."""
+    """What the engine needs of a patch at a module: apply it to tokens, or fold it into the module's parameters."""
 
     def apply(self, x: Tensor, module: nn.Module) -> Tensor:
         """The patched module's output for x, `module` being the pristine one."""
@@ -167,7 +169,9 @@ class EmbeddingPatch(_Fields):
         return {"weight": E if self.gain is None else E * self.gain.float()}
 
     def to(self, device: torch.device, dtype: torch.dtype) -> EmbeddingPatch:
-        return EmbeddingPatch(**self._moved(device, dtype))
+        """The scale is rounded with the rest, as the base module rounds its own."""
+        scale = float(torch.tensor(self.scale).to(dtype))
+        return EmbeddingPatch(**self._moved(device, dtype) | {"scale": scale})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -179,7 +183,10 @@ class ParamPatch:
     rank = 0
 
     def apply(self, x: Tensor, module: nn.Module) -> Tensor:
-        out: Tensor = torch.func.functional_call(module, dict(self.params), (x,))
+        """The class's own forward on a double of the module: the instance's `forward` may be a site's."""
+        double = object.__new__(type(module))
+        double.__dict__ = {**module.__dict__, "_parameters": {**module._parameters, **self.params}}
+        out: Tensor = type(module).forward(double, x)
         return out
 
     def fold(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,0 +1,84 @@
+"""What the base model is, as facts: its shapes, read on any device (meta included), and its weights, read as copies."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adapter_server.errors import AdapterUnavailable
+from adapter_server.families.base import ModuleShape, Shapes, linear_params
+
+
+def describe(model: nn.Module) -> Shapes:
+    """The shapes of a causal LM of transformers. Module paths are as the model names them."""
+    config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    embed, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
+    modules = dict(model.named_modules())
+    paths = {id(module): path for path, module in modules.items()}
+    heads = config.num_attention_heads
+    return Shapes(
+        modules={path: _shape(module) for path, module in modules.items() if _owns(module)},
+        layers=config.num_hidden_layers,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        hidden=config.hidden_size,
+        vocab=embed.num_embeddings,
+        tied=head is not None and head.weight is embed.weight,
+        scaled_embeddings={path: s for path, module in modules.items() if (s := _embed_scale(module)) is not None},
+        embed=paths[id(embed)],
+        head=paths.get(id(head), ""),
+    )
+
+
+class ModelBase:
+    """`Base` over a resident model: weights leave as float32 copies on the CPU, and the model is never written."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.shapes = describe(model)
+        self._modules = dict(model.named_modules())
+
+    def weight(self, path: str) -> Tensor:
+        """[out, in], whichever way the module stores it; an embedding's is [vocab, hidden]."""
+        return _copy(linear_params(self._modules[path])[0], path)
+
+    def bias(self, path: str) -> Tensor | None:
+        bias = getattr(self._modules[path], "bias", None)
+        return None if bias is None else _copy(bias, path)
+
+    def param(self, path: str, name: str) -> Tensor:
+        """A parameter as its module stores it."""
+        return _copy(self._modules[path].get_parameter(name), path)
+
+
+def _owns(module: nn.Module) -> bool:
+    return next(module.parameters(recurse=False), None) is not None
+
+
+def _shape(module: nn.Module) -> ModuleShape:
+    """Linears by their features, since a quantised weight is stored packed."""
+    params = {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False)}
+    if isinstance(module, nn.Linear):
+        params["weight"] = module.out_features, module.in_features
+        return ModuleShape("linear", module.in_features, module.out_features, params)
+    if isinstance(module, nn.Embedding):
+        return ModuleShape("embedding", module.num_embeddings, module.embedding_dim, params)
+    if type(module).__name__ == "Conv1D":
+        inp, out = params["weight"]
+        return ModuleShape("conv1d", inp, out, params)
+    return ModuleShape("other", 0, 0, params)
+
+
+def _embed_scale(module: nn.Module) -> float | None:
+    """The factor of transformers' scaled word embeddings; on meta only the plain number has a value."""
+    if not isinstance(module, nn.Embedding):
+        return None
+    scale = getattr(module, "scalar_embed_scale", getattr(module, "embed_scale", None))
+    return None if scale is None else float(scale)
+
+
+def _copy(tensor: Tensor, path: str) -> Tensor:
+    if not tensor.is_floating_point():
+        raise AdapterUnavailable(f"{path} is quantised: this adapter needs its weights; serve the base unquantised")
+    return tensor.detach().to("cpu", torch.float32, copy=True).contiguous()

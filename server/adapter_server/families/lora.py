@@ -1,0 +1,255 @@
+"""LoRA with what its config can ask for (PEFT `tuners/lora/`): rsLoRA, DoRA, patterns, biases, saved modules.
+
+    y = gain · (W' x + s·B(A x)) + b + bias        s = α/r, rsLoRA α/√r;   gain = m / ‖W' + s·BA‖ per row (DoRA)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adapter_server.core import Spec
+from adapter_server.errors import AdapterRefused
+from adapter_server.families.base import Adapter, AnyPatch, Base, EmbeddingPatch, ParamPatch, Patch, Shapes
+from adapter_server.families.options import (
+    Config,
+    as_integer,
+    as_number,
+    check_known,
+    choice,
+    flag,
+    refuse_set,
+    table,
+)
+from adapter_server.families.parts import (
+    LINEAR,
+    ROOT,
+    Expected,
+    Taker,
+    base_bias,
+    copies_expected,
+    override,
+    refuse_overlap,
+    saved_expected,
+    saved_patch,
+    take_copies,
+)
+from adapter_server.families.targets import by_pattern, saved_modules, targeted
+
+MAX_SCALING = 1e4
+
+# Served: these decide the tensors and the formula.
+SERVED = frozenset(
+    {
+        "alpha_pattern",
+        "bias",
+        "ensure_weight_tying",
+        "exclude_modules",
+        "init_lora_weights",
+        "layers_pattern",
+        "layers_to_transform",
+        "lora_alpha",
+        "lora_bias",
+        "modules_to_save",
+        "r",
+        "rank_pattern",
+        "target_modules",
+        "use_dora",
+        "use_rslora",
+    }
+)
+
+# Without effect on a saved adapter: training, initialisation, or settled by the base's own classes.
+HARMLESS = frozenset(
+    {
+        "corda_config",
+        "ephemeral_gpu_offload",
+        "eva_config",
+        "fan_in_fan_out",
+        "loftq_config",
+        "lora_dropout",
+        "lora_ga_config",
+        "megatron_core",
+        "qalora_group_size",
+    }
+)
+
+_MERGE = "merge it into a base of its own with PEFT's merge_and_unload"
+_RETRAIN = "train it again without this option"
+REFUSED: Mapping[str, str] = {
+    "alora_invocation_tokens": "its place of activation depends on the prompt; " + _RETRAIN,
+    "arrow_config": "it routes among other adapters; publish those and name them in the request",
+    "kasa_config": "it changes the base's weights; " + _MERGE,
+    "layer_replication": "it changes the base's depth for everybody; " + _MERGE,
+    "megatron_config": "it is sharded for Megatron; export it as a plain PEFT adapter",
+    "monteclora_config": "its sampler is part of the file; " + _MERGE,
+    "target_parameters": "it adapts parameters that are no module; " + _MERGE,
+    "trainable_token_indices": "it replaces rows of the embedding; " + _MERGE,
+    "use_bdlora": "its factors are block-diagonal; " + _MERGE,
+    "use_qalora": "it pools the input of a quantised base; " + _MERGE,
+    "velora_config": "its projections are part of the file; " + _MERGE,
+}
+
+PLAIN_INITS = ("gaussian", "orthogonal", "eva", "mica")  # a base untouched at initialisation: plain LoRA once trained
+
+
+@dataclass(frozen=True, slots=True)
+class Low:
+    """The low rank at one wrapped module."""
+
+    rank: int
+    scaling: float
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A config resolved against a base: what is wrapped, what is saved whole, and where biases were trained."""
+
+    wrapped: Mapping[str, Low]
+    saved: tuple[str, ...]
+    biases: Mapping[str, str]  # module path: key in the file
+    dora: bool
+    lora_bias: bool
+
+
+class Lora:
+    name = "LORA"
+    slow = False
+
+    def expected(self, config: Config, shapes: Shapes, names: frozenset[str]) -> Expected:
+        plan = resolve(config, shapes)
+        keys: Expected = {}
+        for path, low in plan.wrapped.items():
+            keys |= _module_expected(path, low, plan, shapes)
+        biases = {key: (shapes.modules[path].params["bias"]) for path, key in plan.biases.items()}
+        return keys | biases | copies_expected(plan.wrapped, shapes, names) | saved_expected(plan.saved, shapes)
+
+    def load(self, spec: Spec, tensors: Mapping[str, Tensor], base: Base) -> Adapter:
+        plan, take = resolve(spec.config, base.shapes), Taker(tensors)
+        weights = take_copies(take, plan.wrapped, base)
+        patches: dict[str, AnyPatch] = {
+            path: override(w, base.shapes.modules[path]) for path, w in weights.items() if path not in plan.wrapped
+        }
+        for path, low in plan.wrapped.items():
+            patches[path] = _module_patch(take, path, low, plan, base, weights.get(path))
+        for path in plan.saved:
+            patches[path] = saved_patch(take, path, base)
+        for path, key in plan.biases.items():
+            if path not in plan.wrapped:
+                patches[path] = _bias_patch(take(key), path, base)
+        take.done()
+        return Adapter(spec, patches)
+
+
+def resolve(config: Config, shapes: Shapes) -> Plan:
+    """Checks the config and resolves its names against the base."""
+    check_known(config, SERVED | HARMLESS | REFUSED.keys())
+    refuse_set(config, REFUSED)
+    _check_init(config)
+    paths, saved = targeted(config, shapes), saved_modules(config, shapes)
+    refuse_overlap(paths, saved)
+    _check_tying(config, shapes, [*paths, *saved])
+    dora, lora_bias = flag(config, "use_dora"), flag(config, "lora_bias")
+    if dora and lora_bias:
+        raise AdapterRefused("adapter_config.json: 'lora_bias' together with 'use_dora' is not defined; set one")
+    return Plan(_lows(config, paths), tuple(saved), _biases(config, shapes, paths, saved), dora, lora_bias)
+
+
+def _check_init(config: Config) -> None:
+    """Initialisations that change the base leave a file that means nothing over the original base."""
+    init = config.get("init_lora_weights", True)
+    if init is None or isinstance(init, bool) or init in PLAIN_INITS:
+        return
+    raise AdapterRefused(
+        f"adapter_config.json: 'init_lora_weights' is {str(init)[:40]!r}, which changed the base's weights; "
+        "save the adapter again with save_pretrained(..., path_initial_model_for_weight_conversion=...), which "
+        "converts it to a plain LoRA"
+    )
+
+
+def _check_tying(config: Config, shapes: Shapes, paths: Iterable[str]) -> None:
+    """Tying makes one adapter serve embedding and head; it has no effect where the base or the adapter has no tie."""
+    if flag(config, "ensure_weight_tying") and shapes.tied and {shapes.embed, shapes.head} & set(paths):
+        raise AdapterRefused(
+            "adapter_config.json: 'ensure_weight_tying' with an adapted embedding is not served here; " + _MERGE
+        )
+
+
+def _lows(config: Config, paths: Iterable[str]) -> dict[str, Low]:
+    rank = by_pattern(config, "rank_pattern", table(config, "rank_pattern"), config.get("r", 8))
+    alpha = by_pattern(config, "alpha_pattern", table(config, "alpha_pattern"), config.get("lora_alpha", 8))
+    root = flag(config, "use_rslora")
+    return {path: _low(as_integer(rank(path), "r"), as_number(alpha(path), "lora_alpha"), root) for path in paths}
+
+
+def _low(rank: int, alpha: float, root: bool) -> Low:
+    scaling = alpha / (math.sqrt(rank) if root else rank)
+    if abs(scaling) > MAX_SCALING:
+        raise AdapterRefused(f"adapter_config.json: the scaling {scaling:g} is beyond {MAX_SCALING:g}")
+    return Low(rank, scaling)
+
+
+def _biases(config: Config, shapes: Shapes, wrapped: list[str], saved: list[str]) -> dict[str, str]:
+    """{path: key} of the base's biases that were trained (PEFT `_get_learnable_bias_state_dict`)."""
+    mode = choice(config, "bias", "none", ("none", "all", "lora_only"))
+    if mode == "none":
+        return {}
+    with_bias = [path for path, shape in shapes.modules.items() if shape.has_bias and path not in saved]
+    inside = {path: f"{ROOT}{path}.base_layer.bias" for path in with_bias if path in wrapped}
+    outside = {path: f"{ROOT}{path}.bias" for path in with_bias if path not in wrapped and mode == "all"}
+    return inside | outside
+
+
+def _module_expected(path: str, low: Low, plan: Plan, shapes: Shapes) -> Expected:
+    shape, key = shapes.modules[path], f"{ROOT}{path}."
+    magnitude: Expected = {key + "lora_magnitude_vector": (shape.out,)} if plan.dora else {}
+    if shape.kind in LINEAR:
+        bias: Expected = {key + "lora_B.bias": (shape.out,)} if plan.lora_bias else {}
+        a, b = (low.rank, shape.inp), (shape.out, low.rank)
+        return {key + "lora_A.weight": a, key + "lora_B.weight": b} | bias | magnitude
+    if shape.kind == "embedding" and not plan.lora_bias:
+        a, b = (low.rank, shape.inp), (shape.out, low.rank)
+        return {key + "lora_embedding_A": a, key + "lora_embedding_B": b} | magnitude
+    raise AdapterRefused(f"adapter_config.json: 'target_modules' names {path}, which LoRA does not apply to")
+
+
+def _module_patch(take: Taker, path: str, low: Low, plan: Plan, base: Base, weight: Tensor | None) -> AnyPatch:
+    key = f"{ROOT}{path}."
+    if base.shapes.modules[path].kind == "embedding":
+        A, B = take(key + "lora_embedding_A"), take(key + "lora_embedding_B") * low.scaling  # [r,V] [H,r]
+        gain = None
+        if plan.dora:
+            W = base.weight(path) if weight is None else weight  # [V,H]
+            gain = take(key + "lora_magnitude_vector") / torch.linalg.norm(W.T + B @ A, dim=1)
+            B = B * gain[:, None]
+        return EmbeddingPatch(A, B, gain, weight, base.shapes.scaled_embeddings.get(path, 1.0))
+    A, B = take(key + "lora_A.weight"), take(key + "lora_B.weight") * low.scaling  # [r,in] [out,r]
+    bias = take(key + "lora_B.bias") * low.scaling if plan.lora_bias else None
+    trained = _trained_bias(take, path, plan, base)
+    bias = trained if bias is None else bias if trained is None else bias + trained
+    gain = None
+    if plan.dora:
+        W = base.weight(path) if weight is None else weight  # [out,in]
+        gain = take(key + "lora_magnitude_vector") / torch.linalg.norm(W + B @ A, dim=1)
+        B = B * gain[:, None]
+    return Patch(A=A, B=B, gain=gain, bias=bias, weight=weight)
+
+
+def _trained_bias(take: Taker, path: str, plan: Plan, base: Base) -> Tensor | None:
+    """The difference to the base's bias: of a trained one, or of the copy saved with a wrapped head."""
+    key = plan.biases.get(path, f"{ROOT}{path}.base_layer.bias")
+    return take(key) - base_bias(base, path) if path in plan.biases or key in take else None
+
+
+def _bias_patch(bias: Tensor, path: str, base: Base) -> AnyPatch:
+    """A trained bias of a module that is not wrapped."""
+    if base.shapes.modules[path].kind in LINEAR:
+        return Patch(bias=bias - base_bias(base, path))
+    return ParamPatch({"bias": bias})
+
+
+FAMILY = Lora()

@@ -1,0 +1,238 @@
+"""Tiny bases and real PEFT adapters with random weights, for every architecture and every option that is served.
+
+    base = tiny_base("llama")
+    config = ADAPTERS["dora"](base)                          # a PEFT config that fits this base
+    save_adapter(lambda: tiny_base("llama"), config, folder)
+    oracle = load_peft(tiny_base("llama"), folder)           # PEFT alone, to compare with
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from peft import (
+    IA3Config,
+    LoraConfig,
+    MultitaskPromptTuningConfig,
+    PeftConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
+from torch import nn
+
+VOCAB = 97
+COMMON = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
+    "llama": lambda: transformers.LlamaConfig(**COMMON),
+    "qwen2": lambda: transformers.Qwen2Config(**COMMON),
+    "qwen3": lambda: transformers.Qwen3Config(**COMMON, head_dim=16),
+    "mistral": lambda: transformers.MistralConfig(**COMMON, sliding_window=8),
+    "gemma2": lambda: transformers.Gemma2Config(**COMMON, head_dim=8, sliding_window=8, query_pre_attn_scalar=8),
+    "gemma3": lambda: transformers.Gemma3TextConfig(
+        **COMMON,
+        head_dim=8,
+        sliding_window=8,
+        query_pre_attn_scalar=8,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+    "phi3": lambda: transformers.Phi3Config(**COMMON),
+    "gpt2": lambda: transformers.GPT2Config(
+        vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=256, bos_token_id=1, eos_token_id=2
+    ),
+}
+ARCHS = tuple(CONFIGS)
+ZERO_CENTRED_NORMS = ("gemma2", "gemma3")
+
+# What warnings a sound adapter causes in PEFT: saved embeddings, biases where the base has none, tied weights.
+UNAVOIDABLE = (
+    "`is_gradient_checkpointing` is deprecated",
+    "Setting `save_embedding_layers` to `True`",
+    "`lora_bias=True` was passed but the targeted layer",
+    "Model has `tie_word_embeddings=True`",
+    r"Adapter 'default': \d+ LoRA tensor\(s\) have invalid shape",  # lora_B.bias, which has one dimension
+)
+
+
+def tiny_base(arch: str, seed: int = 0) -> transformers.PreTrainedModel:
+    """A causal LM of two layers, float32, in eval mode, with weights large enough for clear-cut logits."""
+    config = CONFIGS[arch]()
+    config._attn_implementation = "eager"
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(seed)
+    for name, param in model.named_parameters():
+        noise = torch.randn(param.shape, generator=generator)
+        if param.dim() > 1:
+            param.data = 0.3 * noise
+        elif name.endswith("bias"):
+            param.data = 0.2 * noise
+        elif arch in ZERO_CENTRED_NORMS:
+            param.data = 0.2 * noise + (1.5 if "post_" in name else 0)  # or else the scaled embeddings drown the layers
+        else:
+            param.data = 1 + 0.2 * noise
+    model.tie_weights()
+    model.generation_config.do_sample = False
+    return model.eval()
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to configure a kind; `archs` are the bases it fits."""
+
+    make: Callable[[nn.Module], PeftConfig]
+    archs: tuple[str, ...] = ARCHS
+
+    def __call__(self, base: nn.Module) -> PeftConfig:
+        return self.make(base)
+
+
+@dataclass(frozen=True)
+class Names:
+    """An architecture's module names."""
+
+    attention: list[str]
+    key_value: list[str]
+    mlp: list[str]
+    down: str
+    norm: str
+    embed: str
+    layers: str = "layers"
+
+
+def names(base: nn.Module) -> Names:
+    kind = base.config.model_type
+    if kind == "gpt2":
+        return Names(["c_attn"], ["c_attn"], ["c_fc", "mlp.c_proj"], "mlp.c_proj", "ln_f", "wte", "h")
+    if kind == "phi3":
+        return Names(["qkv_proj", "o_proj"], ["qkv_proj"], ["gate_up_proj", "down_proj"], "down_proj", "norm", EMBED)
+    attention = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    mlp = ["gate_proj", "up_proj", "down_proj"]
+    return Names(attention, ["k_proj", "v_proj"], mlp, "down_proj", "model.norm", EMBED)
+
+
+EMBED = "embed_tokens"
+
+
+def lora(**options: object) -> Callable[[nn.Module], PeftConfig]:
+    """A LoRA config on attention and MLP; an option that is callable is given the base's names.
+
+    PEFT saves patterns sorted and takes the first that matches, so that only a sorted table loads as it was trained.
+    """
+
+    def make(base: nn.Module) -> PeftConfig:
+        own = names(base)
+        chosen = {"r": 4, "lora_alpha": 8, "target_modules": [*own.attention, *own.mlp], "task_type": "CAUSAL_LM"}
+        chosen |= {key: value(own) if callable(value) else value for key, value in options.items()}
+        return LoraConfig(**chosen, fan_in_fan_out=base.config.model_type == "gpt2")
+
+    return make
+
+
+def ia3(base: nn.Module) -> PeftConfig:
+    own, transposed = names(base), base.config.model_type == "gpt2"
+    return IA3Config(
+        target_modules=[*own.key_value, own.down],
+        feedforward_modules=[own.down],
+        task_type="CAUSAL_LM",
+        fan_in_fan_out=transposed,
+    )
+
+
+BIASED = ("qwen2", "gpt2")  # the bases whose Linears have biases
+
+ADAPTERS: dict[str, Case] = {
+    "lora": Case(lora()),
+    "rslora": Case(lora(use_rslora=True)),
+    "dora": Case(lora(use_dora=True)),
+    "lora_patterns": Case(
+        lora(
+            target_modules=lambda own: own.attention,
+            rank_pattern=lambda own: dict(sorted({own.attention[0]: 2, rf"{own.layers}\.1\..*": 3}.items())),
+            alpha_pattern=lambda own: {rf"{own.layers}\.1\..*{own.attention[0]}": 5},
+        )
+    ),
+    "lora_layers": Case(lora(layers_to_transform=[1])),
+    "lora_excluded": Case(lora(target_modules="all-linear", exclude_modules=lambda own: [own.down])),
+    "lora_regex": Case(lora(target_modules=lambda own: rf".*\.1\..*\.({'|'.join(own.attention)})")),
+    "lora_bias_all": Case(lora(target_modules=lambda own: own.attention, bias="all")),
+    "lora_bias_only": Case(lora(bias="lora_only"), BIASED),
+    "lora_lora_bias": Case(lora(lora_bias=True)),
+    "lora_saved": Case(lora(modules_to_save=lambda own: ["lm_head", own.norm])),
+    "lora_embed": Case(lora(target_modules=lambda own: [own.embed, *own.attention])),
+    "lora_embed_dora": Case(lora(target_modules=lambda own: [own.embed, *own.attention], use_dora=True)),
+    "lora_head": Case(lora(target_modules=lambda own: ["lm_head", *own.attention]), tuple(set(ARCHS) - {"gpt2"})),
+    "ia3": Case(ia3),
+    "prefix": Case(lambda base: PrefixTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM")),
+    "prefix_projected": Case(
+        lambda base: PrefixTuningConfig(
+            num_virtual_tokens=5, prefix_projection=True, encoder_hidden_size=16, task_type="CAUSAL_LM"
+        )
+    ),
+    "prompt": Case(lambda base: PromptTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM")),
+    "ptuning": Case(
+        lambda base: PromptEncoderConfig(num_virtual_tokens=5, encoder_hidden_size=16, task_type="CAUSAL_LM")
+    ),
+    "multitask": Case(
+        lambda base: MultitaskPromptTuningConfig(num_virtual_tokens=5, num_tasks=3, num_ranks=2, task_type="CAUSAL_LM")
+    ),
+}
+
+PAIRS = [(arch, name) for name, case in ADAPTERS.items() for arch in ARCHS if arch in case.archs]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Lets through every warning but those that a sound adapter cannot avoid."""
+    with warnings.catch_warnings():
+        for message in UNAVOIDABLE:
+            warnings.filterwarnings("ignore", message=message)
+        yield
+
+
+def save_adapter(base_factory: Callable[[], nn.Module], config: PeftConfig, folder: Path, seed: int = 1) -> None:
+    """Saves a PEFT adapter whose every trained parameter is random, large enough to be seen in the logits."""
+    with quiet():
+        model = get_peft_model(base_factory(), config)
+        generator = torch.Generator().manual_seed(seed)
+        for name, param in model.named_parameters():
+            if param.requires_grad:
+                _randomise(name, param.data, generator)
+        model.eval().save_pretrained(folder)
+
+
+def load_peft(base: nn.Module, folder: Path) -> PeftModel:
+    """PEFT alone, with this one adapter: what everything is compared with."""
+    with quiet():
+        return PeftModel.from_pretrained(base, folder).eval()
+
+
+def _randomise(name: str, data: torch.Tensor, generator: torch.Generator) -> None:
+    noise = torch.randn(data.shape, generator=generator)
+    if "magnitude" in name or "ia3_l" in name:
+        data.mul_(1 + 0.3 * noise)
+    elif "lora_" in name:
+        data.copy_(0.15 * noise)
+    elif "prefix_task" in name:
+        data.copy_(0.8 * noise)
+    else:
+        data.add_(0.3 * noise)
