@@ -1,0 +1,1 @@
+"""HTTP: validates, resolves and admits requests, and turns events into answers. The one door to fastapi."""

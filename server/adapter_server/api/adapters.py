@@ -1,0 +1,115 @@
+"""The adapters: what there is, where it is, and moving it: load, unload, pin, unpin, merge, unmerge."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from typing import Any
+
+from fastapi import APIRouter, Request
+
+from adapter_server.api.bridge import Operation, Usage
+from adapter_server.api.service import Service, note, service_of
+from adapter_server.core import Resident, Spec
+from adapter_server.errors import NotMergeable
+from adapter_server.registry.store import Entry
+
+router = APIRouter(prefix="/adapters")
+
+
+@router.get("", summary="Every adapter and its state")
+async def list_adapters(request: Request) -> dict[str, Any]:
+    """What is in the registry, joined with what the engine holds."""
+    service = service_of(request)
+    entries = await asyncio.to_thread(service.store.entries)
+    held = residents_by_name(service.worker.stats().residents)
+    views = [_view(service, entry, held.get(entry.name, [])) for entry in entries]
+    return {"base": service.info.model, "adapters": views}
+
+
+@router.get("/{name}", summary="One adapter and its versions")
+async def show_adapter(request: Request, name: str) -> dict[str, Any]:
+    """The same for one, with every version that is served or still held."""
+    return await _show(service_of(request), name)
+
+
+@router.post("/{name}/{operation}", summary="Load, unload, pin, unpin, merge or unmerge")
+async def operate(request: Request, name: str, operation: Operation) -> dict[str, Any]:
+    """Answers once it is done, with the adapter as it is then."""
+    service = service_of(request)
+    service.check_open()
+    spec = await asyncio.to_thread(service.store.resolve, name)
+    note(request, x_adapter=spec.name, x_adapter_version=spec.version)
+    try:
+        await asyncio.wrap_future(service.worker.call(operation, spec))
+    except NotMergeable as error:
+        error.status = 409
+        raise
+    return await _show(service, spec.name)
+
+
+def residents_by_name(residents: Iterable[Resident]) -> dict[str, list[Resident]]:
+    """What the engine holds, a list of versions for each name."""
+    held: dict[str, list[Resident]] = {}
+    for resident in residents:
+        held.setdefault(resident.name, []).append(resident)
+    return held
+
+
+async def drop(service: Service, name: str, current: Spec | None) -> None:
+    """Lets go of every version but the current one; a pin goes on to that. Rows that run finish first."""
+    held = residents_by_name(service.worker.stats().residents).get(name, [])
+    for old in (resident for resident in held if current is None or resident.version != current.version):
+        spec = Spec(name, old.version, "", old.family, {}, 0)
+        if old.pinned and current is not None:
+            await asyncio.wrap_future(service.worker.call("pin", current))
+        if old.pinned:
+            await asyncio.wrap_future(service.worker.call("unpin", spec))
+        await asyncio.wrap_future(service.worker.call("unload", spec))
+
+
+async def _show(service: Service, name: str) -> dict[str, Any]:
+    entries = await asyncio.to_thread(service.store.entries)
+    entry = next((entry for entry in entries if entry.name == name), None)
+    if entry is None or entry.reason is None:
+        entry = Entry(name, await asyncio.to_thread(service.store.resolve, name))
+    held = residents_by_name(service.worker.stats().residents).get(name, [])
+    return _view(service, entry, held) | {"versions": _versions(entry, held)}
+
+
+def _view(service: Service, entry: Entry, held: list[Resident]) -> dict[str, Any]:
+    spec, usage = entry.spec, service.bridge.usage.get(entry.name, Usage())
+    version = spec.version if spec else ""
+    now = next((resident for resident in held if resident.version == version), None)
+    return {
+        "name": entry.name,
+        "family": spec.family if spec else None,
+        "state": _state(entry, now),
+        "reason": entry.reason or (now.error if now else None),
+        "version": version or None,
+        "rank": now.rank if now else None,
+        "bytes": spec.bytes if spec else 0,
+        "device_bytes": now.bytes if now else 0,
+        "snapshot_bytes": now.snapshot_bytes if now else 0,
+        "tiers": ["disk", "device"] if now and now.state == "ready" else ["disk"],
+        "pinned": bool(now and now.pinned),
+        "merged": bool(now and now.snapshot_bytes),
+        "lane": service.info.lane,
+        "running": sum(resident.running for resident in held),
+        "waiting": sum(resident.waiting for resident in held),
+        "served": usage.served,
+        "last_used": usage.last_used,
+    }
+
+
+def _state(entry: Entry, now: Resident | None) -> str:
+    if entry.reason is not None:
+        return "failed"
+    return now.state if now else "registered"
+
+
+def _versions(entry: Entry, held: list[Resident]) -> list[dict[str, Any]]:
+    current = entry.spec.version if entry.spec else ""
+    states = {resident.version: resident.state for resident in held}
+    known = [current, *(version for version in states if version != current)] if current else list(states)
+    return [{"version": v, "current": v == current, "state": states.get(v, "registered")} for v in known]

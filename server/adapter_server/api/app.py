@@ -1,0 +1,196 @@
+"""The application: the routes put together, and what runs beside them while it lives."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any
+
+import structlog
+from fastapi import APIRouter, FastAPI, Request, Response
+
+from adapter_server import __version__
+from adapter_server.api import adapters, generate, refusals
+from adapter_server.api.bridge import Bridge, Worker
+from adapter_server.api.envelope import Envelope
+from adapter_server.api.resolve import Info, prompt_ids
+from adapter_server.api.schemas import DetokenizeBody, TokenizeBody, parse
+from adapter_server.api.service import Service, service_of
+from adapter_server.config import ServerConfig
+from adapter_server.core import Event
+from adapter_server.errors import AdapterServerError, InvalidRequest, Unavailable
+from adapter_server.metrics import CONTENT_TYPE, Metrics
+from adapter_server.registry.store import Changes, Store
+from adapter_server.registry.watch import watch
+from adapter_server.text import Text
+
+Connect = Callable[[Callable[[list[Event]], None]], Worker]
+PULSE_S = 0.2  # how often the engine is felt for life
+router = APIRouter()
+log = structlog.get_logger()
+
+
+def create_app(
+    connect: Connect,
+    store: Store,
+    text: Text,
+    info: Info,
+    config: ServerConfig,
+    on_death: Callable[[], None] | None = None,
+) -> FastAPI:
+    """`connect` is given where to deliver events and gives the worker; `on_death` is called if the engine dies."""
+    metrics = Metrics()
+    metrics.build.info({"version": __version__, "model": info.model, "device": info.device, "dtype": info.dtype})
+    bridge = Bridge(metrics)
+    bridge.worker = connect(bridge.deliver)
+    service = Service(bridge.worker, bridge, store, text, info, config, metrics)
+    app = FastAPI(title="adapter-server", version=__version__, lifespan=_lifespan(service, on_death))
+    app.state.service = service
+    for part in (router, generate.router, adapters.router):
+        app.include_router(part)
+    refusals.install(app)
+    app.add_middleware(Envelope, max_body_bytes=config.max_body_bytes)
+    return app
+
+
+def _lifespan(service: Service, on_death: Callable[[], None] | None) -> Callable[[FastAPI], Any]:
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        service.bridge.open()
+        service.worker.start()
+        over = asyncio.Event()
+        beside = [asyncio.create_task(_keep_watch(service, over)), asyncio.create_task(_pulse(service, on_death))]
+        try:
+            yield
+        finally:
+            over.set()
+            beside[1].cancel()
+            await asyncio.gather(*beside, return_exceptions=True)
+            await asyncio.to_thread(service.worker.stop)
+
+    return lifespan
+
+
+async def _pulse(service: Service, on_death: Callable[[], None] | None) -> None:
+    """Ends every request, and the server, when the engine's loop is no more."""
+    while service.worker.alive:
+        await asyncio.sleep(PULSE_S)
+    log.error("the engine stopped")
+    service.bridge.fail_all()
+    if on_death is not None:
+        on_death()
+
+
+async def _keep_watch(service: Service, over: asyncio.Event) -> None:
+    """Follows the adapters folder. What it sets off runs beside it, so that a slow unload delays no news."""
+    running: set[asyncio.Task[None]] = set()
+
+    def on_change(changes: Changes) -> None:
+        log.info("adapters changed", **_told(changes))
+        for name in changes.removed:
+            service.metrics.forget(name)
+            service.bridge.usage.pop(name, None)
+        for name in (*changes.removed, *changes.changed):
+            task = asyncio.create_task(_logged(_let_go(service, name), name))
+            running.add(task)
+            task.add_done_callback(running.discard)
+
+    await watch(service.store, on_change, over)
+    for task in tuple(running):
+        task.cancel()
+    await asyncio.gather(*running, return_exceptions=True)
+
+
+def _told(changes: Changes) -> dict[str, Any]:
+    fields = {name: getattr(changes, name) for name in ("added", "changed", "removed", "error")}
+    return {name: value for name, value in fields.items() if value}
+
+
+async def _let_go(service: Service, name: str) -> None:
+    """Frees the versions that requests no longer reach."""
+    try:
+        current = await asyncio.to_thread(service.store.resolve, name)
+    except AdapterServerError:  # gone, or not servable as it is now
+        current = None
+    await adapters.drop(service, name, current)
+
+
+async def _logged(work: Coroutine[Any, Any, None], name: str) -> None:
+    try:
+        await work
+    except AdapterServerError as error:
+        log.warning("an old version stays in memory", adapter=name, reason=error.message)
+
+
+@router.get("/livez", summary="Is the engine's loop alive?")
+async def livez(request: Request) -> Response:
+    """503 once the engine has died."""
+    if service_of(request).worker.alive:
+        return Response('{"status":"ok"}', media_type="application/json")
+    return refusals.answer(Unavailable("the engine is not running", retry_after=5))
+
+
+@router.get("/readyz", summary="Are requests taken?")
+@router.get("/health", summary="The same as /readyz")
+async def readyz(request: Request) -> Response:
+    """503 while draining, and once the engine has died."""
+    try:
+        service_of(request).check_open()
+    except Unavailable as error:
+        return refusals.answer(error)
+    return Response('{"status":"ok"}', media_type="application/json")
+
+
+@router.get("/version", summary="The server's version")
+async def version() -> dict[str, str]:
+    """As in the package."""
+    return {"version": __version__}
+
+
+@router.get("/info", summary="The base model and the limits")
+async def info(request: Request) -> dict[str, Any]:
+    """What a client may want to know before it asks."""
+    service = service_of(request)
+    base = service.info
+    return {
+        "version": __version__,
+        "model": base.model,
+        "max_model_len": base.max_model_len,
+        "vocab_size": base.vocab_size,
+        "device": base.device,
+        "dtype": base.dtype,
+        "lane": base.lane,
+        "max_body_bytes": service.config.max_body_bytes,
+        "request_timeout_s": service.config.request_timeout_s,
+    }
+
+
+@router.get("/metrics", summary="Metrics for Prometheus")
+async def metrics(request: Request) -> Response:
+    """The gauges are of this moment."""
+    service = service_of(request)
+    entries = await asyncio.to_thread(service.store.entries)
+    specs = [entry.spec for entry in entries if entry.spec is not None]
+    text = service.metrics.render(service.worker.stats(), specs, len(entries) - len(specs))
+    return Response(text, headers={"content-type": CONTENT_TYPE})
+
+
+@router.post("/tokenize", summary="Text to token ids")
+async def tokenize(request: Request) -> dict[str, Any]:
+    """The ids that /generate would see."""
+    service = service_of(request)
+    body = parse(TokenizeBody, await request.body())
+    ids = await asyncio.to_thread(prompt_ids, body.prompt, service.text, service.info)
+    return {"token_ids": ids, "count": len(ids)}
+
+
+@router.post("/detokenize", summary="Token ids to text")
+async def detokenize(request: Request) -> dict[str, str]:
+    """Special tokens have no text."""
+    service = service_of(request)
+    ids = parse(DetokenizeBody, await request.body()).token_ids
+    wrong = next((id for id in ids if id >= service.info.vocab_size), None)
+    if wrong is not None:
+        raise InvalidRequest(f"token id {wrong} is not below {service.info.vocab_size}", param="token_ids")
+    return {"text": service.text.decode(ids)}

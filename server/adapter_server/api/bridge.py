@@ -1,0 +1,154 @@
+"""The engine's thread on one side, the event loop on the other: a batch of events crosses once per step."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import defaultdict
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import structlog
+
+from adapter_server.core import Event, Finished, FinishReason, Request, Spec, Stats, Token
+from adapter_server.errors import AdapterServerError, DeadlineExceeded, Unavailable
+from adapter_server.metrics import Metrics
+
+Operation = Literal["load", "unload", "pin", "unpin", "merge", "unmerge"]
+GRACE_S = 0.25  # the engine ends a request at its deadline; this much later the bridge does
+log = structlog.get_logger()
+
+
+class Worker(Protocol):
+    """What the API needs of the engine."""
+
+    @property
+    def alive(self) -> bool: ...
+    def start(self) -> None: ...
+    def stop(self, drain_s: float = 0.0) -> None: ...
+    def submit(self, request: Request) -> None: ...
+    def cancel(self, request_id: str, reason: FinishReason = "cancelled") -> None: ...
+    def call(self, op: Operation, spec: Spec) -> Future[None]: ...
+    def stats(self) -> Stats: ...
+
+
+@dataclass(slots=True)
+class Usage:
+    """How an adapter was used; `last_used` in seconds since 1970."""
+
+    served: int = 0
+    last_used: float | None = None
+
+
+class Channel:
+    """The events of one request, on the event loop."""
+
+    __slots__ = ("_queue", "request", "timer")
+
+    def __init__(self, request: Request, timer: asyncio.TimerHandle | None) -> None:
+        self._queue: asyncio.Queue[Token | Finished] = asyncio.Queue()
+        self.request = request
+        self.timer = timer
+
+    def put(self, event: Token | Finished) -> None:
+        self._queue.put_nowait(event)
+
+    async def next(self) -> list[Token | Finished]:
+        """Waits for one event, and takes what else is there."""
+        events = [await self._queue.get()]
+        while not self._queue.empty():
+            events.append(self._queue.get_nowait())
+        return events
+
+
+class Bridge:
+    """Requests go down, events come up. All but `deliver` belongs to the event loop."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self.worker: Worker
+        self.usage: defaultdict[str, Usage] = defaultdict(Usage)
+        self._metrics = metrics
+        self._channels: dict[str, Channel] = {}
+        self._loop: asyncio.AbstractEventLoop
+
+    def open(self) -> None:
+        """Binds the running loop; before the worker starts."""
+        self._loop = asyncio.get_running_loop()
+
+    def deliver(self, events: list[Event]) -> None:
+        """Called on the engine's thread, once a step."""
+        self._loop.call_soon_threadsafe(self._dispatch, events)
+
+    @property
+    def open_requests(self) -> int:
+        return len(self._channels)
+
+    def submit(self, request: Request) -> Channel:
+        """Admits a request, or raises what the worker raises. No event of it can be lost: they come by this loop."""
+        self.worker.submit(request)
+        channel = self._channels[request.id] = Channel(request, self._timer(request))
+        self._metrics.admitted(request)
+        return channel
+
+    def cancel(self, request_id: str, reason: FinishReason = "cancelled") -> None:
+        """Frees the request's place within a step. One that has ended is left alone."""
+        if request_id in self._channels:
+            self.worker.cancel(request_id, reason)
+
+    def cancel_all(self) -> None:
+        for request_id in tuple(self._channels):
+            self.cancel(request_id)
+
+    def fail_all(self) -> None:
+        """The engine is gone: every request ends now."""
+        error = Unavailable("the engine stopped: retry once the server is back", retry_after=5)
+        self._dispatch([Finished(request_id, "error", error) for request_id in self._channels])
+
+    def _timer(self, request: Request) -> asyncio.TimerHandle | None:
+        if request.deadline is None:
+            return None
+        delay = max(0.0, request.deadline - time.monotonic()) + GRACE_S
+        return self._loop.call_later(delay, self._expire, request)
+
+    def _expire(self, request: Request) -> None:
+        self.cancel(request.id, "timeout")
+        error = DeadlineExceeded("the deadline passed: allow more with timeout_s, or retry when less is waiting")
+        self._dispatch([Finished(request.id, "timeout", error, total_s=time.monotonic() - request.arrived)])
+
+    def _dispatch(self, events: list[Event]) -> None:
+        self._metrics.observe(events)
+        for event in events:
+            if isinstance(event, Token):
+                self._put(event)
+            elif isinstance(event, Finished):
+                self._close(event)
+            elif event.error is not None:
+                log.warning("adapter failed", adapter=event.name, version=event.version, reason=event.error)
+
+    def _put(self, token: Token) -> None:
+        channel = self._channels.get(token.request_id)
+        if channel is not None:
+            channel.put(token)
+
+    def _close(self, end: Finished) -> None:
+        channel = self._channels.pop(end.request_id, None)
+        if channel is None:
+            return
+        if channel.timer is not None:
+            channel.timer.cancel()
+        channel.put(end)
+        for member in channel.request.members:
+            usage = self.usage[member.spec.name]
+            usage.served, usage.last_used = usage.served + 1, time.time()
+
+
+def refusal_of(end: Finished, produced: int) -> AdapterServerError | None:
+    """The error that this end means to the caller: None where it is an ordinary answer, a partial one included."""
+    if end.reason == "error":
+        return end.error or Unavailable("the engine ended this request: retry", retry_after=1)
+    if produced or end.reason in ("stop", "length", "eos"):
+        return None
+    if end.reason == "timeout":
+        return end.error or DeadlineExceeded("the deadline passed before the first token: allow more with timeout_s")
+    return Unavailable("the request was cancelled before its first token", retry_after=1)

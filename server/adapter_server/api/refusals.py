@@ -1,0 +1,77 @@
+"""Errors as answers: one shape, {"error": {"message", "type", "param", "code"}}, for every refusal."""
+
+from __future__ import annotations
+
+import math
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from adapter_server.api.service import service_of
+from adapter_server.errors import AdapterServerError
+
+TYPES = {
+    404: "not_found_error",
+    409: "conflict_error",
+    424: "adapter_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "unavailable_error",
+    504: "timeout_error",
+}
+CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
+RETRY = (429, 503)
+
+
+def shape(message: str, status: int, code: str, param: str | None = None) -> dict[str, Any]:
+    """The one shape."""
+    kind = TYPES.get(status, "invalid_request_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def error_shape(error: AdapterServerError) -> dict[str, Any]:
+    return shape(error.message, error.status, error.code, error.param)
+
+
+def answer(error: AdapterServerError) -> JSONResponse:
+    """The answer to a refused request, with Retry-After where trying again helps."""
+    headers = {}
+    if error.status in RETRY:
+        headers["retry-after"] = str(max(1, math.ceil(error.retry_after or 1)))
+    return JSONResponse(error_shape(error), error.status, headers)
+
+
+def plain_answer(status: int, message: str | None = None) -> JSONResponse:
+    """For what no route was asked: unknown paths, wrong methods, bodies that are too large."""
+    phrase = HTTPStatus(status).phrase
+    code = CODES.get(status, phrase.lower().replace(" ", "_"))
+    return JSONResponse(shape(message or phrase, status, code), status)
+
+
+def crash(request_id: str) -> JSONResponse:
+    """For our own mistakes: the log has the rest."""
+    message = f"this request failed inside; its id in the log is {request_id}"
+    return JSONResponse(shape(message, 500, "internal_error"), 500)
+
+
+async def _typed(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, AdapterServerError)
+    service_of(request).metrics.refuse(error.code)
+    return answer(error)
+
+
+async def _http(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    message = f"there is no route {request.method} {request.url.path}" if error.status_code == 404 else None
+    response = plain_answer(error.status_code, message or error.detail)
+    response.headers.update(error.headers or {})
+    return response
+
+
+def install(app: FastAPI) -> None:
+    """Makes the app answer every refusal in this shape."""
+    app.add_exception_handler(AdapterServerError, _typed)
+    app.add_exception_handler(HTTPException, _http)

@@ -1,0 +1,152 @@
+"""From a valid body to the engine's `Request`: token ids, adapters at their versions, the route, room to answer."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from typing import Protocol
+
+from adapter_server.api.schemas import GenerateBody
+from adapter_server.core import Member, Mode, Resident, Sampling, Spec
+from adapter_server.errors import InvalidRequest, PromptTooLong
+from adapter_server.text import Text
+
+TASKED = "MULTITASK_PROMPT_TUNING"
+PROMPT_KINDS = frozenset({"PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", TASKED})
+
+
+class Info(Protocol):
+    """What is asked of the engine about its base model."""
+
+    @property
+    def model(self) -> str: ...
+    @property
+    def max_model_len(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def eos_ids(self) -> Collection[int]: ...
+    @property
+    def device(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def lane(self) -> str: ...
+
+
+def prompt_ids(prompt: str | Sequence[int], text: Text, info: Info) -> tuple[int, ...]:
+    """The prompt's token ids, at least one and all of them the base's."""
+    if isinstance(prompt, str):
+        _check_characters(prompt, text, info)
+        prompt = text.encode(prompt)
+    wrong = next((id for id in prompt if id >= info.vocab_size), None)
+    if wrong is not None:
+        raise InvalidRequest(f"token id {wrong} is not below the vocabulary's {info.vocab_size}", param="prompt")
+    if not prompt and text.bos_id is None:
+        raise InvalidRequest("the prompt is empty: this model needs at least one token to go on from", param="prompt")
+    return tuple(prompt) or (text.bos_id or 0,)
+
+
+def _check_characters(prompt: str, text: Text, info: Info) -> None:
+    """Spares the tokenizer a text that cannot fit however it is cut."""
+    if len(prompt) > info.max_model_len * text.longest_token:
+        raise _too_long(f"the prompt's {len(prompt):,} characters", info)
+
+
+def _too_long(what: str, info: Info) -> PromptTooLong:
+    return PromptTooLong(f"{what} do not fit the context of {info.max_model_len:,} tokens: shorten it", param="prompt")
+
+
+def adapter_refs(body: GenerateBody, info: Info) -> list[tuple[str, float]]:
+    """The names asked for with their weights; none means the base model."""
+    asked = body.adapter
+    if asked is None or asked in ("", info.model):
+        return []
+    if isinstance(asked, str):
+        return [(asked, body.scale)]
+    names = [member.name for member in asked]
+    if len(set(names)) < len(names):
+        raise InvalidRequest("an adapter is named twice: add its weights up", param="adapter")
+    return [(member.name, member.weight * body.scale) for member in asked]
+
+
+def check_members(body: GenerateBody, members: Sequence[Member]) -> None:
+    """Weights, scale and task must have a meaning for these adapters."""
+    prompts = [member for member in members if member.spec.family in PROMPT_KINDS]
+    if len(prompts) > 1:
+        raise InvalidRequest("at most one prefix or soft prompt fits into a composition", param="adapter")
+    if not members and body.scale != 1:
+        raise InvalidRequest("scale needs an adapter: the base model has none", param="scale")
+    for member in prompts:
+        _check_unscaled(body, member)
+    _check_task(body, next((member.spec for member in prompts if member.spec.family == TASKED), None))
+
+
+def _check_unscaled(body: GenerateBody, member: Member) -> None:
+    name, family = member.spec.name, member.spec.family
+    if body.scale != 1:
+        raise InvalidRequest(f"scale has no meaning for {name!r} ({family}): leave it out", param="scale")
+    if member.weight != 1:
+        raise InvalidRequest(f"the weight of {name!r} ({family}) can only be 1", param="adapter")
+
+
+def _check_task(body: GenerateBody, spec: Spec | None) -> None:
+    if spec is None:
+        if body.task_id is not None:
+            raise InvalidRequest("task_id is for adapters with tasks only: leave it out", param="task_id")
+        return
+    tasks = spec.config.get("num_tasks")
+    count = tasks if isinstance(tasks, int) else 1
+    if body.task_id is None or body.task_id >= count:
+        raise InvalidRequest(f"adapter {spec.name!r} needs a task_id from 0 to {count - 1}", param="task_id")
+
+
+def route(body: GenerateBody, members: Sequence[Member], residents: Iterable[Resident]) -> Mode:
+    """How the members are applied; `auto` is decided here, once."""
+    if not members:
+        return "base"
+    if body.mode != "auto":
+        return _explicit(body, members)
+    if len(members) > 1 or members[0].weight != 1 or body.seed is not None:
+        return "unmerged"
+    key = members[0].spec.key
+    folded = any((r.name, r.version) == key and r.snapshot_bytes for r in residents)
+    return "merged" if folded else "unmerged"
+
+
+def _explicit(body: GenerateBody, members: Sequence[Member]) -> Mode:
+    if body.mode != "merged":
+        return "unmerged"
+    if len(members) > 1:
+        raise InvalidRequest("mode merged takes one adapter: use unmerged for a composition", param="mode")
+    if members[0].weight != 1:
+        raise InvalidRequest("mode merged has the adapter's own strength: use unmerged to scale", param="scale")
+    return "merged"
+
+
+def sampling(body: GenerateBody, prompt: Sequence[int], members: Sequence[Member], info: Info) -> Sampling:
+    """The sampling asked for. Only a `max_new_tokens` that the caller left open is cut to fit the context."""
+    room = info.max_model_len - len(prompt) - sum(_virtual_tokens(member.spec) for member in members)
+    if room < 1:
+        raise _too_long(f"the prompt's {len(prompt):,} tokens and a new one", info)
+    wanted = body.max_new_tokens
+    if wanted > room and "max_new_tokens" in body.model_fields_set:
+        raise _too_long(f"the prompt's {len(prompt):,} tokens and {wanted:,} new ones", info)
+    return Sampling(
+        temperature=body.temperature,
+        top_p=body.top_p,
+        top_k=body.top_k,
+        min_p=body.min_p,
+        repetition_penalty=body.repetition_penalty,
+        presence_penalty=body.presence_penalty,
+        frequency_penalty=body.frequency_penalty,
+        seed=body.seed,
+        max_new_tokens=min(wanted, room),
+        ignore_eos=body.ignore_eos,
+        logprobs=body.logprobs,
+    )
+
+
+def _virtual_tokens(spec: Spec) -> int:
+    """Positions that a prefix or soft prompt takes before the prompt's."""
+    count = spec.config.get("num_virtual_tokens") if spec.family in PROMPT_KINDS else 0
+    return count if isinstance(count, int) else 0

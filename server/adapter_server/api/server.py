@@ -1,0 +1,132 @@
+"""The process: uvicorn, signals and logs."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from types import FrameType
+
+import structlog
+import uvicorn
+
+from adapter_server.api.app import Connect, create_app
+from adapter_server.api.resolve import Info
+from adapter_server.config import ServerConfig
+from adapter_server.errors import InvalidRequest
+from adapter_server.registry.store import Store
+from adapter_server.text import Text
+
+TICK_S = 0.02
+LAST_WORDS_S = 1.0  # for the answers of cancelled requests to leave
+Announce = Callable[[str], None]
+log = structlog.get_logger()
+
+
+class Server(uvicorn.Server):
+    """On the first signal it drains and leaves with 0; on the second it leaves at once. A dead engine leaves 1."""
+
+    def __init__(
+        self, connect: Connect, store: Store, text: Text, info: Info, config: ServerConfig, announce: Announce
+    ) -> None:
+        app = create_app(connect, store, text, info, config, on_death=self._die)
+        super().__init__(
+            uvicorn.Config(
+                app, config.host, config.port, lifespan="on", log_config=None, access_log=False, server_header=False
+            )
+        )
+        self.exit_code = 0
+        self._service = app.state.service
+        self._drain_s = config.drain_timeout_s
+        self._announce = announce
+        self._loop: asyncio.AbstractEventLoop
+        self._draining: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+        if self.started:
+            self._announce(self.address)
+
+    @property
+    def address(self) -> str:
+        """Where it listens, the port as bound."""
+        host, port = self.servers[0].sockets[0].getsockname()[:2]
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._service.draining or not self.started:
+            self.should_exit = self.force_exit = True
+            return
+        self._service.draining = True
+        log.info("draining", signal=signal.Signals(sig).name, requests=self._service.bridge.open_requests)
+        self._loop.call_soon_threadsafe(self._start_draining)
+
+    def _start_draining(self) -> None:
+        self._draining = self._loop.create_task(self._drain())
+
+    async def _drain(self) -> None:
+        """Running requests finish; those that take too long end as cancelled, with the text they have."""
+        await self._quiet(self._drain_s)
+        self._service.bridge.cancel_all()
+        await self._quiet(LAST_WORDS_S)
+        self.should_exit = True
+
+    async def _quiet(self, seconds: float) -> None:
+        until = self._loop.time() + seconds
+        while self._service.bridge.open_requests and self._loop.time() < until:
+            await asyncio.sleep(TICK_S)
+
+    def _die(self) -> None:
+        self.exit_code = 1
+        self.should_exit = True
+
+
+def check_host(config: ServerConfig) -> None:
+    """Without keys only this machine may ask, unless somebody says otherwise."""
+    if config.insecure or _is_loopback(config.host):
+        return
+    raise InvalidRequest(
+        f"{config.host} is not a loopback address and anybody who reaches it could use this server: "
+        "listen on 127.0.0.1, or add --insecure if the network is trusted",
+        param="host",
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def configure_logs(level: str) -> None:
+    """One format for our lines and the libraries': for people on a terminal, JSON lines elsewhere."""
+    terminal = sys.stderr.isatty()
+    shared: list[structlog.typing.Processor] = [
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    last: list[structlog.typing.Processor] = [
+        structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+        *([] if terminal else [structlog.processors.format_exc_info]),
+        structlog.dev.ConsoleRenderer() if terminal else structlog.processors.JSONRenderer(),
+    ]
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(structlog.stdlib.ProcessorFormatter(foreign_pre_chain=shared, processors=last))
+    logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    structlog.configure(
+        processors=[
+            structlog.stdlib.filter_by_level,
+            *shared,
+            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+        ],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
+    )

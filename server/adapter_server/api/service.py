@@ -1,0 +1,48 @@
+"""What every route works with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.requests import Request
+
+from adapter_server.api.bridge import Bridge, Worker
+from adapter_server.api.resolve import Info
+from adapter_server.config import ServerConfig
+from adapter_server.errors import Unavailable
+from adapter_server.metrics import Metrics
+from adapter_server.registry.store import Store
+from adapter_server.text import Text
+
+
+@dataclass(slots=True)
+class Service:
+    """One base model, its adapters and its engine, as the routes see them."""
+
+    worker: Worker
+    bridge: Bridge
+    store: Store
+    text: Text
+    info: Info
+    config: ServerConfig
+    metrics: Metrics
+    draining: bool = False
+
+    def check_open(self) -> None:
+        """Raises Unavailable where new work is not taken."""
+        if self.draining:
+            raise Unavailable("the server is shutting down: ask another, or retry", retry_after=5)
+        if not self.worker.alive:
+            raise Unavailable("the engine is not running: retry once the server is back", retry_after=5)
+
+
+def service_of(request: Request) -> Service:
+    """The service of the app that got this request."""
+    service: Service = request.app.state.service
+    return service
+
+
+def note(request: Request, **headers: Any) -> None:
+    """Headers for the answer, whatever it turns out to be; underscores stand for hyphens."""
+    request.scope["reply_headers"].update({name.replace("_", "-"): str(value) for name, value in headers.items()})
