@@ -83,7 +83,7 @@ def check_name(name: str, reserved: Iterable[str] = ()) -> None:
     """The grammar and the reserved names. Folders whose names differ by case only are the store's matter."""
     if not NAME.fullmatch(name):
         raise AdapterRefused(
-            f"adapter name {show(name)} is not allowed: 1 to 128 of A-Z a-z 0-9 . _ -, beginning with a letter or a digit"
+            f"adapter name {show(name)} is not allowed: 1 to 128 of A-Z a-z 0-9 . _ -, first a letter or a digit"
         )
     if name.casefold() in {r.casefold() for r in (*RESERVED, *reserved)}:
         raise AdapterRefused(f"adapter name {show(name)} is reserved: choose another")
@@ -279,15 +279,26 @@ def _finite(data: Buffer, span: Span, scratch: npt.NDArray[Any]) -> bool:
 def check_files(folder: Path) -> None:
     """Both files are there; pickled weights are refused with the command that converts them."""
     for file in (CONFIG, WEIGHTS):
-        if os.path.exists(folder / file):
+        if not _missing(folder / file):
             continue
-        pickle = next((p for p in PICKLES if file == WEIGHTS and os.path.exists(folder / p)), None)
+        pickle = next((p for p in PICKLES if file == WEIGHTS and not _missing(folder / p)), None)
         if pickle:
             _refuse(
                 pickle,
                 f"a pickle can run code, so it is never read. If you trust it, run in its folder: {convert(pickle)}",
             )
         raise Incomplete(f"{file}: missing. Save the adapter with save_pretrained, or copy the file here")
+
+
+def _missing(path: Path) -> bool:
+    """Whether there is certainly no such file; one that the system will not show is for `open_regular` to report."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def convert(pickle: str) -> str:
@@ -310,11 +321,10 @@ def open_regular(path: Path, root: Path) -> io.FileIO:
         raise Incomplete(f"{path.name}: missing") from error
     except OSError as error:
         raise Unreadable(f"{path.name}: cannot be opened ({error.strerror})") from error
-    file = io.FileIO(fd, "rb")
     if not stat.S_ISREG(os.fstat(fd).st_mode):
-        file.close()
+        os.close(fd)
         _refuse(path.name, "not a regular file: copy the file itself here")
-    return file
+    return io.FileIO(fd, "rb")
 
 
 def read_private(path: Path, root: Path, most: int) -> bytearray:

@@ -158,19 +158,27 @@ class Store:
 
     def read(self, spec: Spec) -> Blob:
         """The bytes of exactly this version, checked. Raises VersionGone when the files are no longer these."""
-        gone = f"adapter {spec.name}@{spec.version} is no longer on disk, it was replaced or removed: ask again"
         try:
             config = guard.read_private(self._path(spec.name, guard.CONFIG), self.root, guard.MAX_CONFIG_BYTES)
             weights = guard.read_private(self._path(spec.name, guard.WEIGHTS), self.root, self.max_bytes)
-        except guard.Unreadable:
-            raise
+        except guard.Unreadable as refused:
+            raise _refusal(spec.name, refused.message) from refused
         except AdapterRefused as refused:
-            raise VersionGone(gone, param="adapter") from refused
+            raise self._gone(spec) from refused
         digest = _hasher(config, len(weights))
         digest.update(weights)
         if digest.hexdigest()[:VERSION_DIGITS] != spec.version:
-            raise VersionGone(gone, param="adapter")
+            raise self._gone(spec)
         return self._checked(spec, weights)
+
+    def _gone(self, spec: Spec) -> VersionGone:
+        """Whoever reads a version does not hold it: one that is gone from the disk is answered no more."""
+        with self._lock:
+            folder = self._folders.get(spec.name)
+            if folder and folder.served and folder.served.digest.startswith(spec.version):
+                folder.served = None
+        message = f"adapter {spec.name}@{spec.version} is no longer on disk, it was replaced or removed: ask again"
+        return VersionGone(message, param="adapter")
 
     def _checked(self, spec: Spec, weights: bytearray) -> Blob:
         try:
