@@ -3,11 +3,13 @@
     base = tiny_base("llama")
     config = ADAPTERS["dora"](base)                          # a PEFT config that fits this base
     save_adapter(lambda: tiny_base("llama"), config, folder)
+    spec, tensors = read(folder)
     oracle = load_peft(tiny_base("llama"), folder)           # PEFT alone, to compare with
 """
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +19,8 @@ from pathlib import Path
 import torch
 import transformers
 from peft import (
+    CartridgeConfig,
+    CPTConfig,
     IA3Config,
     LoraConfig,
     MultitaskPromptTuningConfig,
@@ -25,9 +29,13 @@ from peft import (
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
+    VeloraConfig,
     get_peft_model,
 )
+from safetensors.torch import load_file
 from torch import nn
+
+from adapter_server.core import Spec
 
 VOCAB = 97
 COMMON = {
@@ -117,12 +125,13 @@ class Names:
     norm: str
     embed: str
     layers: str = "layers"
+    block: str = "self_attn"
 
 
 def names(base: nn.Module) -> Names:
     kind = base.config.model_type
     if kind == "gpt2":
-        return Names(["c_attn"], ["c_attn"], ["c_fc", "mlp.c_proj"], "mlp.c_proj", "ln_f", "wte", "h")
+        return Names(["c_attn"], ["c_attn"], ["c_fc", "mlp.c_proj"], "mlp.c_proj", "ln_f", "wte", "h", "attn")
     if kind == "phi3":
         return Names(["qkv_proj", "o_proj"], ["qkv_proj"], ["gate_up_proj", "down_proj"], "down_proj", "norm", EMBED)
     attention = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -158,6 +167,15 @@ def ia3(base: nn.Module) -> PeftConfig:
     )
 
 
+def ia3_saved(base: nn.Module) -> PeftConfig:
+    """(IA)³ that scales the head's input too, and saves a norm."""
+    config = ia3(base)
+    config.feedforward_modules = {*config.feedforward_modules, "lm_head"}
+    config.target_modules = {*config.target_modules, "lm_head"}
+    config.modules_to_save = [names(base).norm]
+    return config
+
+
 BIASED = ("qwen2", "gpt2")  # the bases whose Linears have biases
 
 ADAPTERS: dict[str, Case] = {
@@ -181,7 +199,19 @@ ADAPTERS: dict[str, Case] = {
     "lora_embed": Case(lora(target_modules=lambda own: [own.embed, *own.attention])),
     "lora_embed_dora": Case(lora(target_modules=lambda own: [own.embed, *own.attention], use_dora=True)),
     "lora_head": Case(lora(target_modules=lambda own: ["lm_head", *own.attention]), tuple(set(ARCHS) - {"gpt2"})),
+    "lora_tied": Case(
+        lora(target_modules=lambda own: [own.embed, *own.attention], ensure_weight_tying=True), ("gemma2",)
+    ),
+    "lora_tied_saved": Case(
+        lora(target_modules=lambda own: own.attention, modules_to_save=["lm_head"], ensure_weight_tying=True),
+        ("gemma2", "gpt2"),
+    ),
+    "lora_saved_block": Case(
+        lora(target_modules=lambda own: own.mlp, modules_to_save=lambda own: [f"{own.layers}.1.{own.block}"])
+    ),
+    "velora": Case(lora(velora_config=VeloraConfig(num_groups=5))),
     "ia3": Case(ia3),
+    "ia3_saved": Case(ia3_saved, tuple(set(ARCHS) - {"gpt2"})),
     "prefix": Case(lambda base: PrefixTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM")),
     "prefix_projected": Case(
         lambda base: PrefixTuningConfig(
@@ -191,6 +221,12 @@ ADAPTERS: dict[str, Case] = {
     "prompt": Case(lambda base: PromptTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM")),
     "ptuning": Case(
         lambda base: PromptEncoderConfig(num_virtual_tokens=5, encoder_hidden_size=16, task_type="CAUSAL_LM")
+    ),
+    "cartridge": Case(lambda base: CartridgeConfig(num_virtual_tokens=5, num_frozen_tokens=2, task_type="CAUSAL_LM")),
+    "cpt": Case(
+        lambda base: CPTConfig(
+            cpt_token_ids=[3, 4, 5], cpt_mask=[1, 1, 1], cpt_tokens_type_mask=[1, 2, 4], task_type="CAUSAL_LM"
+        ),
     ),
     "multitask": Case(
         lambda base: MultitaskPromptTuningConfig(num_virtual_tokens=5, num_tasks=3, num_ranks=2, task_type="CAUSAL_LM")
@@ -236,3 +272,11 @@ def _randomise(name: str, data: torch.Tensor, generator: torch.Generator) -> Non
         data.copy_(0.8 * noise)
     else:
         data.add_(0.3 * noise)
+
+
+def read(folder: Path) -> tuple[Spec, dict[str, torch.Tensor]]:
+    """A saved adapter as its spec and its tensors."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    tensors = load_file(folder / "adapter_model.safetensors")
+    size = sum(t.numel() * t.element_size() for t in tensors.values())
+    return Spec(folder.name, "0" * 12, str(folder), config["peft_type"], config, size), tensors

@@ -8,6 +8,7 @@ import importlib
 import pkgutil
 from collections.abc import Mapping
 
+from adapter_server.core import Spec
 from adapter_server.errors import AdapterRefused
 from adapter_server.families.base import Family
 
@@ -17,9 +18,14 @@ def find(peft_type: str) -> Family:
     family = _families().get(peft_type)
     if family is None:
         near = difflib.get_close_matches(peft_type, known(), 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = f"; did you mean {near[0]}?" if near else "."
         raise AdapterRefused(f"adapters of kind {peft_type[:80]!r} are not served{hint} Known: {', '.join(known())}")
     return family
+
+
+def slow(spec: Spec) -> bool:
+    """Whether its compile reads base weights or needs an SVD, so that it must not hold up a plain LoRA."""
+    return find(spec.family).slow or bool(spec.config.get("use_dora"))
 
 
 def known() -> list[str]:

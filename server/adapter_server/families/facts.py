@@ -25,7 +25,7 @@ def describe(model: nn.Module) -> Shapes:
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         hidden=config.hidden_size,
         vocab=embed.num_embeddings,
-        tied=head is not None and head.weight is embed.weight,
+        tied=_tied(embed, head, config),
         scaled_embeddings={path: s for path, module in modules.items() if (s := _embed_scale(module)) is not None},
         embed=paths[id(embed)],
         head=paths.get(id(head), ""),
@@ -54,6 +54,13 @@ class ModelBase:
 
 def _owns(module: nn.Module) -> bool:
     return next(module.parameters(recurse=False), None) is not None
+
+
+def _tied(embed: nn.Module, head: nn.Module | None, config: Any) -> bool:
+    """Moving a model to meta unties its parameters; there the config has to be believed."""
+    if head is None:
+        return False
+    return head.weight is embed.weight or bool(embed.weight.is_meta and config.tie_word_embeddings)
 
 
 def _shape(module: nn.Module) -> ModuleShape:

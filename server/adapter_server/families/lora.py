@@ -22,6 +22,7 @@ from adapter_server.families.options import (
     check_known,
     choice,
     flag,
+    integer,
     refuse_set,
     table,
 )
@@ -60,6 +61,7 @@ SERVED = frozenset(
         "target_modules",
         "use_dora",
         "use_rslora",
+        "velora_config",
     }
 )
 
@@ -91,7 +93,6 @@ REFUSED: Mapping[str, str] = {
     "trainable_token_indices": "it replaces rows of the embedding; " + _MERGE,
     "use_bdlora": "its factors are block-diagonal; " + _MERGE,
     "use_qalora": "it pools the input of a quantised base; " + _MERGE,
-    "velora_config": "its projections are part of the file; " + _MERGE,
 }
 
 PLAIN_INITS = ("gaussian", "orthogonal", "eva", "mica")  # a base untouched at initialisation: plain LoRA once trained
@@ -114,6 +115,7 @@ class Plan:
     biases: Mapping[str, str]  # module path: key in the file
     dora: bool
     lora_bias: bool
+    velora_groups: int  # 0: no VeLoRA
 
 
 class Lora:
@@ -121,15 +123,15 @@ class Lora:
     slow = False
 
     def expected(self, config: Config, shapes: Shapes, names: frozenset[str]) -> Expected:
-        plan = resolve(config, shapes)
+        plan = resolve(config, shapes, names)
         keys: Expected = {}
         for path, low in plan.wrapped.items():
             keys |= _module_expected(path, low, plan, shapes)
-        biases = {key: (shapes.modules[path].params["bias"]) for path, key in plan.biases.items()}
+        biases = {key: shapes.modules[path].params["bias"] for path, key in plan.biases.items()}
         return keys | biases | copies_expected(plan.wrapped, shapes, names) | saved_expected(plan.saved, shapes)
 
     def load(self, spec: Spec, tensors: Mapping[str, Tensor], base: Base) -> Adapter:
-        plan, take = resolve(spec.config, base.shapes), Taker(tensors)
+        plan, take = resolve(spec.config, base.shapes, frozenset(tensors)), Taker(tensors)
         weights = take_copies(take, plan.wrapped, base)
         patches: dict[str, AnyPatch] = {
             path: override(w, base.shapes.modules[path]) for path, w in weights.items() if path not in plan.wrapped
@@ -145,18 +147,19 @@ class Lora:
         return Adapter(spec, patches)
 
 
-def resolve(config: Config, shapes: Shapes) -> Plan:
+def resolve(config: Config, shapes: Shapes, names: frozenset[str]) -> Plan:
     """Checks the config and resolves its names against the base."""
     check_known(config, SERVED | HARMLESS | REFUSED.keys())
     refuse_set(config, REFUSED)
     _check_init(config)
-    paths, saved = targeted(config, shapes), saved_modules(config, shapes)
+    paths = _with_tied(config, shapes, names, targeted(config, shapes))
+    saved = _with_tied(config, shapes, names, saved_modules(config, shapes))
     refuse_overlap(paths, saved)
-    _check_tying(config, shapes, [*paths, *saved])
     dora, lora_bias = flag(config, "use_dora"), flag(config, "lora_bias")
     if dora and lora_bias:
         raise AdapterRefused("adapter_config.json: 'lora_bias' together with 'use_dora' is not defined; set one")
-    return Plan(_lows(config, paths), tuple(saved), _biases(config, shapes, paths, saved), dora, lora_bias)
+    groups = integer(table(config, "velora_config"), "num_groups", 64) if config.get("velora_config") else 0
+    return Plan(_lows(config, paths), tuple(saved), _biases(config, shapes, paths, saved), dora, lora_bias, groups)
 
 
 def _check_init(config: Config) -> None:
@@ -171,12 +174,18 @@ def _check_init(config: Config) -> None:
     )
 
 
-def _check_tying(config: Config, shapes: Shapes, paths: Iterable[str]) -> None:
-    """Tying makes one adapter serve embedding and head; it has no effect where the base or the adapter has no tie."""
-    if flag(config, "ensure_weight_tying") and shapes.tied and {shapes.embed, shapes.head} & set(paths):
-        raise AdapterRefused(
-            "adapter_config.json: 'ensure_weight_tying' with an adapted embedding is not served here; " + _MERGE
-        )
+def _with_tied(config: Config, shapes: Shapes, names: frozenset[str], paths: list[str]) -> list[str]:
+    """`ensure_weight_tying`: where one of a tied embedding and head is adapted, so is the other.
+
+    PEFT ties at load by the two usual names only; elsewhere the file tells whether it tied when it saved.
+    """
+    adapted = {shapes.embed, shapes.head} & set(paths)
+    if len(adapted) != 1 or not shapes.tied or not flag(config, "ensure_weight_tying"):
+        return paths
+    one = next(iter(adapted))
+    other = shapes.head if one == shapes.embed else shapes.embed
+    held = any(name.startswith(f"{ROOT}{other}.") for name in names)
+    return [*paths, other] if held or one.endswith(("embed_tokens", "lm_head")) else paths
 
 
 def _lows(config: Config, paths: Iterable[str]) -> dict[str, Low]:
@@ -210,7 +219,9 @@ def _module_expected(path: str, low: Low, plan: Plan, shapes: Shapes) -> Expecte
     if shape.kind in LINEAR:
         bias: Expected = {key + "lora_B.bias": (shape.out,)} if plan.lora_bias else {}
         a, b = (low.rank, shape.inp), (shape.out, low.rank)
-        return {key + "lora_A.weight": a, key + "lora_B.weight": b} | bias | magnitude
+        width = -(-shape.inp // plan.velora_groups) if plan.velora_groups else 0
+        velora: Expected = {key + "lora_velora_embed": (width,)} if width else {}
+        return {key + "lora_A.weight": a, key + "lora_B.weight": b} | bias | magnitude | velora
     if shape.kind == "embedding" and not plan.lora_bias:
         a, b = (low.rank, shape.inp), (shape.out, low.rank)
         return {key + "lora_embedding_A": a, key + "lora_embedding_B": b} | magnitude
@@ -218,31 +229,46 @@ def _module_expected(path: str, low: Low, plan: Plan, shapes: Shapes) -> Expecte
 
 
 def _module_patch(take: Taker, path: str, low: Low, plan: Plan, base: Base, weight: Tensor | None) -> AnyPatch:
-    key = f"{ROOT}{path}."
     if base.shapes.modules[path].kind == "embedding":
-        A, B = take(key + "lora_embedding_A"), take(key + "lora_embedding_B") * low.scaling  # [r,V] [H,r]
-        gain = None
-        if plan.dora:
-            W = base.weight(path) if weight is None else weight  # [V,H]
-            gain = take(key + "lora_magnitude_vector") / torch.linalg.norm(W.T + B @ A, dim=1)
-            B = B * gain[:, None]
-        return EmbeddingPatch(A, B, gain, weight, base.shapes.scaled_embeddings.get(path, 1.0))
+        return _embedding_patch(take, path, low, plan, base, weight)
+    key = f"{ROOT}{path}."
     A, B = take(key + "lora_A.weight"), take(key + "lora_B.weight") * low.scaling  # [r,in] [out,r]
-    bias = take(key + "lora_B.bias") * low.scaling if plan.lora_bias else None
-    trained = _trained_bias(take, path, plan, base)
-    bias = trained if bias is None else bias if trained is None else bias + trained
-    gain = None
-    if plan.dora:
-        W = base.weight(path) if weight is None else weight  # [out,in]
-        gain = take(key + "lora_magnitude_vector") / torch.linalg.norm(W + B @ A, dim=1)
-        B = B * gain[:, None]
-    return Patch(A=A, B=B, gain=gain, bias=bias, weight=weight)
+    bias = _bias(take, path, low, plan, base)
+    if plan.velora_groups:
+        take(key + "lora_velora_embed")  # only the backward pass reads it (PEFT `lora/velora.py`)
+    if not plan.dora:
+        return Patch(A=A, B=B, bias=bias, weight=weight)
+    W = base.weight(path) if weight is None else weight  # [out,in]
+    gain = _gain(take, path, W + B @ A)
+    return Patch(A=A, B=B * gain[:, None], gain=gain, bias=bias, weight=weight)
 
 
-def _trained_bias(take: Taker, path: str, plan: Plan, base: Base) -> Tensor | None:
-    """The difference to the base's bias: of a trained one, or of the copy saved with a wrapped head."""
+def _embedding_patch(take: Taker, path: str, low: Low, plan: Plan, base: Base, weight: Tensor | None) -> EmbeddingPatch:
+    key = f"{ROOT}{path}."
+    A, B = take(key + "lora_embedding_A"), take(key + "lora_embedding_B") * low.scaling  # [r,V] [H,r]
+    scale = base.shapes.scaled_embeddings.get(path, 1.0)
+    if not plan.dora:
+        return EmbeddingPatch(A, B, None, weight, scale)
+    E = base.weight(path) if weight is None else weight  # [V,H]
+    return EmbeddingPatch(A, B, _gain(take, path, E.T + B @ A), weight, scale)
+
+
+def _gain(take: Taker, path: str, adapted: Tensor) -> Tensor:
+    """m / ‖row‖ of the adapted weight [out,in] (PEFT `lora/dora.py`)."""
+    magnitude = take(f"{ROOT}{path}.lora_magnitude_vector")
+    gain: Tensor = magnitude / torch.linalg.norm(adapted, dim=1)
+    if not torch.isfinite(gain).all():
+        raise AdapterRefused(f"{path}: DoRA divides by a row of zeros")
+    return gain
+
+
+def _bias(take: Taker, path: str, low: Low, plan: Plan, base: Base) -> Tensor | None:
+    """What is added to the base's bias: s · lora_B.bias, and the difference of a trained (or saved) bias."""
+    parts = [take(f"{ROOT}{path}.lora_B.bias") * low.scaling] if plan.lora_bias else []
     key = plan.biases.get(path, f"{ROOT}{path}.base_layer.bias")
-    return take(key) - base_bias(base, path) if path in plan.biases or key in take else None
+    if path in plan.biases or key in take:
+        parts.append(take(key) - base_bias(base, path))
+    return torch.stack(parts).sum(0) if parts else None
 
 
 def _bias_patch(bias: Tensor, path: str, base: Base) -> AnyPatch:

@@ -1,4 +1,4 @@
-"""Prefix tuning: keys and values before the prompt, written raw (PEFT `peft_model.py`, `get_prompt`).
+"""Prefix tuning and cartridges: keys and values before the prompt, written raw (PEFT `peft_model.py`, `get_prompt`).
 
 The file's `prompt_embeddings` is already projected, whatever `prefix_projection` says:
 
@@ -8,6 +8,7 @@ The file's `prompt_embeddings` is already projected, whatever `prefix_projection
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -17,20 +18,20 @@ from adapter_server.families.options import Config, integer
 from adapter_server.families.parts import Expected, Taker
 from adapter_server.families.prompt import VIRTUAL, check_virtual
 
-KNOWN = VIRTUAL | {"encoder_hidden_size", "init_weights", "prefix_projection"}
 
-
-class PrefixTuning:
-    name = "PREFIX_TUNING"
-    slow = False
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    name: str
+    known: frozenset[str]
+    slow: bool = False
 
     def expected(self, config: Config, shapes: Shapes, names: frozenset[str]) -> Expected:
-        check_virtual(config, KNOWN)
+        check_virtual(config, self.known)
         width = 2 * shapes.layers * shapes.kv_heads * shapes.head_dim
         return {"prompt_embeddings": (integer(config, "num_virtual_tokens", None), width)}
 
     def load(self, spec: Spec, tensors: Mapping[str, Tensor], base: Base) -> Adapter:
-        check_virtual(spec.config, KNOWN)
+        check_virtual(spec.config, self.known)
         take, shapes = Taker(tensors), base.shapes
         pairs = take("prompt_embeddings").view(-1, 2 * shapes.layers, shapes.kv_heads, shapes.head_dim)
         take.done()
@@ -38,4 +39,7 @@ class PrefixTuning:
         return Adapter(spec, prefix=tuple((k.clone(), v.clone()) for k, v in zip(keys, values, strict=True)))
 
 
-FAMILY = PrefixTuning()
+FAMILIES = (
+    Prefix("PREFIX_TUNING", VIRTUAL | {"encoder_hidden_size", "init_weights", "prefix_projection"}),
+    Prefix("CARTRIDGE", VIRTUAL | {"num_frozen_tokens"}),
+)

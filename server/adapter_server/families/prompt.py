@@ -1,7 +1,7 @@
 """Soft prompts: embeddings fed in front of the prompt's own (PEFT `tuners/prompt_tuning`, `p_tuning`, `multitask_…`).
 
-    PROMPT_TUNING, P_TUNING     embeds = prompt_embeddings [n, hidden]; P-tuning's encoder is already applied
-    MULTITASK_PROMPT_TUNING     tasks[t] = prompt_embeddings ∘ (cols[t] rows[t])      [n,k] [k,hidden]
+    PROMPT_TUNING, P_TUNING, CPT   embeds = prompt_embeddings [n, hidden], encoders and projections already applied
+    MULTITASK_PROMPT_TUNING        tasks[t] = prompt_embeddings ∘ (cols[t] rows[t])      [n,k] [k,hidden]
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from adapter_server.families.base import Adapter, Base, Shapes
 from adapter_server.families.options import Config, check_known, integer, name_list
 from adapter_server.families.parts import Expected, Taker
 
-# Keys of every kind with virtual tokens. The base's shapes decide, so that the last four are not read.
+# Keys of every kind with virtual tokens. The base says what layers, heads and width there are, whatever these say.
 VIRTUAL = frozenset(
     {
         "modules_to_save",
@@ -31,6 +31,18 @@ VIRTUAL = frozenset(
 TEXT_INIT = frozenset({"prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_kwargs", "tokenizer_name_or_path"})
 ENCODER = frozenset(
     {"encoder_dropout", "encoder_hidden_size", "encoder_num_layers", "encoder_reparameterization_type"}
+)
+CPT = frozenset(
+    {
+        "cpt_mask",
+        "cpt_token_ids",
+        "cpt_tokens_type_mask",
+        "opt_loss_decay_factor",
+        "opt_projection_epsilon",
+        "opt_projection_format_epsilon",
+        "opt_weighted_loss_type",
+        "tokenizer_name_or_path",
+    }
 )
 MULTITASK = TEXT_INIT | {"num_ranks", "num_tasks", "prompt_tuning_init_state_dict_path", "prompt_tuning_init_task"}
 
@@ -87,5 +99,6 @@ def check_virtual(config: Config, known: frozenset[str]) -> None:
 FAMILIES = (
     SoftPrompt("PROMPT_TUNING", VIRTUAL | TEXT_INIT),
     SoftPrompt("P_TUNING", VIRTUAL | ENCODER),
+    SoftPrompt("CPT", VIRTUAL | CPT),
     Multitask(),
 )

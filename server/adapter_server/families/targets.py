@@ -71,6 +71,8 @@ def _wanted(config: Config, shapes: Shapes) -> Match:
         return lambda path: shapes.modules[path].kind in ("linear", "conv1d") and path != shapes.head
     chosen, layer = _named(config, "target_modules"), _in_layers(config)
     if isinstance(targets, str):
+        if config.get("layers_to_transform") is not None:
+            raise AdapterRefused("adapter_config.json: 'layers_to_transform' needs 'target_modules' to be a list")
         return chosen
     return lambda path: path in targets or (chosen(path) and layer(path))
 
