@@ -332,5 +332,13 @@ def test_the_report_goes_on_after_a_refusal(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_without_a_base_the_report_says_that_it_did_not_look_at_the_keys(tmp_path: Path) -> None:
+    found = guard.report(files.write(tmp_path / "good"))
+    assert [(f.rule, f.message) for f in found if not f.ok] == [
+        ("keys", "not looked at: needs a sound config, a sound header and a base model")
+    ]
+
+
 def test_the_report_of_nothing_refuses_and_does_not_raise(tmp_path: Path) -> None:
-    assert rules(guard.report(tmp_path / "none"))["files"] is False
+    found = rules(guard.report(tmp_path / "none"))
+    assert (found["files"], found["config"], found["header"], found["keys"]) == (False, False, False, None)

@@ -20,7 +20,7 @@ from adapter_server.errors import AdapterNotFound, AdapterRefused, AdapterUnavai
 from adapter_server.registry import guard
 from adapter_server.registry.store import Changes, Entry, Store
 
-SETTLE_S = 0.1
+SETTLE_S = 0.2
 T = TypeVar("T")
 
 

@@ -42,10 +42,10 @@ async def told(changes: list[Changes], is_it: Callable[[Changes], object]) -> fl
     return time.monotonic() - started
 
 
-def old(root: Path, *names: str) -> Store:
+def old(root: Path, *names: str, brisk: bool = False) -> Store:
     for name in names:
         files.age(files.write(root / name))
-    return Store(root)
+    return Store(root, settle_s=0.2 if brisk else 0.5)
 
 
 def test_new_changed_and_removed_folders_are_told_within_two_seconds(tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_a_root_that_appears_later_is_watched(tmp_path: Path) -> None:
 
 
 def test_a_failing_disk_is_told_once_and_waited_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = old(tmp_path, "a")
+    store = old(tmp_path, "a", brisk=True)
     monkeypatch.setattr(watching, "POLL_S", 0.05)
 
     async def live() -> None:

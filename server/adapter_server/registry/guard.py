@@ -17,7 +17,7 @@ import stat
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -66,6 +66,7 @@ class Span(NamedTuple):
 Header = Mapping[str, Span]
 Expected = Mapping[str, tuple[int, ...]]
 Buffer = bytes | bytearray | memoryview
+T = TypeVar("T")
 
 
 class Incomplete(AdapterRefused):
@@ -358,7 +359,7 @@ def fill(file: io.FileIO, view: memoryview, name: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One rule and what it says of a folder. `ok` None: not looked at, since an earlier rule refused."""
+    """One rule and what it says of a folder. `ok` None: not looked at, since something that it needs is missing."""
 
     rule: str
     ok: bool | None
@@ -368,45 +369,43 @@ class Finding:
 def report(
     folder: Path, expected: Callable[[Mapping[str, Any], frozenset[str]], Expected] | None = None
 ) -> list[Finding]:
-    """Every rule on one folder: name, files, config, header, finite, and keys where a family says what it expects."""
+    """Every rule on one folder. `expected` is what the family expects of a config and tensor names over some base."""
+    found: list[Finding] = []
     folder = folder.absolute()
-    read: dict[str, Any] = {}
-
-    def weights() -> bytearray:
-        if "data" not in read:
-            read["data"] = read_private(folder / WEIGHTS, folder.parent, MAX_BYTES)
-        data: bytearray = read["data"]
-        return data
-
-    def config() -> None:
-        read["config"] = parse_config(read_private(folder / CONFIG, folder.parent, MAX_CONFIG_BYTES))
-
-    def header() -> None:
-        read["header"] = parse_header(weights())
-
-    def keys() -> None:
-        if expected:
-            check_keys(read["header"], expected(read["config"], frozenset(read["header"])))
-
-    rules: list[tuple[str, Callable[[], None], tuple[str, ...]]] = [
-        ("name", lambda: check_name(folder.name), ()),
-        ("files", lambda: check_files(folder), ()),
-        ("config", config, ()),
-        ("header", header, ()),
-        ("keys", keys, ("config", "header")),
-        ("finite", lambda: check_finite(weights(), read["header"]), ("header",)),
-    ]
-    return [_finding(rule, check, [need for need in needs if need not in read]) for rule, check, needs in rules]
+    _try(found, "name", lambda: check_name(folder.name))
+    _try(found, "files", lambda: check_files(folder))
+    config = _try(found, "config", lambda: _config(folder))
+    weights = _try(found, "header", lambda: _weights(folder))
+    data, header = weights or (b"", {})
+    if config and weights and expected:
+        _try(found, "keys", lambda: check_keys(header, expected(config, frozenset(header))))
+    else:
+        found.append(Finding("keys", None, "not looked at: needs a sound config, a sound header and a base model"))
+    if weights:
+        _try(found, "finite", lambda: check_finite(data, header))
+    else:
+        found.append(Finding("finite", None, "not looked at: needs a sound header"))
+    return found
 
 
-def _finding(rule: str, check: Callable[[], None], unmet: list[str]) -> Finding:
-    if unmet:
-        return Finding(rule, None, f"not looked at: {' and '.join(unmet)} refused")
+def _try(found: list[Finding], rule: str, check: Callable[[], T]) -> T | None:
+    """What the check gives; None, and the finding says why, when it refuses."""
     try:
-        check()
+        value = check()
     except AdapterRefused as refused:
-        return Finding(rule, False, refused.message)
-    return Finding(rule, True, "ok")
+        found.append(Finding(rule, False, refused.message))
+        return None
+    found.append(Finding(rule, True, "ok"))
+    return value
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    return parse_config(read_private(folder / CONFIG, folder.parent, MAX_CONFIG_BYTES))
+
+
+def _weights(folder: Path) -> tuple[bytearray, Header]:
+    data = read_private(folder / WEIGHTS, folder.parent, MAX_BYTES)
+    return data, parse_header(data)
 
 
 # Messages

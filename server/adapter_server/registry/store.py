@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import heapq
 import io
 import math
 import os
@@ -31,6 +32,7 @@ VERSION = re.compile(r"[0-9a-f]{12,64}")
 STALLED = 20  # an incomplete folder is a stalled copy for this many `settle_s`, then it is broken
 WRITING = "its folder is being written, retry in a moment"
 CHUNK = 1 << 20
+COMPARED = 256  # names that an unknown one is compared with: each costs time
 
 
 class _File(NamedTuple):
@@ -82,7 +84,8 @@ class _State:
 
     signature: _Signature
     first_look: float  # time.monotonic()
-    config: Mapping[str, Any] | None = None
+    preview: Mapping[str, Any] | None = None  # the config as the list read it
+    config: Mapping[str, Any] | None = None  # the config that the digest is of
     reason: str | None = None  # why it is refused
     incomplete: bool = False  # refused for what a copy under way would explain
     digest: str = ""
@@ -107,7 +110,8 @@ class Store:
         self.settle_s = settle_s
         self.max_bytes = max_bytes
         self._reserved = tuple(reserved)
-        self._lock = threading.RLock()
+        self._scanning = threading.Lock()  # the disk is looked through outside _lock: requests wait for no scan
+        self._lock = threading.Lock()
         self._folders: dict[str, _Folder] = {}
         self._owners: dict[str, str] = {}  # case-folded name: the one folder that may bear it
         self._scan(first_look=-math.inf)
@@ -117,9 +121,10 @@ class Store:
 
     def entries(self) -> list[Entry]:
         """Every adapter, sound or broken, by name. Reads configs that are new; hashes nothing."""
+        self._scan()
         with self._lock:
-            self._scan()
-            return [self._entry(name, folder) for name, folder in sorted(self._folders.items())]
+            folders = sorted(self._folders.items())
+        return [self._entry(name, folder) for name, folder in folders]
 
     def names(self) -> list[str]:
         """The adapters that nothing is known against."""
@@ -127,8 +132,8 @@ class Store:
 
     def refresh(self) -> Changes:
         """One scan: what appeared, changed or went since the scan before. New and changed ones count once settled."""
+        self._scan()
         with self._lock:
-            self._scan()
             old = {n: s for n, s in self._reported.items() if n in self._folders}
             now = {n: f.state.signature for n, f in self._folders.items() if self._settled(f.state)}
             removed = sorted(self._reported.keys() - old.keys())
@@ -200,8 +205,12 @@ class Store:
 
     def _scan(self, first_look: float | None = None) -> None:
         """Takes in what is there now. `first_look` dates the look at folders that are new."""
-        with self._lock:
+        with self._scanning:
             seen = {name: signature for name in self._listed() if (signature := self._signature(name))}
+            self._merge(seen, first_look)
+
+    def _merge(self, seen: Mapping[str, _Signature], first_look: float | None) -> None:
+        with self._lock:
             self._folders = {name: folder for name, folder in self._folders.items() if name in seen}
             self._owners = {key: name for key, name in self._owners.items() if name in seen}
             for name in sorted(seen, key=lambda n: (n not in self._folders, seen[n][0].mtime_ns, n)):
@@ -223,13 +232,14 @@ class Store:
         config = _stat(f"{self.root}/{name}/{guard.CONFIG}")
         return (config, _stat(f"{self.root}/{name}/{guard.WEIGHTS}")) if config else None
 
-    def _take(self, name: str, signature: _Signature, first_look: float | None = None) -> None:
+    def _take(self, name: str, signature: _Signature, first_look: float | None = None) -> _Folder:
         """Keeps a folder's state while its signature is the same, and starts a new one when it is not."""
         folder = self._folders.setdefault(name, _Folder())
         if folder.state.signature != signature:
             folder.state = _State(signature, time.monotonic() if first_look is None else first_look)
         if guard.NAME.fullmatch(name):
             self._owners.setdefault(name.casefold(), name)
+        return folder
 
     def _settled(self, state: _State) -> bool:
         changed = max(file.mtime_ns for file in state.signature if file) / 1e9
@@ -243,38 +253,38 @@ class Store:
 
     def _find(self, name: str) -> _Folder:
         """The folder as it is now, for two calls of `stat` when nothing changed."""
+        if name not in self._folders and guard.NAME.fullmatch(name) and self._signature(name):
+            self._scan()
         with self._lock:
-            if name not in self._folders:
-                if guard.NAME.fullmatch(name) and self._signature(name):
-                    self._scan()
-            elif signature := self._signature(name):
-                self._take(name, signature)
-            else:
+            if name in self._folders:
+                signature = self._signature(name)
+                if signature:
+                    return self._take(name, signature)
                 del self._folders[name]
-            if name not in self._folders:
-                raise AdapterNotFound(self._unknown(name), param="adapter")
-            return self._folders[name]
+        raise AdapterNotFound(self._unknown(name), param="adapter")
 
     def _unknown(self, name: str) -> str:
-        near = difflib.get_close_matches(name[:128], self._owners.values(), n=3)
+        alike = heapq.nsmallest(COMPARED, tuple(self._owners.values()), key=lambda n: abs(len(n) - len(name)))
+        near = difflib.get_close_matches(name[:128], alike, n=3)
         hint = f"nearest: {', '.join(near)}" if near else "no name in the adapters folder comes near"
         return f"there is no adapter {guard.show(name)}; {hint}"
 
     def _answer(self, name: str) -> _State:
         """What requests get: the files on disk once settled; until then the version before, if there was one."""
         folder = self._find(name)
-        state, before = folder.state, folder.served
-        reason = self._name_fault(name)
-        if not reason and self._settled(state):
-            reason = self._weigh(name, state)
-            if state.digest and not reason:
+        state, before, reason = folder.state, folder.served, WRITING
+        if fault := self._name_fault(name):
+            raise _refusal(name, fault)
+        if self._settled(state):
+            reason = self._weigh(name, state) or WRITING
+            if state.digest and not state.reason:
                 folder.served = state
                 return state
             if not state.incomplete or self._stood(state, STALLED):
                 before = None
-        if before and not before.reason and not self._name_fault(name):
+        if before and not before.reason:
             return before
-        raise _refusal(name, reason or WRITING)
+        raise _refusal(name, reason)
 
     def _name_fault(self, name: str) -> str | None:
         try:
@@ -302,17 +312,19 @@ class Store:
 
     def _hash(self, name: str, state: _State) -> None:
         """Sets the digest, unless the folder changed meanwhile: then the next look starts a new state."""
-        raw = self._configure(name, state)
+        raw, config = self._configured(name)
         with guard.open_regular(self._path(name, guard.WEIGHTS), self.root) as file:
             digest = _stream(file, raw, self.max_bytes)
         if self._signature(name) == state.signature:
-            state.digest = digest
+            state.config, state.digest = config, digest
 
-    def _configure(self, name: str, state: _State) -> bytearray:
+    def _preview(self, name: str, state: _State) -> None:
+        state.preview = self._configured(name)[1]
+
+    def _configured(self, name: str) -> tuple[bytearray, dict[str, Any]]:
         guard.check_files(self.root / name)
         raw = guard.read_private(self._path(name, guard.CONFIG), self.root, guard.MAX_CONFIG_BYTES)
-        state.config = guard.parse_config(raw)
-        return raw
+        return raw, guard.parse_config(raw)
 
     def _entry(self, name: str, folder: _Folder) -> Entry:
         """A line of the list, from the config alone."""
@@ -322,13 +334,13 @@ class Store:
             if folder.served and not folder.served.reason:
                 return Entry(shown, self._spec(name, folder.served))
             reason = WRITING
-        if not reason and state.config is None and not state.reason:
-            reason = self._judge(state, lambda: self._configure(name, state))
+        if not reason and not (state.config or state.preview or state.reason):
+            reason = self._judge(state, lambda: self._preview(name, state))
         reason = reason or state.reason
         return Entry(shown, reason=reason) if reason else Entry(shown, self._spec(name, state))
 
     def _spec(self, name: str, state: _State) -> Spec:
-        config = state.config or {}
+        config = state.config or state.preview or {}
         family = str(config["peft_type"]).upper()
         weights = state.signature[1]
         size = weights.size if weights else 0
