@@ -1,0 +1,6 @@
+"""The engine: one resident base, adapters as data, every row of every adapter in one forward a step."""
+
+from adapter_server.engine.engine import Engine, Info, build
+from adapter_server.engine.worker import Worker
+
+__all__ = ["Engine", "Info", "Worker", "build"]

@@ -1,0 +1,371 @@
+"""The engine: requests in, events out, one forward a step for every row of every adapter.
+
+    step():  poll loads → drop the late → plan → forward → sample → advance
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from adapter_server.config import EngineConfig
+from adapter_server.core import Event, Finished, FinishReason, Folded, Loaded, Request, Spec, Stats, Token
+from adapter_server.engine.kv import Chunk, KvPool, PagePool, SlotPool, bytes_per_token
+from adapter_server.engine.lowrank import arrange
+from adapter_server.engine.model import Model, load
+from adapter_server.engine.pool import Pool
+from adapter_server.engine.routing import Routing, Step, route
+from adapter_server.engine.sampling import Chosen, choose
+from adapter_server.engine.scheduler import Row, Scheduler, Slice
+from adapter_server.engine.site import Placed, Prefix
+from adapter_server.errors import (
+    AdapterServerError,
+    BaseNotSupported,
+    DeadlineExceeded,
+    InvalidRequest,
+    PromptTooLong,
+    RequestFailed,
+)
+from adapter_server.registry.store import Store
+
+Op = Literal["load", "unload", "pin", "unpin", "merge", "unmerge"]
+SLOTS_AT_LEAST = 16  # rows that the automatic context length leaves room for
+
+
+@dataclass(frozen=True, slots=True)
+class Info:
+    """The base as a client may know it."""
+
+    model: str
+    max_model_len: int
+    vocab: int
+    eos: frozenset[int]
+    device: str
+    dtype: str
+    parameters: int
+    lane: str = "packed"
+
+
+def build(model: str | Path, config: EngineConfig, store: Store) -> Engine:
+    """Load a base and make it ready. Raises BaseNotSupported."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    device = torch.device(_device(config.device))
+    return Engine(load(model, config.dtype, device), config, store, name=Path(model).name if Path(model).exists() else str(model))
+
+
+def _device(wanted: str) -> str:
+    if wanted != "auto":
+        return wanted
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class Engine:
+    """One base, its pool of adapters, its rows. Everything here is called by one thread."""
+
+    def __init__(self, module: PreTrainedModel, config: EngineConfig, store: Store, name: str = "base") -> None:
+        self.config = config
+        self.model = Model(module, config.pack_weights)
+        self.kv, length = self._kv()
+        self.info = _info(module, self.model, name, length)
+        self.pool = Pool(self.model, store, config.adapter_bytes)
+        self.pool.on_evict = self._evicted
+        self.scheduler = Scheduler(self.kv, config.max_rows, config.max_step_tokens, self._admit)
+        self.steps = 0
+        self._rows: dict[str, Row] = {}
+        self._doomed: list[tuple[Row, AdapterServerError]] = []
+        self._routing: tuple[tuple[tuple[Row, int], ...], list[Slice], Routing] | None = None
+
+    def _kv(self) -> tuple[KvPool, int]:
+        """The pool that the budget allows, and the context length: the base's own, or what leaves room for rows."""
+        config, model = self.config, self.model
+        own = getattr(model.module.config.get_text_config(), "max_position_embeddings", 0) or 1 << 20
+        places = config.kv_bytes // bytes_per_token(model.layers, model.dtype)
+        length = min(own, config.max_model_len or max(512, places // SLOTS_AT_LEAST))
+        if places < length:
+            raise BaseNotSupported(
+                f"{config.kv_bytes:,} bytes hold the keys and values of {places} tokens, a context has {length}: "
+                "raise --kv-bytes or lower --max-model-len"
+            )
+        layout = config.kv_layout if config.kv_layout != "auto" else "slots" if model.device.type == "cpu" else "pages"
+        if layout == "slots":
+            slots = min(config.max_rows, places // length)
+            return SlotPool(model.layers, slots, length, model.dtype, model.device), length
+        return PagePool(
+            model.layers, places // config.page_tokens, config.page_tokens, model.dtype, model.device
+        ), length  # fmt: skip
+
+    # Requests
+
+    def submit(self, request: Request) -> None:
+        """Queue a request, and begin loading its adapters. Raises InvalidRequest, PromptTooLong."""
+        self._check(request, offset=0)
+        row = Row.of(request)
+        self._rows[request.id] = row
+        self.scheduler.waiting.append(row)
+        row.held = [self.pool.want(m.spec, request.mode == "merged") for m in request.members]
+
+    def _check(self, request: Request, offset: int) -> None:
+        if not request.prompt or not all(0 <= t < self.info.vocab for t in request.prompt):
+            raise InvalidRequest("prompt: token ids must be one or more of the base's vocabulary", param="prompt")
+        room = min(self.info.max_model_len, self.kv.total) - offset
+        if len(request.prompt) + request.sampling.max_new_tokens > room:
+            raise PromptTooLong(
+                f"{len(request.prompt)} prompt tokens and max_new_tokens {request.sampling.max_new_tokens} do not fit the "
+                f"{room} tokens of context{' that the adapter leaves' if offset else ''}: shorten the prompt",
+                param="prompt",
+            )
+
+    def cancel(self, request_id: str, reason: FinishReason = "cancelled") -> list[Event]:
+        """End a request now; its place is free for the next step."""
+        row = self._rows.get(request_id)
+        return [] if row is None else [self._finish(row, reason)]
+
+    def call(self, op: Op, spec: Spec) -> Future[None]:
+        """An operator's word on an adapter; the future ends when it is done."""
+        done: Future[None] = Future()
+        try:
+            self._call(op, spec, done)
+        except AdapterServerError as error:
+            done.set_exception(error)
+        return done
+
+    def _call(self, op: Op, spec: Spec, done: Future[None]) -> None:
+        if op == "load":
+            self.pool.want(spec, waiter=done)
+        elif op == "merge":
+            self.pool.check_mergeable(spec)
+            self.pool.want(spec, merged=True, waiter=done)
+        elif op == "unload":
+            self.pool.unload(spec, done)
+        else:
+            if op == "unmerge":
+                self.pool.unmerge(spec)
+            else:
+                self.pool.pin(spec, op == "pin")
+            done.set_result(None)
+
+    # The step
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step would have something to do, beside waiting for loads."""
+        return bool(self.scheduler.running or self.scheduler.waiting)
+
+    def step(self) -> list[Event]:
+        """One forward for all rows that can run. Events in the order in which they came about."""
+        events = [*self._settled(), *self._expired(time.monotonic())]
+        slices = self.scheduler.plan()
+        events += self._failed(self._doomed)
+        self._doomed = []
+        if slices:
+            events += self._run(slices)
+        return events
+
+    def _settled(self) -> list[Event]:
+        """News of loads, and the end of the rows whose adapter failed."""
+        news = self.pool.poll()
+        if any(isinstance(e, Loaded | Folded) and e.error for e in news):
+            lost = [(r, h.error) for r in self.scheduler.waiting for h in r.held if h.error is not None]
+            return [*news, *self._failed(dict(lost).items())]
+        return news
+
+    def _expired(self, now: float) -> list[Event]:
+        late = [r for r in self.scheduler.rows() if r.request.deadline is not None and now > r.request.deadline]
+        return [self._finish(row, "timeout") for row in late]
+
+    def _failed(self, rows: Iterable[tuple[Row, AdapterServerError]]) -> list[Event]:
+        return [self._finish(row, "error", error) for row, error in list(rows)]
+
+    def _admit(self, row: Row) -> bool:
+        """Whether a waiting row's adapters are on the device; if so, lay them on the row."""
+        if row.started is not None:
+            return True
+        merged = row.request.mode == "merged"
+        row.held = [h if not h.gone else self.pool.want(h.spec, merged) for h in row.held]
+        now = time.monotonic()
+        if not all(h.live for h in row.held):
+            row.loading = row.loading or now
+            return False
+        try:
+            self._lay(row)
+        except AdapterServerError as error:
+            self._doomed.append((row, error))
+            return False
+        row.started = now
+        row.load_s = 0.0 if row.loading is None else now - row.loading
+        for holding in row.held:
+            self.pool.hold(holding)
+        return True
+
+    def _lay(self, row: Row) -> None:
+        """Set a row's adapters and what stands before its prompt. Raises InvalidRequest, PromptTooLong."""
+        request = row.request
+        placed = [h.placed for h in row.held if h.placed is not None]
+        weights = [m.weight for m in request.members]
+        row.uses = tuple((p, w) for p, w in zip(placed, weights, strict=True) if p.groups or p.others)
+        before = [p for p in placed if p.prefixes or p.adapter.embeds is not None or p.adapter.tasks]
+        if len(before) > 1:
+            raise InvalidRequest("a request carries at most one prefix or soft prompt", param="adapter")
+        row.prefix = self._prefix(before[0], request.task_id) if before else None
+        self._check(request, row.offset)
+
+    def _prefix(self, placed: Placed, task_id: int | None) -> Prefix:
+        """An adapter's keys and values; a soft prompt's are computed when they are first asked for."""
+        tasks, embeds = placed.adapter.tasks, placed.adapter.embeds
+        key = task_id if tasks else None
+        if key not in placed.prefixes:
+            if tasks and (task_id is None or not 0 <= task_id < len(tasks)):
+                raise InvalidRequest(f"task_id must be 0 to {len(tasks) - 1} for this adapter", param="task_id")
+            soft = tasks[task_id] if tasks and task_id is not None else embeds
+            assert soft is not None
+            placed.prefixes[key] = self.model.encode(soft)
+            for holding in self.pool.holdings.values():
+                if holding.placed is placed:
+                    self.pool.recount(holding)
+        return placed.prefixes[key]
+
+    def _evicted(self, placed: Placed) -> None:
+        for prefix in placed.prefixes.values():
+            self.kv.forget(prefix)
+
+    def _run(self, slices: list[Slice]) -> list[Event]:
+        """Forward and sample; a failure of the whole step ends its rows and nothing else."""
+        self.steps += 1
+        try:
+            slices, chosen = self._forward(slices)
+        except Exception as error:
+            failure = RequestFailed(f"the step that ran this request failed ({type(error).__name__}); see the server's log")
+            failure.__cause__ = error
+            self._routing = None
+            return [self._finish(s.row, "error", failure, scrub=True) for s in slices]
+        return self._advance(slices, chosen)
+
+    def _forward(self, slices: list[Slice]) -> tuple[list[Slice], list[Chosen]]:
+        """One packed forward; the slices come back in packed order, with a token for each that samples."""
+        slices, routing = self._routed(slices)
+        chunks, ids, positions, keep = [], [], [], []
+        for s in slices:
+            row, start = s.row, s.row.offset + s.row.done
+            assert row.lease is not None
+            chunks.append(Chunk(row.lease, len(ids), s.count, start))
+            ids += row.tokens[row.done : row.done + s.count]
+            positions += range(start, start + s.count)
+            if s.last:
+                keep.append(len(ids) - 1)
+        device = self.model.device
+        step = Step(routing, self._head(slices, routing), self.kv.plan(chunks, len(ids)), rope_lengths=_lengths(slices))
+        ids_, positions_ = (torch.tensor(v, device=device) for v in (ids, positions))
+        logits = self.model.forward(step, ids_, positions_, torch.tensor(keep or [0], device=device))
+        return slices, choose(logits, [s.row.draw for s in slices if s.last]) if keep else []
+
+    def _routed(self, slices: list[Slice]) -> tuple[list[Slice], Routing]:
+        """The slices adapter by adapter, and their routing: last step's, while the same rows do the same."""
+        key = tuple((s.row, s.count) for s in slices)
+        if self._routing is not None and self._routing[0] == key:
+            return [slices[i] for i in self._routing[1]], self._routing[2]  # type: ignore[call-overload, return-value]
+        rows = [(s.count, s.row.uses) for s in slices]
+        places = arrange(rows, self.model.banks)
+        routing = route([rows[i] for i in places], self.model.device)
+        self._routing = key, places, routing  # type: ignore[assignment]
+        return [slices[i] for i in places], routing
+
+    def _head(self, slices: Sequence[Slice], routing: Routing) -> Routing:
+        """lm_head sees one token of each row that samples."""
+        if len(slices) == routing.tokens and all(s.last for s in slices):
+            return routing
+        return route([(1, s.row.uses) for s in slices if s.last] or [(1, ())], self.model.device)
+
+    def _advance(self, slices: Sequence[Slice], chosen: Sequence[Chosen]) -> list[Event]:
+        now, events, answers = time.monotonic(), [], iter(chosen)
+        for s in slices:
+            samples = s.last
+            s.row.done += s.count
+            if samples:
+                events += self._emit(s.row, next(answers), now)
+        return events
+
+    def _emit(self, row: Row, chosen: Chosen, now: float) -> list[Event]:
+        if not chosen.ok:
+            error = RequestFailed("the model's logits are not finite for this request; its adapter is the likely cause")
+            return [self._finish(row, "error", error, scrub=True)]
+        row.first = row.first or now
+        row.tokens.append(chosen.id)
+        token = Token(row.request.id, row.emitted - 1, chosen.id, chosen.logprob, chosen.top)
+        sampling = row.request.sampling
+        if chosen.id in self.info.eos and not sampling.ignore_eos:
+            return [token, self._finish(row, "eos")]
+        return [token, self._finish(row, "length")] if row.emitted >= sampling.max_new_tokens else [token]
+
+    def _finish(
+        self, row: Row, reason: FinishReason, error: AdapterServerError | None = None, scrub: bool = False
+    ) -> Finished:
+        now, request = time.monotonic(), row.request
+        del self._rows[request.id]
+        self.scheduler.release(row, scrub)
+        if row.started is not None:
+            for holding in row.held:
+                self.pool.let_go(holding)
+        if reason == "timeout" and row.first is None:
+            error = DeadlineExceeded("the deadline passed before the first token; ask for more time or try later")
+        return Finished(
+            request.id,
+            reason,
+            error,
+            completion_tokens=row.emitted,
+            queue_s=max(0.0, (row.started or now) - request.arrived - row.load_s),
+            load_s=row.load_s,
+            ttft_s=None if row.first is None else row.first - request.arrived,
+            total_s=now - request.arrived,
+        )
+
+    def abandon(self, reason: FinishReason, error: AdapterServerError | None = None) -> list[Event]:
+        """End everything, at shutdown or when the loop has died."""
+        return [self._finish(row, reason, error) for row in list(self._rows.values())]
+
+    def stats(self) -> Stats:
+        waiting = Counter(key for row in self.scheduler.waiting for key in {m.spec.key for m in row.request.members})
+        return Stats(
+            running=len(self.scheduler.running),
+            waiting=len(self.scheduler.waiting),
+            kv_used_tokens=self.kv.used,
+            kv_total_tokens=self.kv.total,
+            preemptions=self.scheduler.preemptions,
+            steps=self.steps,
+            residents=self.pool.residents(waiting),
+        )
+
+    def on_wake(self, wake: Callable[[], None]) -> None:
+        """What a loader's thread calls when a load has ended."""
+        self.pool.wake = wake
+
+    def close(self) -> None:
+        self.pool.close()
+
+
+def _lengths(slices: Sequence[Slice]) -> list[tuple[int, int]]:
+    """(tokens, length that RoPE sees) per row: its whole prompt while that is read, then one more each step."""
+    return [(s.count, s.row.offset + len(s.row.tokens)) for s in slices]
+
+
+def _info(module: PreTrainedModel, model: Model, name: str, length: int) -> Info:
+    ends = module.generation_config.eos_token_id if module.generation_config is not None else None
+    ends = module.config.get_text_config().eos_token_id if ends is None else ends
+    return Info(
+        model=name,
+        max_model_len=length,
+        vocab=model.base.shapes.vocab,
+        eos=frozenset([] if ends is None else [ends] if isinstance(ends, int) else ends),
+        device=str(model.device),
+        dtype=str(model.dtype).removeprefix("torch."),
+        parameters=sum(math.prod(p.shape) for p in module.parameters()),
+    )

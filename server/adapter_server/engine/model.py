@@ -1,0 +1,203 @@
+"""The base model, made ready: its attention packed, its modules turned into sites, its structure read from one look.
+
+Nothing is recognised by name. Which Linears read the same input, how many keys and values a layer has, and whether every
+layer's attention goes through transformers' AttentionInterface, is seen in one forward of two tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from adapter_server.engine.attention import NAME, Probe, set_probe
+from adapter_server.engine.lowrank import Bank
+from adapter_server.engine.routing import Routing, Step, current, running
+from adapter_server.engine.site import LinearGroup, ModuleSite, Placed, Prefix, group_by_input
+from adapter_server.errors import AdapterRefused, BaseNotSupported
+from adapter_server.families.base import Adapter, Patch
+from adapter_server.families.facts import ModelBase
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load(source: str | Path, dtype: str, device: torch.device) -> PreTrainedModel:
+    """The base from a hub id or a local folder. "auto": float32 on the CPU, the checkpoint's own dtype elsewhere."""
+    try:
+        config = AutoConfig.from_pretrained(source)
+        wanted: Any = DTYPES.get(dtype, torch.float32 if device.type == "cpu" else "auto")
+        model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=wanted)
+    except (OSError, ValueError) as error:
+        raise BaseNotSupported(f"{source}: {error}") from error
+    return model.to(device).eval()
+
+
+class Model:
+    """A base model whose forward runs the rows of a step, each under its own adapters."""
+
+    def __init__(self, module: PreTrainedModel, pack: bool = True) -> None:
+        self.module = module.eval().requires_grad_(False)
+        self.device, self.dtype = module.device, module.dtype
+        self.base = ModelBase(module)
+        self.banks: dict[int, Bank] = {}
+        self._modules = dict(module.named_modules())
+        self._sites: dict[str, ModuleSite] = {}
+        module.set_attn_implementation(NAME)
+        self.layers, calls = self._look()
+        self.groups = self._install(group_by_input(calls), pack)
+        self._group_of = {path: group for group in self.groups for path in group.paths}
+        _rope_by_row(self._modules)
+
+    def _look(self) -> tuple[dict[int, tuple[int, int, int]], list[tuple[str, int]]]:
+        """Per layer (kv_heads, key dim, value dim), and (Linear's path, identity of its input) in order of calls."""
+        probe, calls, kept = Probe(), [], []
+        hooks = []
+        for path, module in self._modules.items():
+            if _is_linear(module):
+                hooks.append(module.register_forward_pre_hook(_note(path, calls, kept)))
+        set_probe(probe)
+        try:
+            with torch.inference_mode():
+                self.module(input_ids=torch.zeros(1, 2, dtype=torch.long, device=self.device), use_cache=False)
+        finally:
+            set_probe(None)
+            for hook in hooks:
+                hook.remove()
+        self._check(probe)
+        return probe.layers, calls
+
+    def _check(self, probe: Probe) -> None:
+        layers = self.base.shapes.layers
+        if sorted(probe.layers) != list(range(layers)):
+            raise BaseNotSupported(
+                f"{type(self.module).__name__}: {len(probe.layers)} of {layers} layers call transformers' "
+                "AttentionInterface; a base must call it in every layer, with keys and values of its own"
+            )
+
+    def _install(self, found: Sequence[Sequence[str]], pack: bool) -> list[LinearGroup]:
+        head = self.module.get_output_embeddings()
+        groups: list[LinearGroup] = []
+        for paths in found:
+            for part in self._alike([p for p in dict.fromkeys(paths)], head):
+                modules = {p: self._modules[p] for p in part}
+                is_head = any(module is head for module in modules.values())
+                groups.append(LinearGroup(len(groups), modules, self.banks, pack, is_head))
+                groups[-1].install(modules)
+        return groups
+
+    def _alike(self, paths: list[str], head: nn.Module | None) -> list[list[str]]:
+        """A group is nn.Linears that own their weight; anything else stands alone."""
+        shared = [p for p in paths if isinstance(self._modules[p], nn.Linear) and self._modules[p] is not head]
+        return ([shared] if shared else []) + [[p] for p in paths if p not in shared]
+
+    def place(self, adapter: Adapter) -> Placed:
+        """Lay an adapter out for the run. Slow part of a load; called on a loader's thread."""
+        linear = {path: p for path, p in adapter.patches.items() if isinstance(p, Patch)}
+        missing = [path for path in linear if path not in self._group_of]
+        if missing:
+            raise AdapterRefused(f"{adapter.spec.name}: the base's forward never calls {', '.join(missing[:3])}")
+        touched = {self._group_of[path].index for path in linear}
+        groups = {i: self.groups[i].place(linear) for i in sorted(touched)}
+        others = {
+            path: p.to(self.device, self.dtype) for path, p in adapter.patches.items() if not isinstance(p, Patch)
+        }
+        before = Adapter(adapter.spec, {}, adapter.prefix, adapter.embeds, adapter.tasks).to(self.device, self.dtype)
+        prefixes: dict[int | None, Prefix] = {} if before.prefix is None else {None: Prefix(before.prefix)}
+        return Placed(before, groups, others, prefixes)
+
+    def install_sites(self, placed: Placed) -> None:
+        """Turn the modules that are no Linear, and that this adapter touches, into sites. On the engine's thread."""
+        for path in placed.others:
+            if path not in self._sites:
+                self._sites[path] = ModuleSite(path, self._modules[path])
+
+    def forget(self, placed: Placed) -> None:
+        for bank in self.banks.values():
+            bank.drop(placed)
+
+    @torch.inference_mode()
+    def forward(self, step: Step, ids: Tensor, positions: Tensor, keep: Tensor) -> Tensor:
+        """ids, positions [T]; keep [n] the tokens whose logits are wanted → [n, vocab]."""
+        with running(step):
+            out = self.module(
+                input_ids=ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=keep
+            )
+        logits: Tensor = out.logits[0]
+        return logits
+
+    @torch.inference_mode()
+    def encode(self, embeds: Tensor) -> Prefix:
+        """The keys and values of a soft prompt, embeds [n, hidden], at positions 0..n−1 of the plain base."""
+        n = embeds.shape[0]
+        step = Step(Routing(n), Routing(1), capture={}, rope_lengths=[(n, n)])
+        with running(step):
+            self.module(
+                inputs_embeds=embeds[None], position_ids=torch.arange(n, device=self.device)[None], use_cache=False,
+                logits_to_keep=1,
+            )  # fmt: skip
+        kept = step.capture or {}
+        return Prefix(tuple(kept[i] for i in range(len(kept))))
+
+    def digest(self) -> str:
+        """sha256 over every tensor of the base: the proof that serving never writes to it."""
+        sha = hashlib.sha256()
+        for name, tensor in sorted(self.module.state_dict().items()):
+            sha.update(name.encode())
+            sha.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        return sha.hexdigest()
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def _note(path: str, calls: list[tuple[str, int]], kept: list[Any]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+        kept.append(args[0])  # alive, so that no identity is used twice
+        calls.append((path, id(args[0])))
+
+    return hook
+
+
+def _rope_by_row(modules: Mapping[str, nn.Module]) -> None:
+    """RoPE variants that look at the batch's longest position (dynamic, longrope) are asked row by row."""
+    for module in modules.values():
+        kinds = getattr(module, "rope_type", None)
+        kinds = set(kinds.values()) if isinstance(kinds, dict) else {kinds}
+        if kinds & {"dynamic", "longrope"}:
+            module.forward = _per_row(module, module.forward)
+
+
+def _per_row(module: nn.Module, forward: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Each row alone, beside a last position that stands for its length; what the variant remembers is reset."""
+    fresh = {k: v for k, v in vars(module).items() if k.endswith("max_seq_len_cached")}
+    buffers = {k: b.clone() for k, b in module.named_buffers(recurse=False)}
+
+    def reset() -> None:
+        for name, value in fresh.items():
+            setattr(module, name, value)
+        for name, buffer in buffers.items():
+            module._buffers[name] = buffer.clone()
+
+    def row(x: Tensor, positions: Tensor, length: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        reset()
+        last = positions.new_full((1, 1), length - 1)
+        cos, sin = forward(x, torch.cat([positions, last], 1), *args, **kwargs)
+        return cos[:, :-1], sin[:, :-1]
+
+    def by_row(x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        step = current()
+        if step is None or not step.rope_lengths:
+            return forward(x, position_ids, *args, **kwargs)
+        at, parts = 0, []
+        for count, length in step.rope_lengths:
+            parts.append(row(x, position_ids[:, at : at + count], length, *args, **kwargs))
+            at += count
+        return torch.cat([cos for cos, _ in parts], 1), torch.cat([sin for _, sin in parts], 1)
+
+    return by_row

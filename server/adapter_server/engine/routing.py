@@ -1,0 +1,120 @@
+"""Whose tokens are whose: the routing of a step, and the context in which a forward runs.
+
+Rows are packed adapter by adapter, so that an adapter is one segment:
+
+    tokens   0 1 2 3 | 4 5 | 6 7 8 | 9
+    adapter  (base)  | a   | b     | c       segments: a = 4:6, b = 6:9, c = 9:10
+
+Under composition a token belongs to several segments, each with its weight.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from adapter_server.engine.kv import KvStep
+    from adapter_server.engine.site import Placed
+
+Use = tuple["Placed", float]  # an adapter laid out on the device, and its weight
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Segment:
+    """The tokens of one adapter. `tokens` selects them from x [T, …]; `weights` [n, 1] is None where all are 1."""
+
+    placed: Placed
+    tokens: slice | Tensor
+    count: int
+    weights: Tensor | None
+    sole: bool  # none of these tokens carries another adapter
+
+
+@dataclass(slots=True, eq=False)
+class Routing:
+    """The segments of T packed tokens, and per site group the plan that was made of them (filled on first use)."""
+
+    tokens: int
+    segments: tuple[Segment, ...] = ()
+    uses: tuple[tuple[Use, ...], ...] = ()  # the distinct sets of adapters; index 0 is the base's, ()
+    use_of: Tensor | None = None  # [T] index into `uses`
+    composed: bool = False
+    plans: dict[int, Any] = field(default_factory=dict)
+    shared: dict[Hashable, Any] = field(default_factory=dict)  # what the plans of several groups have in common
+
+    @property
+    def plain(self) -> bool:
+        return not self.segments
+
+
+def route(rows: Sequence[tuple[int, tuple[Use, ...]]], device: torch.device) -> Routing:
+    """A routing from the packed rows: each row's number of tokens, and the adapters on them (none: the base)."""
+    total = sum(n for n, _ in rows)
+    if not any(uses for _, uses in rows):
+        return Routing(total)
+    spans: dict[Placed, list[tuple[int, int, float, bool]]] = {}
+    distinct: dict[tuple[Use, ...], int] = {(): 0}
+    use_of: list[int] = []
+    for n, uses in rows:
+        start = len(use_of)
+        use_of += [distinct.setdefault(uses, len(distinct))] * n
+        for placed, weight in uses:
+            spans.setdefault(placed, []).append((start, start + n, weight, len(uses) == 1))
+    segments = tuple(_segment(placed, parts, device) for placed, parts in spans.items())
+    composed = any(len(uses) > 1 for uses in distinct)
+    return Routing(total, segments, tuple(distinct), torch.tensor(use_of, device=device), composed)
+
+
+def _segment(placed: Placed, spans: list[tuple[int, int, float, bool]], device: torch.device) -> Segment:
+    count = sum(stop - start for start, stop, _, _ in spans)
+    contiguous = all(a[1] == b[0] for a, b in zip(spans, spans[1:], strict=False))
+    tokens: slice | Tensor = slice(spans[0][0], spans[-1][1])
+    if not contiguous:
+        tokens = torch.cat([torch.arange(start, stop) for start, stop, _, _ in spans]).to(device)
+    weights = None
+    if any(weight != 1.0 for _, _, weight, _ in spans):
+        each = [weight for start, stop, weight, _ in spans for _ in range(start, stop)]
+        weights = torch.tensor(each, device=device)[:, None]
+    return Segment(placed, tokens, count, weights, all(sole for *_, sole in spans))
+
+
+@dataclass(slots=True, eq=False)
+class Step:
+    """What one forward needs to know beside its input. `head` routes the tokens that lm_head sees."""
+
+    routing: Routing
+    head: Routing
+    kv: KvStep | None = None
+    capture: dict[int, tuple[Tensor, Tensor]] | None = None  # layer: K, V [n, kv_heads, dim], for a soft prompt
+    rope_lengths: Sequence[tuple[int, int]] = ()  # (tokens, length) per row: the length that its RoPE sees
+
+
+class _Context(threading.local):
+    step: Step | None = None
+
+
+_context = _Context()
+
+
+def current() -> Step | None:
+    return _context.step
+
+
+@contextmanager
+def running(step: Step) -> Iterator[Step]:
+    """The step of this thread's forward. Refuses nesting: a forward inside a forward has no rows of its own."""
+    if _context.step is not None:
+        raise RuntimeError("a step is already running on this thread")
+    _context.step = step
+    try:
+        yield step
+    finally:
+        _context.step = None
+

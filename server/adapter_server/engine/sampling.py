@@ -1,0 +1,126 @@
+"""Choosing tokens: penalties, temperature, top-k, top-p, min-p, and a random stream of a row's own.
+
+Order and meaning of the filters are transformers' (`generation/logits_process.py`). A row's random numbers come from
+(seed, index of the token) alone, so what else is in the batch never changes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adapter_server.core import Sampling
+
+_MASK = (1 << 64) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """What sampling needs to know of one row: its settings, seed, prompt and the tokens it has emitted."""
+
+    sampling: Sampling
+    seed: int
+    tokens: Sequence[int]  # prompt and generated
+    prompt: int  # how many of them are the prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """The token of one row. `ok` is False where the logits hold no finite maximum."""
+
+    id: int
+    ok: bool
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+def choose(logits: Tensor, draws: Sequence[Draw]) -> list[Chosen]:
+    """logits [rows, vocab] → one token a row."""
+    raw = logits.float()
+    logits = _penalised(raw, draws)
+    best, ids = logits.max(-1)
+    ok = torch.isfinite(best).tolist()
+    warm = [i for i, d in enumerate(draws) if d.sampling.temperature > 0 and ok[i]]
+    if warm:
+        ids[warm] = _sampled(logits[warm], [draws[i] for i in warm])
+    chosen = ids.tolist()
+    reports = _logprobs(raw, draws, chosen)
+    return [Chosen(chosen[i], ok[i], *reports.get(i, (None, ()))) for i in range(len(draws))]
+
+
+def uniform(seed: int, index: int) -> float:
+    """A number in [0, 1) from (seed, index): SplitMix64's output function on a counter (Steele et al., OOPSLA 2014)."""
+    z = _mix((seed & _MASK) ^ 0x9E3779B97F4A7C15)
+    return (_mix(z + (index + 1) * 0x9E3779B97F4A7C15) >> 11) * 2.0**-53
+
+
+def _mix(z: int) -> int:
+    z &= _MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+    return z ^ (z >> 31)
+
+
+def _penalised(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
+    rows = [i for i, d in enumerate(draws) if _has_penalty(d.sampling)]
+    if not rows:
+        return logits
+    logits = logits.clone()
+    for i in rows:
+        _penalise(logits[i], draws[i])
+    return logits
+
+
+def _has_penalty(s: Sampling) -> bool:
+    return s.repetition_penalty != 1 or s.presence_penalty != 0 or s.frequency_penalty != 0
+
+
+def _penalise(row: Tensor, draw: Draw) -> None:
+    """In place. Repetition counts the prompt too (transformers); presence and frequency what was emitted (OpenAI)."""
+    s = draw.sampling
+    if s.repetition_penalty != 1:
+        seen = torch.tensor(sorted(set(draw.tokens)), device=row.device)
+        scores = row[seen]
+        row[seen] = torch.where(scores < 0, scores * s.repetition_penalty, scores / s.repetition_penalty)
+    emitted = draw.tokens[draw.prompt :]
+    if emitted and (s.presence_penalty or s.frequency_penalty):
+        ids, counts = torch.tensor(emitted, device=row.device).unique(return_counts=True)
+        row[ids] -= s.presence_penalty + s.frequency_penalty * counts
+
+
+def _sampled(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """logits [n, vocab] → ids [n], by the inverse of the filtered distribution, most likely first."""
+
+    def column(values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, device=logits.device, dtype=torch.float32)[:, None]
+
+    settings = [d.sampling for d in draws]
+    vocab = logits.shape[1]
+    depth = max(s.top_k or vocab for s in settings)
+    scores, ids = (logits / column([s.temperature for s in settings])).topk(min(depth, vocab))
+    rank = torch.arange(scores.shape[1], device=logits.device)
+    scores = scores.masked_fill(rank >= column([s.top_k or vocab for s in settings]), -torch.inf)
+    p = scores.softmax(-1)
+    p = p.masked_fill(p.cumsum(-1) - p >= column([s.top_p for s in settings]).clamp(min=1e-9), 0)
+    p = p.masked_fill(p < p[:, :1] * column([s.min_p for s in settings]), 0).cumsum(-1)
+    u = column([uniform(d.seed, len(d.tokens) - d.prompt) for d in draws])
+    at = torch.searchsorted(p, u * p[:, -1:], right=True).clamp(max=p.shape[1] - 1)
+    return ids.gather(1, at).squeeze(1)
+
+
+def _logprobs(
+    raw: Tensor, draws: Sequence[Draw], chosen: Sequence[int]
+) -> dict[int, tuple[float, tuple[tuple[int, float], ...]]]:
+    """Of the raw logits, before any penalty, for the rows that ask."""
+    rows = [i for i, d in enumerate(draws) if d.sampling.logprobs]
+    if not rows:
+        return {}
+    logprobs = raw[rows].log_softmax(-1)
+    out = {}
+    for row, i in zip(logprobs, rows, strict=True):
+        values, ids = row.topk(min(draws[i].sampling.logprobs, row.shape[0]))
+        out[i] = (row[chosen[i]].item(), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
+    return out

@@ -1,0 +1,154 @@
+"""Which rows run in a step, and how many tokens of each: continuous batching with chunked prefill.
+
+    waiting   first come, first served; a row whose adapter is still loading steps aside and keeps its turn
+    running   one token a step once its prompt is in; before that, chunks of the prompt within the step's token budget
+
+When pages run out, the row admitted last gives its place back and is computed again later (recompute).
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from adapter_server.core import Request
+from adapter_server.engine.kv import KvPool, Lease, PagePool
+from adapter_server.engine.pool import Holding
+from adapter_server.engine.routing import Use
+from adapter_server.engine.sampling import Draw
+from adapter_server.engine.site import Prefix
+
+
+@dataclass(slots=True, eq=False)
+class Row:
+    """A running request: its tokens so far, how many have keys and values, and where those are."""
+
+    request: Request
+    tokens: list[int]
+    seed: int
+    uses: tuple[Use, ...] = ()
+    prefix: Prefix | None = None
+    held: list[Holding] = field(default_factory=list)
+    lease: Lease | None = None
+    done: int = 0  # of `tokens`
+    started: float | None = None
+    loading: float | None = None  # since when it waits for its adapter
+    load_s: float = 0.0
+    first: float | None = None  # when its first token came
+
+    @classmethod
+    def of(cls, request: Request) -> Row:
+        seed = request.sampling.seed
+        return cls(request, list(request.prompt), secrets.randbits(63) if seed is None else seed)
+
+    @property
+    def offset(self) -> int:
+        """Positions taken before the prompt, by a prefix or a soft prompt."""
+        return self.prefix.tokens if self.prefix else 0
+
+    @property
+    def pending(self) -> int:
+        return len(self.tokens) - self.done
+
+    @property
+    def emitted(self) -> int:
+        return len(self.tokens) - len(self.request.prompt)
+
+    @property
+    def draw(self) -> Draw:
+        return Draw(self.request.sampling, self.seed, self.tokens, len(self.request.prompt))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Slice:
+    """What one row does in a step: `count` of its pending tokens. `last` when none remains, so that it samples."""
+
+    row: Row
+    count: int
+
+    @property
+    def last(self) -> bool:
+        return self.count == self.row.pending
+
+
+@dataclass(slots=True)
+class Scheduler:
+    """The waiting and the running rows. `admit` says whether a row's adapter is ready, and readies the row."""
+
+    kv: KvPool
+    max_rows: int
+    max_tokens: int
+    admit: Callable[[Row], bool]
+    waiting: deque[Row] = field(default_factory=deque)
+    running: list[Row] = field(default_factory=list)
+    preemptions: int = 0
+
+    def rows(self) -> Iterator[Row]:
+        yield from self.running
+        yield from self.waiting
+
+    def plan(self) -> list[Slice]:
+        """The step: every decode first, then prompts under way, then new rows, within the token budget."""
+        decodes = [Slice(row, 1) for row in list(self.running) if row.pending == 1 and self._grown(row)]
+        decodes = [s for s in decodes if s.row.lease is not None]  # a later row may have taken an earlier one's place
+        budget = self.max_tokens - len(decodes)
+        prefills: list[Slice] = []
+        for row in [*(r for r in self.running if r.pending > 1), *self._admitted(budget)]:
+            if (count := min(row.pending, budget)) > 0:
+                prefills.append(Slice(row, count))
+                budget -= count
+        return decodes + prefills
+
+    def _grown(self, row: Row) -> bool:
+        """Room for one more token; where there is none, the rows admitted last make it."""
+        while row.lease is not None and not self.kv.grow(row.lease, row.offset + len(row.tokens)):
+            if not self._reclaim():
+                self._preempt(self.running[-1])
+        return row.lease is not None
+
+    def _reclaim(self) -> bool:
+        return isinstance(self.kv, PagePool) and self.kv.reclaim()
+
+    def _preempt(self, row: Row) -> None:
+        self.release(row)
+        self.waiting.appendleft(row)
+        self.preemptions += 1
+
+    def _admitted(self, budget: int) -> list[Row]:
+        """New rows, in order of arrival, while tokens, places and rows last."""
+        budget -= sum(min(r.pending, budget) for r in self.running if r.pending > 1)
+        admitted: list[Row] = []
+        for row in list(self.waiting):
+            if budget <= 0 or len(self.running) >= self.max_rows:
+                break
+            if not self.admit(row):
+                continue
+            if not self._start(row):
+                break
+            self.waiting.remove(row)
+            self.running.append(row)
+            admitted.append(row)
+            budget -= row.pending
+        return admitted
+
+    def _start(self, row: Row) -> bool:
+        """Places for the prefix and all tokens known so far."""
+        lease = self.kv.start(row.prefix)
+        if lease is not None and self.kv.grow(lease, row.offset + len(row.tokens)):
+            row.lease = lease
+            return True
+        if lease is not None:
+            self.kv.release(lease)
+        return self._reclaim() and self._start(row)
+
+    def release(self, row: Row, scrub: bool = False) -> None:
+        """Take a row out of the step's reach, with all that it holds here."""
+        if row in self.running:
+            self.running.remove(row)
+        elif row in self.waiting:
+            self.waiting.remove(row)
+        if row.lease is not None:
+            self.kv.release(row.lease, scrub)
+        row.lease, row.done = None, 0

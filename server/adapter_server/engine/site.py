@@ -1,0 +1,371 @@
+"""Sites: the modules of the base that take patches, and how a step's adapters run there.
+
+A `Site` replaces a module's `forward` (never the module) and holds no adapter. Linears that read the same input form a
+`LinearGroup` (q/k/v, gate/up, or one alone): the base once for everybody, then each primitive once for all adapters.
+
+    y = x · Wᵀ + b                 one product for the group, all tokens
+    y = y + mul ⊙ y + add          gathered vectors: DoRA, IA3, biases      (x ← in_scale ⊙ x before, IA3 feed-forward)
+    y = y + w · B (A x)            low rank, `lowrank.py`
+    y[segment] = x · W'ᵀ + b'      replaced weights: saved modules, merged snapshots
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from adapter_server.engine.lowrank import Bank, Layout, add_large, add_small, layouts
+from adapter_server.engine.routing import Routing, Segment, current
+from adapter_server.families.base import Adapter, AnyPatch, Patch, linear_params
+
+
+class Product:
+    """y = x Wᵀ + b in the fastest form at hand: on the CPU in float32, oneDNN's packed weights beside the plain ones.
+
+    A single token takes the plain form: a matrix-vector product gains nothing from packing.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, pack: bool) -> None:
+        self.weight, self.bias = weight, bias
+        can = weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous()) if pack and can else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [T, in] → y [T, out], a new tensor."""
+        if self.packed is None or x.shape[0] == 1:
+            return F.linear(x, self.weight, self.bias)
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        return y
+
+    @property
+    def bytes(self) -> int:
+        own = self.weight.numel() * self.weight.element_size()
+        return own * (1 if self.packed is None else 2) + (0 if self.bias is None else self.bias.nbytes)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GroupPatch:
+    """An adapter's patches at one group, laid out for the run. A [Σ r, in]; per member a pair (A_m [r, in], Bt [r, out])."""
+
+    A: Tensor | None = None
+    pairs: tuple[tuple[Tensor, Tensor] | None, ...] = ()
+    mul: Tensor | None = None  # [outs], times the base's output
+    add: Tensor | None = None  # [outs]
+    shift: Tensor | None = None  # [in], in_scale − 1: x + shift ⊙ x
+    product: Product | None = None  # replaces the base's, and all the above
+
+    @property
+    def bytes(self) -> int:
+        vectors = (self.A, self.mul, self.add, self.shift, *(pair[1] for pair in self.pairs if pair))
+        return sum(t.nbytes for t in vectors if t is not None) + (self.product.bytes if self.product else 0)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Placed:
+    """An adapter laid out on the device: per group, per other module, and what stands before its rows' prompts."""
+
+    adapter: Adapter
+    groups: Mapping[int, GroupPatch]
+    others: Mapping[str, AnyPatch]
+    prefixes: dict[int | None, Prefix] = field(default_factory=dict)  # by task id
+
+    @property
+    def rank(self) -> int:
+        ranks = (pair[0].shape[0] for patch in self.groups.values() for pair in patch.pairs if pair)
+        return max(ranks, default=0)
+
+    @property
+    def bytes(self) -> int:
+        others = sum(t.nbytes for patch in self.others.values() for t in patch.tensors())
+        before = sum(t.nbytes for t in (self.adapter.embeds, *self.adapter.tasks) if t is not None)
+        kept = sum(k.nbytes + v.nbytes for prefix in self.prefixes.values() for k, v in prefix.layers)
+        return sum(patch.bytes for patch in self.groups.values()) + others + before + kept
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prefix:
+    """Keys and values that exist before the prompt: per layer K, V [n, kv_heads, dim], at positions 0..n-1."""
+
+    layers: tuple[tuple[Tensor, Tensor], ...]
+
+    @property
+    def tokens(self) -> int:
+        return self.layers[0][0].shape[0]
+
+
+@dataclass(slots=True, eq=False)
+class Plan:
+    """What one group does in the steps of one routing."""
+
+    whole: Product | None = None  # every token is of one adapter that replaces the weights
+    in_scale: Tensor | None = None  # [uses, in]
+    mul: Tensor | None = None  # [uses, outs]
+    add: Tensor | None = None  # [uses, outs]
+    small: Sequence[tuple[Layout, tuple[int, ...]]] = ()
+    large: Sequence[Segment] = ()
+    replaced: Sequence[tuple[Segment, Product]] = ()
+
+
+class LinearGroup:
+    """Linears that read the same input. `columns[m]` is where member m's outputs stand in the group's [T, outs]."""
+
+    def __init__(
+        self, index: int, modules: Mapping[str, nn.Module], banks: dict[int, Bank], pack: bool, head: bool
+    ) -> None:
+        self.index, self.banks, self.pack, self.head = index, banks, pack, head
+        self.paths = tuple(modules)
+        params = [linear_params(module) for module in modules.values()]
+        self.outs = tuple(weight.shape[0] for weight, _ in params)
+        self.inp, self.dtype, self.device = params[0][0].shape[1], params[0][0].dtype, params[0][0].device
+        ends = torch.tensor(self.outs).cumsum(0).tolist()
+        self.columns = tuple(slice(end - out, end) for end, out in zip(ends, self.outs, strict=True))
+        self.base = Product(*_joined(modules, params), pack=pack)
+        self._input: Tensor | None = None
+        self._outputs: list[Tensor | None] = []
+
+    def install(self, modules: Mapping[str, nn.Module]) -> None:
+        for m, module in enumerate(modules.values()):
+            module.forward = self._site(m)  # type: ignore[method-assign]
+
+    def _site(self, m: int) -> Callable[[Tensor], Tensor]:
+        def forward(x: Tensor) -> Tensor:
+            return self.forward(m, x)
+
+        return forward
+
+    def forward(self, m: int, x: Tensor) -> Tensor:
+        """Member m's output. The first member called computes all; the others take theirs by the input's identity."""
+        if self._input is x and (kept := self._outputs[m]) is not None:
+            self._outputs[m] = None
+            if not any(y is not None for y in self._outputs):
+                self._input = None
+            return kept
+        y = self.run(x.reshape(-1, self.inp)).view(*x.shape[:-1], -1)
+        if len(self.outs) == 1:
+            return y
+        self._input, self._outputs = x, [y[..., columns] for columns in self.columns]
+        out, self._outputs[m] = self._outputs[m], None
+        assert out is not None
+        return out
+
+    def run(self, x: Tensor) -> Tensor:
+        """x [T, in] → y [T, outs] for all tokens of the step."""
+        step = current()
+        routing = None if step is None else step.head if self.head else step.routing
+        if routing is None or routing.plain:
+            return self.base(x)
+        plan = routing.plans.get(self.index)
+        if plan is None:
+            plan = routing.plans[self.index] = self.plan(routing, x.shape[0])
+        return plan.whole(x) if plan.whole else self._mixed(x, plan, routing)
+
+    def _mixed(self, x: Tensor, plan: Plan, routing: Routing) -> Tensor:
+        use_of = routing.use_of
+        y = self.base(x if plan.in_scale is None else x * plan.in_scale[use_of])
+        if plan.mul is not None:
+            plain = self.base(x) if routing.composed and plan.in_scale is not None else y
+            y.addcmul_(plain, plan.mul[use_of])
+        if plan.add is not None:
+            y.add_(plan.add[use_of])
+        for layout, members in plan.small:
+            add_small(y, x, layout, self, members)
+        for segment in plan.large:
+            add_large(y, x, segment, self)
+        for segment, product in plan.replaced:
+            self._replace(y, x, segment, product)
+        return y
+
+    def _replace(self, y: Tensor, x: Tensor, segment: Segment, product: Product) -> None:
+        part = product(x[segment.tokens])
+        if segment.sole and segment.weights is None:
+            y[segment.tokens] = part
+            return
+        delta = part - self.base(x[segment.tokens])
+        delta = delta if segment.weights is None else delta * segment.weights
+        _add_to(y, segment, delta)
+
+    def plan(self, routing: Routing, tokens: int) -> Plan:
+        """How this group runs under a routing. O(adapters of the step); made once, kept while the routing is."""
+        if tokens != routing.tokens:
+            raise RuntimeError(f"{self.paths[0]} saw {tokens} tokens where the step has {routing.tokens}")
+        here = [(s, patch) for s in routing.segments if (patch := s.placed.groups.get(self.index))]
+        replaced = [(s, patch.product) for s, patch in here if patch.product is not None]
+        if len(replaced) == 1 and replaced[0][0].count == routing.tokens and _is_alone(replaced[0][0]):
+            return Plan(whole=replaced[0][1])
+        small, large = self._layouts(routing)
+        touched = {s.placed for s, patch in here if patch.A is not None}
+        return Plan(
+            in_scale=None if (shift := self._vectors(routing, "shift")) is None else shift + 1,
+            mul=self._vectors(routing, "mul"),
+            add=self._vectors(routing, "add"),
+            small=[(layout, members) for layout in small if (members := self._members(layout, touched))],
+            large=[s for s in large if s.placed in touched],
+            replaced=replaced,
+        )
+
+    def _layouts(self, routing: Routing) -> tuple[list[Layout], list[Segment]]:
+        if "layouts" not in routing.shared:
+            routing.shared["layouts"] = layouts(routing, self.banks, self.device)
+        made: tuple[list[Layout], list[Segment]] = routing.shared["layouts"]
+        return made
+
+    def _members(self, layout: Layout, touched: set[Placed]) -> tuple[int, ...]:
+        """The members that some adapter of the layout touches."""
+        pairs = [p.groups[self.index].pairs for p in layout.bank.slots if p is not None and p in touched]
+        return tuple(m for m in range(len(self.outs)) if any(pair[m] for pair in pairs))
+
+    def _vectors(self, routing: Routing, name: str) -> Tensor | None:
+        """[uses, width]: Σ wᵢ vᵢ for each distinct set of adapters; None where no adapter of the step has one."""
+        rows = [[(getattr(p.groups.get(self.index), name, None), w) for p, w in uses] for uses in routing.uses]
+        return self._stacked(rows, self.inp if name == "shift" else sum(self.outs))
+
+    def _stacked(self, rows: list[list[tuple[Tensor | None, float]]], width: int) -> Tensor | None:
+        if not any(v is not None for row in rows for v, _ in row):
+            return None
+        out = torch.zeros(len(rows), width, dtype=self.dtype, device=self.device)
+        for i, row in enumerate(rows):
+            for v, w in row:
+                if v is not None:
+                    out[i].add_(v, alpha=w)
+        return out
+
+    def place(self, patches: Mapping[str, Patch]) -> GroupPatch:
+        """Lay an adapter's patches at this group's sites out for the run. Called on a loader's thread."""
+        mine = [patches.get(path) for path in self.paths]
+        if any(p is not None and self._is_override(p) for p in mine):
+            return GroupPatch(pairs=(None,) * len(mine), product=self._override(mine))
+        A, pairs = self._low_rank(mine)
+        return GroupPatch(
+            A=A,
+            pairs=pairs,
+            mul=self._joined_vectors([p and _mul(p) for p in mine]),
+            add=self._joined_vectors([p and self._add(m, p) for m, p in enumerate(mine)]),
+            shift=next((self._cast(p.in_scale - 1) for p in mine if p and p.in_scale is not None), None),
+        )
+
+    def _is_override(self, patch: Patch) -> bool:
+        """Replaced weights, and input scales that are not alone: their sum with others is no vector operation."""
+        mixed = patch.in_scale is not None and (
+            len(self.paths) > 1 or any(v is not None for v in (patch.A, patch.gain, patch.out_scale))
+        )
+        return patch.weight is not None or mixed
+
+    def _override(self, mine: Sequence[Patch | None]) -> Product:
+        weights, biases = [], []
+        for columns, patch in zip(self.columns, mine, strict=True):
+            params = {"weight": self.base.weight[columns].float()}
+            if self.base.bias is not None:
+                params["bias"] = self.base.bias[columns].float()
+            params = params if patch is None else patch.fold(params)
+            weights.append(params["weight"])
+            biases.append(params.get("bias"))
+        bias = _joined_biases(biases, weights)
+        return Product(self._cast(torch.cat(weights)), None if bias is None else self._cast(bias), self.pack)
+
+    def _low_rank(self, mine: Sequence[Patch | None]) -> tuple[Tensor | None, tuple[tuple[Tensor, Tensor] | None, ...]]:
+        """A [Σ r, in] of all members, and per member (its rows of A, Bt [r, out])."""
+        parts = [p.A for p in mine if p is not None and p.A is not None]
+        if not parts:
+            return None, (None,) * len(mine)
+        A, at, pairs = self._cast(torch.cat(parts)), 0, []
+        for p in mine:
+            if p is None or p.A is None or p.B is None:
+                pairs.append(None)
+                continue
+            B = p.B if p.out_scale is None else p.B * p.out_scale[:, None]
+            pairs.append((A[at : at + p.rank], self._cast(B.T)))
+            at += p.rank
+        return A, tuple(pairs)
+
+    def _add(self, m: int, patch: Patch) -> Tensor | None:
+        """y = out_scale (gain W x + … + b + bias) = (1 + mul) (W x + b) + … + add."""
+        b = None if self.base.bias is None else self.base.bias[self.columns[m]].float().cpu()
+        bias = patch.bias
+        if patch.gain is not None and b is not None:
+            bias = (0 if bias is None else bias) + b * (1 - patch.gain)
+        return bias if bias is None or patch.out_scale is None else bias * patch.out_scale
+
+    def _joined_vectors(self, vectors: Sequence[Tensor | None]) -> Tensor | None:
+        if all(v is None for v in vectors):
+            return None
+        each = [torch.zeros(out) if v is None else v for v, out in zip(vectors, self.outs, strict=True)]
+        return self._cast(torch.cat(each))
+
+    def _cast(self, t: Tensor) -> Tensor:
+        return t.to(self.device, self.dtype).contiguous()
+
+
+class ModuleSite:
+    """A module that is no Linear (embedding, norm): its own forward for everybody, patched segments over it."""
+
+    def __init__(self, path: str, module: nn.Module) -> None:
+        self.path, self.module = path, module
+        self.base = module.forward
+        module.forward = self.forward  # type: ignore[method-assign]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base(x)
+        step = current()
+        if step is None or step.routing.plain:
+            return y
+        here = [(s, patch) for s in step.routing.segments if (patch := s.placed.others.get(self.path))]
+        return self._patched(x, y, here) if here else y
+
+    def _patched(self, x: Tensor, y: Tensor, here: list[tuple[Segment, AnyPatch]]) -> Tensor:
+        """x [1, T, …], y [1, T, width]."""
+        out = y.clone()
+        for segment, patch in here:
+            delta = patch.apply(x[0, segment.tokens], self.module) - y[0, segment.tokens]
+            delta = delta if segment.weights is None else delta * segment.weights
+            _add_to(out[0], segment, delta)
+        return out
+
+
+def _add_to(y: Tensor, segment: Segment, delta: Tensor) -> None:
+    if isinstance(segment.tokens, slice):
+        y[segment.tokens].add_(delta)
+    else:
+        y.index_add_(0, segment.tokens, delta)
+
+
+def group_by_input(calls: Sequence[tuple[str, int]]) -> list[list[str]]:
+    """Paths that were called with the same input object, in order. `calls` are (path, identity of the input)."""
+    groups: dict[int, list[str]] = {}
+    for path, identity in calls:
+        groups.setdefault(identity, []).append(path)
+    return list(groups.values())
+
+
+def _joined(
+    modules: Mapping[str, nn.Module], params: Sequence[tuple[Tensor, Tensor | None]]
+) -> tuple[Tensor, Tensor | None]:
+    """The members' weights as one [outs, in]; the modules' own become views of it, so that nothing is held twice."""
+    if len(params) == 1:
+        return params[0]
+    weight = torch.cat([w for w, _ in params]).detach()
+    at = 0
+    for module, (w, _) in zip(modules.values(), params, strict=True):
+        module.get_parameter("weight").data = weight[at : at + len(w)]
+        at += len(w)
+    return weight, _joined_biases([b for _, b in params], [w for w, _ in params])
+
+
+def _joined_biases(biases: Sequence[Tensor | None], weights: Sequence[Tensor]) -> Tensor | None:
+    if all(b is None for b in biases):
+        return None
+    each = [torch.zeros_like(w[:, 0]) if b is None else b for b, w in zip(biases, weights, strict=True)]
+    return torch.cat(each).detach()
+
+
+def _mul(patch: Patch) -> Tensor | None:
+    scales = [s for s in (patch.gain, patch.out_scale) if s is not None]
+    return torch.stack(scales).prod(0) - 1 if scales else None
+
+
+def _is_alone(segment: Segment) -> bool:
+    return segment.sole and segment.weights is None
+
