@@ -108,8 +108,11 @@ def test_an_unchanged_folder_costs_two_stats(root: Path, monkeypatch: pytest.Mon
 
 
 def test_a_start_over_2000_folders_opens_no_weights(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for i in range(2000):
-        files.write(root / f"adapter-{i}", weights=b"12345678")
+    one = files.write(root / "adapter-0")
+    for i in range(1, 2000):
+        (root / f"adapter-{i}").mkdir()
+        for file in (guard.CONFIG, guard.WEIGHTS):
+            os.link(one / file, root / f"adapter-{i}" / file)
     paths: list[str] = []
     real = os.open
     monkeypatch.setattr(os, "open", lambda path, *rest: (paths.append(str(path)), real(path, *rest))[1])
