@@ -34,8 +34,11 @@ from peft import (
 )
 from safetensors.torch import load_file
 from torch import nn
+from torch.nn import functional as F
 
 from adapter_server.core import Spec
+from adapter_server.families.base import Adapter, AnyPatch, ModuleShape, linear_params
+from adapter_server.families.facts import describe
 
 VOCAB = 97
 COMMON = {
@@ -280,3 +283,45 @@ def read(folder: Path) -> tuple[Spec, dict[str, torch.Tensor]]:
     tensors = load_file(folder / "adapter_model.safetensors")
     size = sum(t.numel() * t.element_size() for t in tensors.values())
     return Spec(folder.name, "0" * 12, str(folder), config["peft_type"], config, size), tensors
+
+
+TOLERANCE = 1e-5  # float32, relative to the largest output
+
+
+def same(left: torch.Tensor, right: torch.Tensor) -> bool:
+    return bool((left - right).abs().max() <= TOLERANCE * right.abs().max())
+
+
+def inputs(shape: ModuleShape) -> torch.Tensor:
+    """Token ids for an embedding, noise for anything else."""
+    generator = torch.Generator().manual_seed(3)
+    if shape.kind == "embedding":
+        return torch.randint(shape.inp, (3, 7), generator=generator)
+    width = shape.inp if shape.kind != "other" else shape.params["weight"][-1]
+    return torch.randn(3, 7, width, generator=generator)
+
+
+def folded(patch: AnyPatch, x: torch.Tensor, module: nn.Module, shape: ModuleShape) -> torch.Tensor:
+    """The module's output at x with the patch folded into its parameters."""
+    params = {name: p.detach().clone() for name, p in module.named_parameters(recurse=False)}
+    if shape.kind not in ("linear", "conv1d"):
+        return torch.func.functional_call(module, patch.fold(params), (x,))
+    params["weight"] = linear_params(module)[0].detach().clone()
+    new = patch.fold(params)
+    return F.linear(x, new["weight"], new.get("bias"))
+
+
+@torch.no_grad()
+def differences(base: nn.Module, adapter: Adapter, peft: PeftModel) -> dict[str, str]:
+    """Where an adapter, applied or folded, is not what PEFT computes: {module path: how}."""
+    wrong: dict[str, str] = {}
+    for path, shape in describe(base).modules.items():
+        x, module, patch = inputs(shape), base.get_submodule(path), adapter.patches.get(path)
+        want, plain = peft.base_model.model.get_submodule(path)(x), module(x)
+        if not same(plain if patch is None else patch.apply(x, module), want):
+            wrong[path] = "apply"
+        elif patch is not None and not same(folded(patch, x, module, shape), want):
+            wrong[path] = "fold"
+        elif patch is not None and same(plain, want):
+            wrong[path] = "a patch that does nothing"
+    return wrong

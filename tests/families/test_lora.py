@@ -1,0 +1,186 @@
+"""LoRA: what a config may say, what is refused and why, and files that differ from what PEFT saves by default."""
+
+import dataclasses
+import math
+
+import peft
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import zoo
+from adapter_server.errors import AdapterRefused
+from adapter_server.families import lora
+from adapter_server.families.facts import ModelBase, describe
+from adapter_server.families.options import IGNORED
+
+FAMILY = lora.FAMILY
+SHAPES = describe(zoo.tiny_base("llama"))
+TIED = describe(zoo.tiny_base("gemma2"))
+Q = "base_model.model.model.layers.0.self_attn.q_proj."
+EMBED, HEAD = "base_model.model.model.embed_tokens.", "base_model.model.lm_head."
+
+
+def config(**options):
+    return {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]} | options
+
+
+def expected(shapes=SHAPES, names=frozenset(), **options):
+    return FAMILY.expected(config(**options), shapes, names)
+
+
+def saved(folder, case="lora", arch="llama"):
+    zoo.save_adapter(lambda: zoo.tiny_base(arch), zoo.ADAPTERS[case](zoo.tiny_base(arch)), folder)
+    return zoo.read(folder)
+
+
+def test_every_field_of_peft_is_served_harmless_or_refused():
+    fields = {field.name for field in dataclasses.fields(peft.LoraConfig)}
+    listed = lora.SERVED | lora.HARMLESS | lora.REFUSED.keys() | IGNORED
+    assert fields <= listed
+
+
+def test_the_three_lists_do_not_overlap():
+    assert not lora.SERVED & lora.HARMLESS
+    assert not (lora.SERVED | lora.HARMLESS) & lora.REFUSED.keys()
+
+
+@pytest.mark.parametrize("key", sorted(lora.REFUSED))
+def test_an_option_that_is_not_served_is_refused_with_advice(key):
+    with pytest.raises(AdapterRefused, match=rf"'{key}' is not served here: .+; .+"):
+        expected(**{key: [[0, 1]]})
+    assert expected(**{key: None}) == expected()
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "kasa", "new", 3, {}])
+def test_an_initialisation_that_changes_the_base_is_refused_with_the_way_to_convert(init):
+    with pytest.raises(AdapterRefused, match="path_initial_model_for_weight_conversion"):
+        expected(init_lora_weights=init)
+
+
+@pytest.mark.parametrize("init", [True, False, None, "gaussian", "orthogonal", "eva", "mica"])
+def test_an_initialisation_that_leaves_the_base_alone_is_plain_lora(init):
+    assert expected(init_lora_weights=init) == expected()
+
+
+def test_shapes_follow_the_base():
+    assert expected(target_modules=["k_proj"], layers_to_transform=1) == {
+        "base_model.model.model.layers.1.self_attn.k_proj.lora_A.weight": (4, 32),
+        "base_model.model.model.layers.1.self_attn.k_proj.lora_B.weight": (16, 4),
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"lora_alfa": 8}, "'lora_alfa' is not a key of this kind; did you mean 'lora_alpha'"),
+        ({"r": 0}, "'r' must be an integer"),
+        ({"r": True}, "'r' must be an integer"),
+        ({"r": 4.0}, "'r' must be an integer"),
+        ({"r": "4"}, "'r' must be an integer"),
+        ({"lora_alpha": 1e30}, "'lora_alpha' must be a finite number"),
+        ({"lora_alpha": math.nan}, "'lora_alpha' must be a finite number"),
+        ({"lora_alpha": "8"}, "'lora_alpha' must be a finite number"),
+        ({"lora_alpha": 1e6}, "scaling"),
+        ({"rank_pattern": {"q_proj": -1}}, "'r' must be an integer"),
+        ({"rank_pattern": ["q_proj"]}, "'rank_pattern' must be an object"),
+        ({"rank_pattern": {"(": 2}}, r"does not compile in RE2"),
+        ({"alpha_pattern": {"(?=q)": 2}}, r"does not compile in RE2"),
+        ({"use_dora": "yes"}, "'use_dora' must be true or false"),
+        ({"use_dora": True, "lora_bias": True}, "'lora_bias' together with 'use_dora'"),
+        ({"bias": "some"}, "'bias' must be one of"),
+        ({"bias": ["all"]}, "'bias' must be one of"),
+        ({"modules_to_save": "lm_head"}, "'modules_to_save' must be a list"),
+        ({"target_modules": ["input_layernorm"]}, "which LoRA does not apply to"),
+        ({"target_modules": ["embed_tokens"], "lora_bias": True}, "which LoRA does not apply to"),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["_proj"]}, "both in 'target_modules' and"),
+        ({"velora_config": 5}, "'velora_config' must be an object"),
+    ],
+)
+def test_a_config_that_makes_no_sense_is_refused(options, reason):
+    with pytest.raises(AdapterRefused, match=reason):
+        expected(**options)
+
+
+def test_a_hanging_pattern_costs_nothing():
+    with pytest.raises(AdapterRefused, match="matches no module"):
+        expected(target_modules=r"([\w.]+)+!")
+    assert expected(rank_pattern={r"([\w.]+)+!": 3}) == expected()
+
+
+def test_only_embedding_and_head_may_bring_a_copy_of_the_base():
+    stray = frozenset({Q + "base_layer.weight", "base_model.model.model.norm.weight", EMBED + "weight"})
+    assert not stray & expected(names=stray).keys()
+    names = frozenset({HEAD + "base_layer.weight"})
+    assert not names & expected(names=names).keys()
+    assert names <= expected(names=names, target_modules=["lm_head"]).keys()
+
+
+def test_a_missing_tensor_and_a_leftover_are_refused_by_name(tmp_path):
+    spec, tensors = saved(tmp_path)
+    base = ModelBase(zoo.tiny_base("llama"))
+    some = Q + "lora_A.weight"
+    with pytest.raises(AdapterRefused, match=f"no tensor '{some}'"):
+        FAMILY.load(spec, {name: t for name, t in tensors.items() if name != some}, base)
+    with pytest.raises(AdapterRefused, match=r"1 tensors .*: base_model\.model\.model\.norm\.weight"):
+        FAMILY.load(spec, tensors | {"base_model.model.model.norm.weight": torch.ones(32)}, base)
+
+
+def test_factors_are_float32_whatever_the_file_holds(tmp_path):
+    spec, tensors = saved(tmp_path)
+    half = {name: t.to(torch.bfloat16) for name, t in tensors.items()}
+    adapter = FAMILY.load(spec, half, ModelBase(zoo.tiny_base("llama")))
+    assert {t.dtype for t in adapter.tensors()} == {torch.float32}
+
+
+@pytest.mark.parametrize(("arch", "case"), [("llama", "lora_embed"), ("gemma2", "lora_embed"), ("gemma2", "lora_head")])
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_changed_copy_of_the_embedding_overrides_it_and_its_tied_head(arch, case, dora, tmp_path):
+    base = zoo.tiny_base(arch)
+    settings = zoo.ADAPTERS[case](base)
+    settings.use_dora = dora
+    zoo.save_adapter(lambda: zoo.tiny_base(arch), settings, tmp_path)
+    spec, tensors = zoo.read(tmp_path)
+    copies = [name for name in tensors if name.endswith("base_layer.weight")]
+    assert len(copies) == 1
+    tensors[copies[0]] = tensors[copies[0]].flip(0).contiguous()
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    adapter = FAMILY.load(spec, tensors, ModelBase(base))
+    assert zoo.differences(base, adapter, zoo.load_peft(zoo.tiny_base(arch), tmp_path)) == {}
+    assert ({"lm_head", "model.embed_tokens"} <= adapter.patches.keys()) == (arch == "gemma2")
+
+
+def test_an_unchanged_copy_costs_no_override_even_where_the_base_is_rounded(tmp_path):
+    spec, tensors = saved(tmp_path, "lora_embed")
+    adapter = FAMILY.load(spec, tensors, ModelBase(zoo.tiny_base("llama").to(torch.bfloat16)))
+    assert adapter.patches["model.embed_tokens"].weight is None
+
+
+def test_two_different_copies_of_a_tied_weight_are_refused(tmp_path):
+    spec, tensors = saved(tmp_path, "lora_tied", "gemma2")
+    for i, name in enumerate([EMBED + "base_layer.weight", HEAD + "base_layer.weight"]):
+        tensors[name] = tensors[name] + 1 + i
+    with pytest.raises(AdapterRefused, match="two different weights"):
+        FAMILY.load(spec, tensors, ModelBase(zoo.tiny_base("gemma2")))
+
+
+@pytest.mark.parametrize("targets", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]])
+def test_tied_adapters_are_expected_on_both_sides(targets):
+    keys = expected(TIED, target_modules=targets, ensure_weight_tying=True)
+    assert {EMBED + "lora_embedding_A", HEAD + "lora_A.weight"} <= keys.keys()
+    untied = expected(SHAPES, target_modules=targets, ensure_weight_tying=True)
+    assert len(untied) == 2 * len(targets)
+
+
+def test_dora_over_a_row_of_zeros_is_refused(tmp_path):
+    spec, tensors = saved(tmp_path, "dora")
+    base = zoo.tiny_base("llama")
+    base.model.layers[0].self_attn.q_proj.weight.data[0] = 0
+    tensors[Q + "lora_B.weight"][0] = 0
+    with pytest.raises(AdapterRefused, match="row of zeros"):
+        FAMILY.load(spec, tensors, ModelBase(base))
+
+
+def test_a_bias_the_base_lacks_is_never_called_for():
+    assert expected(bias="all") == expected(bias="lora_only") == expected()
+    assert expected(describe(zoo.tiny_base("qwen2")), bias="lora_only").keys() >= {Q + "base_layer.bias"}
