@@ -11,6 +11,8 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
+from adapter_server.errors import BaseNotSupported
+
 Decode = Callable[[Sequence[int]], str]
 
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
@@ -23,7 +25,10 @@ class Text:
     """The tokenizer of a base model. Special tokens are never part of a text."""
 
     def __init__(self, model: str | Path) -> None:
-        tokenizer = AutoTokenizer.from_pretrained(str(model))
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(model))
+        except (OSError, ValueError) as error:
+            raise BaseNotSupported(f"{model} has no tokenizer that can be read: {error}") from error
         backend = getattr(tokenizer, "backend_tokenizer", None)
         self._tokenizer = tokenizer
         self.bos_id: int | None = tokenizer.bos_token_id
@@ -64,7 +69,7 @@ def _plain(tokenizer: object) -> Decode:
 class Decoder:
     """Turns ids into text one at a time. What is not yet a whole character stays pending.
 
-        window   [ context | pending ]      context: its text is out; kept because a token's text depends on its left
+    window   [ context | pending ]      context: its text is out; kept because a token's text depends on its left
     """
 
     __slots__ = ("_context", "_decode", "_hidden", "_pending", "_shown")

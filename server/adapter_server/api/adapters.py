@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast, get_args
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, HTTPException, Request
 
 from adapter_server.api.bridge import Operation, Usage
 from adapter_server.api.service import Service, note, service_of
@@ -34,14 +34,16 @@ async def show_adapter(request: Request, name: str) -> dict[str, Any]:
 
 
 @router.post("/{name}/{operation}", summary="Load, unload, pin, unpin, merge or unmerge")
-async def operate(request: Request, name: str, operation: Operation) -> dict[str, Any]:
+async def operate(request: Request, name: str, operation: str) -> dict[str, Any]:
     """Answers once it is done, with the adapter as it is then."""
     service = service_of(request)
+    if operation not in get_args(Operation):
+        raise HTTPException(404)
     service.check_open()
     spec = await asyncio.to_thread(service.store.resolve, name)
     note(request, x_adapter=spec.name, x_adapter_version=spec.version)
     try:
-        await asyncio.wrap_future(service.worker.call(operation, spec))
+        await asyncio.wrap_future(service.worker.call(cast(Operation, operation), spec))
     except NotMergeable as error:
         error.status = 409
         raise

@@ -157,7 +157,7 @@ async def info(request: Request) -> dict[str, Any]:
         "version": __version__,
         "model": base.model,
         "max_model_len": base.max_model_len,
-        "vocab_size": base.vocab_size,
+        "vocab_size": base.vocab,
         "device": base.device,
         "dtype": base.dtype,
         "lane": base.lane,
@@ -190,7 +190,7 @@ async def detokenize(request: Request) -> dict[str, str]:
     """Special tokens have no text."""
     service = service_of(request)
     ids = parse(DetokenizeBody, await request.body()).token_ids
-    wrong = next((id for id in ids if id >= service.info.vocab_size), None)
+    wrong = next((id for id in ids if id >= service.info.vocab), None)
     if wrong is not None:
-        raise InvalidRequest(f"token id {wrong} is not below {service.info.vocab_size}", param="token_ids")
+        raise InvalidRequest(f"token id {wrong} is not below {service.info.vocab}", param="token_ids")
     return {"text": service.text.decode(ids)}

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -27,7 +27,6 @@ ATTEMPTS = 3  # at an adapter whose files change between admission and load
 LONG_TEXT = 1 << 14  # characters, from which encoding leaves the event loop
 LOWEST_LOGPROB = -9999.0  # stands for minus infinity, which JSON lacks
 router = APIRouter()
-_numbers = itertools.count()
 _dumps: Callable[[Any], str] = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
 
 
@@ -66,7 +65,7 @@ class Answer:
         self.end: Finished | None = None
         self.produced = 0
         self.text = service.text
-        hidden = () if body.ignore_eos else service.info.eos_ids
+        hidden = () if body.ignore_eos else service.info.eos
         self._stream = service.text.stream(request.prompt, body.stops, hidden)
         self._bridge = service.bridge
         self._channel: Channel = service.bridge.submit(request)
@@ -193,21 +192,10 @@ async def _encode(service: Service, body: GenerateBody) -> tuple[int, ...]:
 async def _admissible(
     service: Service, body: GenerateBody, prompt: tuple[int, ...], arrived: float, deadline: float
 ) -> core.Request:
-    refs = resolve.adapter_refs(body, service.info)
+    residents = service.worker.stats().residents
+    make = partial(resolve.admissible, body, prompt, service.store, service.info, residents, arrived, deadline)
     # The store reads files, and hashes them the first time.
-    specs = await asyncio.to_thread(lambda: [service.store.resolve(ref) for ref, _ in refs]) if refs else []
-    members = tuple(Member(spec, weight) for spec, (_, weight) in zip(specs, refs, strict=True))
-    resolve.check_members(body, members)
-    return core.Request(
-        id=f"g{next(_numbers)}",
-        prompt=prompt,
-        sampling=resolve.sampling(body, prompt, members, service.info),
-        members=members,
-        mode=resolve.route(body, members, service.worker.stats().residents),
-        task_id=body.task_id,
-        arrived=arrived,
-        deadline=deadline,
-    )
+    return await asyncio.to_thread(make) if body.adapter else make()
 
 
 class EventStream(Response):

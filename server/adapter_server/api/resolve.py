@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterable, Sequence
 from typing import Protocol
 
 from adapter_server.api.schemas import GenerateBody
-from adapter_server.core import Member, Mode, Resident, Sampling, Spec
+from adapter_server.core import Member, Mode, Request, Resident, Sampling, Spec
 from adapter_server.errors import InvalidRequest, PromptTooLong
+from adapter_server.registry.store import Store
 from adapter_server.text import Text
 
 TASKED = "MULTITASK_PROMPT_TUNING"
 PROMPT_KINDS = frozenset({"PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", TASKED})
+_numbers = itertools.count()
 
 
 class Info(Protocol):
@@ -22,9 +25,9 @@ class Info(Protocol):
     @property
     def max_model_len(self) -> int: ...
     @property
-    def vocab_size(self) -> int: ...
+    def vocab(self) -> int: ...
     @property
-    def eos_ids(self) -> Collection[int]: ...
+    def eos(self) -> Collection[int]: ...
     @property
     def device(self) -> str: ...
     @property
@@ -38,9 +41,9 @@ def prompt_ids(prompt: str | Sequence[int], text: Text, info: Info) -> tuple[int
     if isinstance(prompt, str):
         _check_characters(prompt, text, info)
         prompt = text.encode(prompt)
-    wrong = next((id for id in prompt if id >= info.vocab_size), None)
+    wrong = next((id for id in prompt if id >= info.vocab), None)
     if wrong is not None:
-        raise InvalidRequest(f"token id {wrong} is not below the vocabulary's {info.vocab_size}", param="prompt")
+        raise InvalidRequest(f"token id {wrong} is not below the vocabulary's {info.vocab}", param="prompt")
     if not prompt and text.bos_id is None:
         raise InvalidRequest("the prompt is empty: this model needs at least one token to go on from", param="prompt")
     return tuple(prompt) or (text.bos_id or 0,)
@@ -54,6 +57,31 @@ def _check_characters(prompt: str, text: Text, info: Info) -> None:
 
 def _too_long(what: str, info: Info) -> PromptTooLong:
     return PromptTooLong(f"{what} do not fit the context of {info.max_model_len:,} tokens: shorten it", param="prompt")
+
+
+def admissible(
+    body: GenerateBody,
+    prompt: tuple[int, ...],
+    store: Store,
+    info: Info,
+    residents: Iterable[Resident],
+    arrived: float,
+    deadline: float | None = None,
+) -> Request:
+    """The request as the engine takes it, with its adapters at the versions of this moment. May read files."""
+    refs = adapter_refs(body, info)
+    members = tuple(Member(store.resolve(ref), weight) for ref, weight in refs)
+    check_members(body, members)
+    return Request(
+        id=f"g{next(_numbers)}",
+        prompt=prompt,
+        sampling=sampling(body, prompt, members, info),
+        members=members,
+        mode=route(body, members, residents),
+        task_id=body.task_id,
+        arrived=arrived,
+        deadline=deadline,
+    )
 
 
 def adapter_refs(body: GenerateBody, info: Info) -> list[tuple[str, float]]:

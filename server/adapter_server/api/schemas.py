@@ -5,13 +5,13 @@ from __future__ import annotations
 import difflib
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic_core import ErrorDetails
 
 from adapter_server.errors import InvalidRequest
 
 MAX_IDS = 1 << 20
-TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(max_length=MAX_IDS), FailFast()]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(max_length=MAX_IDS, fail_fast=True)]
 StopText = Annotated[str, Field(min_length=1, max_length=256)]
 AdapterRef = Annotated[str, Field(max_length=256)]
 Effect = Annotated[float, Field(ge=-100, le=100)]
@@ -107,9 +107,11 @@ def _refusal(model: type[Strict], errors: list[ErrorDetails]) -> InvalidRequest:
 
 def _path(error: ErrorDetails) -> list[str]:
     """Where, without the union branches that pydantic puts between the names."""
-    names = {*GenerateBody.model_fields, *MemberBody.model_fields}
     first, *rest = error["loc"] or ("",)
-    return [str(first), *(str(at) for at in rest if isinstance(at, int) or at in names)] if first else []
+    known = {*GenerateBody.model_fields, *MemberBody.model_fields}
+    if error["type"] == "extra_forbidden":
+        known.add(str(error["loc"][-1]))
+    return [str(first), *(str(at) for at in rest if isinstance(at, int) or at in known)] if first else []
 
 
 def _reason(model: type[Strict], error: ErrorDetails, path: list[str]) -> str:

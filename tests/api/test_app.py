@@ -1,0 +1,172 @@
+"""The service routes, the one shape of every refusal, and how a server ends."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from typing import Any
+
+import httpx
+import pytest
+
+from adapter_server import __version__
+from adapter_server.api.server import check_host
+from adapter_server.config import ServerConfig
+from adapter_server.errors import InvalidRequest
+from serving import Served
+
+
+@pytest.mark.parametrize("path", ["/livez", "/readyz", "/health"])
+def test_a_running_server_is_well(served: Served, path: str) -> None:
+    assert served.http.get(path).json() == {"status": "ok"}
+
+
+def test_it_says_what_it_is(served: Served) -> None:
+    assert served.http.get("/version").json() == {"version": __version__}
+    info = served.http.get("/info").json()
+    assert (info["model"], info["max_model_len"], info["vocab_size"]) == ("tiny-base", 256, 257)
+
+
+def test_tokens_go_both_ways(served: Served) -> None:
+    answer = served.http.post("/tokenize", json={"prompt": "hé"}).json()
+    assert answer["count"] == len(answer["token_ids"]) == 3
+    back = served.http.post("/detokenize", json={"token_ids": answer["token_ids"]})
+    assert back.json() == {"text": "hé"}
+    assert served.http.post("/detokenize", json={"token_ids": [999]}).status_code == 422
+
+
+def test_metrics_show_requests_and_never_a_callers_text(served: Served) -> None:
+    served.generate(adapter="shout")
+    for secret in ({"adapter": "SECRET"}, {"SECRET": 1}, {"prompt": "SECRET"}):
+        served.http.post("/generate", json={"prompt": "a", **secret})
+    served.http.get("/SECRET")
+    response = served.http.get("/metrics")
+    assert response.headers["content-type"].startswith("text/plain")
+    assert 'adapter_server_requests_total{adapter="shout",mode="unmerged",outcome="eos"}' in response.text
+    assert 'adapter_server_refused_total{code="adapter_not_found"}' in response.text
+    assert "SECRET" not in response.text
+
+
+def test_the_documents_describe_the_body(served: Served) -> None:
+    document = served.http.get("/openapi.json").json()
+    body = document["paths"]["/generate"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert "max_new_tokens" in body["properties"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status", "code"),
+    [
+        ("GET", "/nowhere", b"", 404, "not_found"),
+        ("GET", "/generate", b"", 405, "method_not_allowed"),
+        ("POST", "/generate", b"{", 422, "invalid_request"),
+        ("POST", "/generate", b"[" * 15_000, 422, "invalid_request"),
+        ("POST", "/generate", b" " * 20_001, 413, "body_too_large"),
+    ],
+)
+def test_every_refusal_has_the_one_shape(
+    served: Served, method: str, path: str, body: bytes, status: int, code: str
+) -> None:
+    response = served.http.request(method, path, content=body)
+    error = response.json()["error"]
+    assert (response.status_code, error["code"]) == (status, code)
+    assert set(error) == {"message", "type", "param", "code"}
+    assert response.headers["x-request-id"]
+    assert response.headers["server-timing"]
+
+
+def test_a_body_of_unknown_length_has_the_same_limit(served: Served) -> None:
+    response = served.http.post("/generate", content=iter([b" " * 9_000] * 3))
+    assert (response.status_code, response.json()["error"]["code"]) == (413, "body_too_large")
+
+
+def test_our_own_mistake_is_a_500_with_an_id_to_look_for(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError("secret detail")
+
+    monkeypatch.setattr(served.worker, "submit", fail)
+    response = served.generate()
+    assert (response.status_code, response.json()["error"]["code"]) == (500, "internal_error")
+    assert response.headers["x-request-id"] in response.json()["error"]["message"]
+    assert "secret detail" not in response.text
+
+
+# Ends
+
+
+def signal(served: Served) -> None:
+    served.server.handle_exit(15, None)
+
+
+def test_a_signal_drains(own: Served) -> None:
+    own.worker.step_s = 0.03
+    answers: list[httpx.Response] = []
+    asking = threading.Thread(
+        target=lambda: answers.append(httpx.post(f"{own.server.address}/generate", json={"prompt": "x" * 20}))
+    )
+    asking.start()
+    while not own.worker.rows:
+        time.sleep(0.01)
+    signal(own)
+    late = own.generate()
+    assert (late.status_code, late.json()["error"]["code"]) == (503, "unavailable")
+    assert int(late.headers["retry-after"]) >= 1
+    assert own.http.get("/readyz").status_code == 503
+    assert own.http.get("/livez").status_code == 200
+    asking.join()
+    own.thread.join(5)
+    assert answers[0].json()["text"] == "x" * 20
+    assert (own.server.exit_code, own.thread.is_alive(), own.worker.alive) == (0, False, False)
+
+
+def test_what_takes_too_long_to_drain_ends_with_what_it_has(own: Served) -> None:
+    own.worker.step_s = 0.05
+    body = {"prompt": "x" * 200, "stream": True}
+    with own.http.stream("POST", "/generate", json=body) as response:
+        lines = response.iter_lines()
+        next(lines)
+        signal(own)
+        last = [json.loads(line.removeprefix("data: ")) for line in lines if line][-1]
+    assert last["finish_reason"] == "cancelled"
+    own.thread.join(5)
+    assert not own.thread.is_alive()
+
+
+def test_a_second_signal_does_not_wait(own: Served) -> None:
+    own.worker.step_s = 0.5
+    with own.http.stream("POST", "/generate", json={"prompt": "x" * 200, "stream": True}) as response:
+        next(response.iter_lines())
+        signal(own)
+        signal(own)
+        own.thread.join(0.9)
+        assert own.server.force_exit
+
+
+def test_a_dead_engine_ends_the_server(own: Served) -> None:
+    own.worker.alive = False
+    assert own.generate().status_code == 503
+    assert own.http.get("/livez").status_code == 503
+    own.thread.join(5)
+    assert (own.server.exit_code, own.thread.is_alive()) == (1, False)
+
+
+@pytest.mark.parametrize(
+    ("host", "insecure", "fine"),
+    [
+        ("127.0.0.1", False, True),
+        ("127.8.8.8", False, True),
+        ("::1", False, True),
+        ("localhost", False, True),
+        ("0.0.0.0", False, False),
+        ("::", False, False),
+        ("example.com", False, False),
+        ("0.0.0.0", True, True),
+    ],
+)
+def test_only_this_machine_may_ask_unless_told_otherwise(host: str, insecure: bool, fine: bool) -> None:
+    config = ServerConfig(host=host, insecure=insecure)
+    if fine:
+        check_host(config)
+    else:
+        with pytest.raises(InvalidRequest, match="--insecure"):
+            check_host(config)

@@ -1,0 +1,96 @@
+"""Every field has a type, a range and a cap; a refusal names the field."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from adapter_server.api.schemas import GenerateBody, parse
+from adapter_server.errors import InvalidRequest
+
+
+def fault(data: bytes | dict[str, Any]) -> InvalidRequest:
+    raw = data if isinstance(data, bytes) else json.dumps({"prompt": "a", **data}).encode()
+    with pytest.raises(InvalidRequest) as caught:
+        parse(GenerateBody, raw)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    {
+        "prompt": [None, 5, ["a"], [-1], [True], [1.5], {}],
+        "adapter": [5, [], ["a"], [{}], [{"name": ""}], [{"name": "a"}] * 9, "x" * 257, True],
+        "mode": ["base", "fast", None, 1],
+        "scale": [101, -101, "1", None, float("nan"), float("inf"), True],
+        "task_id": [-1, 1.5, "1", 1 << 31],
+        "max_new_tokens": [0, -1, 1.0, 1.5, "5", None, 1 << 21, 10**400],
+        "temperature": [-0.1, 101, float("nan"), float("inf")],
+        "top_p": [0, 1.1],
+        "top_k": [-1, 0.5, 1 << 31],
+        "min_p": [-0.1, 1.1],
+        "repetition_penalty": [0, 101],
+        "presence_penalty": [101, -101],
+        "frequency_penalty": [101, -101],
+        "seed": [-1, 1 << 63, 1.5],
+        "stop": ["", [""], ["a"] * 17, "x" * 257, 5, [5]],
+        "logprobs": [-1, 21, True],
+        "return_token_ids": [1, "true"],
+        "ignore_eos": [None],
+        "stream": ["yes"],
+        "response_format": [{"type": "json_object"}, "x"],
+        "timeout_s": [0, -1, 100_000],
+    }.items(),
+)
+def test_a_value_out_of_range_is_refused_by_its_field(field: str, values: list[Any]) -> None:
+    for value in values:
+        error = fault({field: value})
+        assert error.param is not None, value
+        assert error.param.split(".")[0] == field, value
+        assert error.message.startswith(error.param), value
+        assert "\n" not in error.message
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "said"),
+    [
+        ({"max_tokens": 5}, "max_tokens", "'max_new_tokens'"),
+        ({"adaptor": "a"}, "adaptor", "'adapter'"),
+        ({"adapter": [{"name": "a", "wieght": 1}]}, "adapter.0.wieght", "'weight'"),
+        ({"zzz": 1}, "zzz", "known are prompt"),
+        ({"prompt": 5}, "prompt", "text or a list of token ids"),
+        ({"prompt": [1, "a"]}, "prompt.1", "integer"),
+        ({"adapter": 5}, "adapter", "null for the base"),
+        ({"response_format": {}}, "response_format", "not supported yet"),
+        ({"top_p": 3}, "top_p", "less than or equal to 1"),
+    ],
+)
+def test_the_message_says_what_to_do(fields: dict[str, Any], param: str, said: str) -> None:
+    error = fault(fields)
+    assert error.param == param
+    assert said in error.message
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [b"", b"{", b"[]", b'"a"', b"null", b'{"prompt": "\\ud800"}', b"\xff", b"[" * 100_000, b'{"a":' * 5000],
+)
+def test_what_is_no_json_object_is_refused(raw: bytes) -> None:
+    fault(raw)
+
+
+@pytest.mark.parametrize("word", [b"NaN", b"Infinity", b"-Infinity", b"1e999"])
+def test_json_that_is_no_number_is_refused(word: bytes) -> None:
+    assert fault(b'{"prompt": "a", "temperature": ' + word + b"}").param == "temperature"
+
+
+def test_a_missing_prompt_is_named() -> None:
+    assert fault(b"{}").message == "prompt is required"
+
+
+def test_defaults_and_both_forms_of_stop() -> None:
+    body = parse(GenerateBody, b'{"prompt": "a", "temperature": 1, "stop": "x"}')
+    assert (body.temperature, body.stops, body.max_new_tokens, body.mode) == (1.0, ["x"], 128, "auto")
+    assert parse(GenerateBody, b'{"prompt": "a", "stop": ["x", "y"], "response_format": null}').stops == ["x", "y"]
