@@ -8,7 +8,11 @@ import torch
 import zoo
 
 TOLERANCE = {torch.float32: 1e-4}
-FOLDABLE = [name for name in zoo.ADAPTERS if name not in ("prefix", "prefix_projected", "prompt", "ptuning", "multitask", "cartridge", "cpt")]
+FOLDABLE = [
+    name
+    for name in zoo.ADAPTERS
+    if name not in ("prefix", "prefix_projected", "prompt", "ptuning", "multitask", "cartridge", "cpt")
+]
 
 
 def cases(arch: str, only: list[str] | None = None) -> list[tuple[str | None, tuple[int, ...]]]:

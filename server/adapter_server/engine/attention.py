@@ -1,7 +1,7 @@
 """Attention over packed rows, registered with transformers' AttentionInterface.
 
-The model calls it per layer with the new tokens' queries, keys and values after RoPE, all rows packed in [1, T]. New keys
-go to the pool; rows with several new tokens are read one by one, rows with one new token as one padded batch.
+The model calls it per layer with the new tokens' queries, keys and values after RoPE, all rows packed in [1, T]. New
+keys go to the pool; rows with several new tokens are read one by one, rows with one new token as one padded batch.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The engine: requests in, events out, one forward a step for every row of every adapter.
 
-    step():  poll loads → drop the late → plan → forward → sample → advance
+step():  poll loads → drop the late → plan → forward → sample → advance
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def build(model: str | Path, config: EngineConfig, store: Store) -> Engine:
     if config.threads:
         torch.set_num_threads(config.threads)
     device = torch.device(_device(config.device))
-    return Engine(load(model, config.dtype, device), config, store, name=Path(model).name if Path(model).exists() else str(model))
+    name = Path(model).resolve().name if Path(model).exists() else str(model)
+    return Engine(load(model, config.dtype, device), config, store, name)
 
 
 def _device(wanted: str) -> str:
@@ -83,7 +84,7 @@ class Engine:
         self.steps = 0
         self._rows: dict[str, Row] = {}
         self._doomed: list[tuple[Row, AdapterServerError]] = []
-        self._routing: tuple[tuple[tuple[Row, int], ...], list[Slice], Routing] | None = None
+        self._routing: tuple[tuple[tuple[Row, int], ...], list[int], Routing] | None = None  # key, order, routing
 
     def _kv(self) -> tuple[KvPool, int]:
         """The pool that the budget allows, and the context length: the base's own, or what leaves room for rows."""
@@ -120,8 +121,8 @@ class Engine:
         room = min(self.info.max_model_len, self.kv.total) - offset
         if len(request.prompt) + request.sampling.max_new_tokens > room:
             raise PromptTooLong(
-                f"{len(request.prompt)} prompt tokens and max_new_tokens {request.sampling.max_new_tokens} do not fit the "
-                f"{room} tokens of context{' that the adapter leaves' if offset else ''}: shorten the prompt",
+                f"{len(request.prompt)} prompt tokens and max_new_tokens {request.sampling.max_new_tokens} do not fit "
+                f"the {room} tokens of context{' that the adapter leaves' if offset else ''}: shorten the prompt",
                 param="prompt",
             )
 
@@ -244,7 +245,9 @@ class Engine:
         try:
             slices, chosen = self._forward(slices)
         except Exception as error:
-            failure = RequestFailed(f"the step that ran this request failed ({type(error).__name__}); see the server's log")
+            failure = RequestFailed(
+                f"the step that ran this request failed ({type(error).__name__}); see the server's log"
+            )
             failure.__cause__ = error
             self._routing = None
             return [self._finish(s.row, "error", failure, scrub=True) for s in slices]
@@ -253,7 +256,10 @@ class Engine:
     def _forward(self, slices: list[Slice]) -> tuple[list[Slice], list[Chosen]]:
         """One packed forward; the slices come back in packed order, with a token for each that samples."""
         slices, routing = self._routed(slices)
-        chunks, ids, positions, keep = [], [], [], []
+        chunks: list[Chunk] = []
+        ids: list[int] = []
+        positions: list[int] = []
+        keep: list[int] = []
         for s in slices:
             row, start = s.row, s.row.offset + s.row.done
             assert row.lease is not None
@@ -272,11 +278,11 @@ class Engine:
         """The slices adapter by adapter, and their routing: last step's, while the same rows do the same."""
         key = tuple((s.row, s.count) for s in slices)
         if self._routing is not None and self._routing[0] == key:
-            return [slices[i] for i in self._routing[1]], self._routing[2]  # type: ignore[call-overload, return-value]
+            return [slices[i] for i in self._routing[1]], self._routing[2]
         rows = [(s.count, s.row.uses) for s in slices]
         places = arrange(rows, self.model.banks)
         routing = route([rows[i] for i in places], self.model.device)
-        self._routing = key, places, routing  # type: ignore[assignment]
+        self._routing = key, places, routing
         return [slices[i] for i in places], routing
 
     def _head(self, slices: Sequence[Slice], routing: Routing) -> Routing:

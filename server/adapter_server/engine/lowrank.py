@@ -94,9 +94,9 @@ class Stack:
 
     def _allocate(self, slots: int) -> None:
         group = self.group
-        like = {"dtype": group.dtype, "device": group.device}
-        self.A = torch.zeros(slots, len(group.outs) * self.rank, group.inp, **like)
-        self.Bt = [torch.zeros(slots, self.rank, out, **like) for out in group.outs]
+        like = group.base.weight
+        self.A = like.new_zeros(slots, len(group.outs) * self.rank, group.inp)
+        self.Bt = [like.new_zeros(slots, self.rank, out) for out in group.outs]
         self.filled = [None] * slots
 
     def _fill(self, slot: int, placed: Placed | None) -> None:

@@ -1,13 +1,14 @@
 """The base model, made ready: its attention packed, its modules turned into sites, its structure read from one look.
 
-Nothing is recognised by name. Which Linears read the same input, how many keys and values a layer has, and whether every
-layer's attention goes through transformers' AttentionInterface, is seen in one forward of two tokens.
+Nothing is recognised by name. Which Linears read the same input, how many keys and values a layer has, and whether
+every layer's attention goes through transformers' AttentionInterface, is seen in two short forwards.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from adapter_server.engine.attention import NAME, Probe, set_probe
+from adapter_server.engine.kv import LayerShape
 from adapter_server.engine.lowrank import Bank
 from adapter_server.engine.routing import Routing, Step, current, running
 from adapter_server.engine.site import LinearGroup, ModuleSite, Placed, Prefix, group_by_input
@@ -48,28 +50,27 @@ class Model:
         self._modules = dict(module.named_modules())
         self._sites: dict[str, ModuleSite] = {}
         module.set_attn_implementation(NAME)
-        self.layers, calls = self._look()
+        self.layers, calls, self._axes = self._look()
         self.groups = self._install(group_by_input(calls), pack)
         self._group_of = {path: group for group in self.groups for path in group.paths}
         _rope_by_row(self._modules)
 
-    def _look(self) -> tuple[dict[int, tuple[int, int, int]], list[tuple[str, int]]]:
-        """Per layer (kv_heads, key dim, value dim), and (Linear's path, identity of its input) in order of calls."""
-        probe, calls, kept = Probe(), [], []
-        hooks = []
-        for path, module in self._modules.items():
-            if _is_linear(module):
-                hooks.append(module.register_forward_pre_hook(_note(path, calls, kept)))
+    def _look(self) -> tuple[dict[int, LayerShape], list[tuple[str, int]], dict[str, int]]:
+        """Per layer (kv_heads, key dim, value dim); (Linear's path, identity of its input) in order of calls; and the
+        axis of the tokens in every module's input, which is the one that grows with them.
+        """
+        probe, first, second = Probe(), Calls(), Calls()
         set_probe(probe)
         try:
-            with torch.inference_mode():
-                self.module(input_ids=torch.zeros(1, 2, dtype=torch.long, device=self.device), use_cache=False)
+            for tokens, calls in ((2, first), (3, second)):
+                with calls.noted(self._modules), torch.inference_mode():
+                    ids = torch.zeros(1, tokens, dtype=torch.long, device=self.device)
+                    self.module(input_ids=ids, use_cache=False)
         finally:
             set_probe(None)
-            for hook in hooks:
-                hook.remove()
         self._check(probe)
-        return probe.layers, calls
+        linear = [(path, identity) for path, identity, _ in first.made if _is_linear(self._modules[path])]
+        return probe.layers, linear, _token_axes(first, second)
 
     def _check(self, probe: Probe) -> None:
         layers = self.base.shapes.layers
@@ -83,7 +84,7 @@ class Model:
         head = self.module.get_output_embeddings()
         groups: list[LinearGroup] = []
         for paths in found:
-            for part in self._alike([p for p in dict.fromkeys(paths)], head):
+            for part in self._alike(list(dict.fromkeys(paths)), head):
                 modules = {p: self._modules[p] for p in part}
                 is_head = any(module is head for module in modules.values())
                 groups.append(LinearGroup(len(groups), modules, self.banks, pack, is_head))
@@ -98,7 +99,7 @@ class Model:
     def place(self, adapter: Adapter) -> Placed:
         """Lay an adapter out for the run. Slow part of a load; called on a loader's thread."""
         linear = {path: p for path, p in adapter.patches.items() if isinstance(p, Patch)}
-        missing = [path for path in linear if path not in self._group_of]
+        missing = [path for path in adapter.patches if path not in (self._group_of if path in linear else self._axes)]
         if missing:
             raise AdapterRefused(f"{adapter.spec.name}: the base's forward never calls {', '.join(missing[:3])}")
         touched = {self._group_of[path].index for path in linear}
@@ -114,7 +115,7 @@ class Model:
         """Turn the modules that are no Linear, and that this adapter touches, into sites. On the engine's thread."""
         for path in placed.others:
             if path not in self._sites:
-                self._sites[path] = ModuleSite(path, self._modules[path])
+                self._sites[path] = ModuleSite(path, self._modules[path], self._axes[path])
 
     def forget(self, placed: Placed) -> None:
         for bank in self.banks.values():
@@ -124,9 +125,7 @@ class Model:
     def forward(self, step: Step, ids: Tensor, positions: Tensor, keep: Tensor) -> Tensor:
         """ids, positions [T]; keep [n] the tokens whose logits are wanted → [n, vocab]."""
         with running(step):
-            out = self.module(
-                input_ids=ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=keep
-            )
+            out = self.module(input_ids=ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=keep)
         logits: Tensor = out.logits[0]
         return logits
 
@@ -156,12 +155,36 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
-def _note(path: str, calls: list[tuple[str, int]], kept: list[Any]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-        kept.append(args[0])  # alive, so that no identity is used twice
-        calls.append((path, id(args[0])))
+class Calls:
+    """What the modules were called with in one forward: (path, identity of the input, its shape), in order."""
 
-    return hook
+    def __init__(self) -> None:
+        self.made: list[tuple[str, int, tuple[int, ...]]] = []
+        self._kept: list[Tensor] = []  # alive, so that no identity is used twice
+
+    @contextmanager
+    def noted(self, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+        owners = [(p, m) for p, m in modules.items() if next(m.parameters(recurse=False), None) is not None]
+        hooks = [module.register_forward_pre_hook(self._hook(path)) for path, module in owners]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _hook(self, path: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def note(_: nn.Module, args: tuple[Any, ...]) -> None:
+            if args and isinstance(args[0], Tensor):
+                self._kept.append(args[0])
+                self.made.append((path, id(args[0]), tuple(args[0].shape)))
+
+        return note
+
+
+def _token_axes(first: Calls, second: Calls) -> dict[str, int]:
+    longer = {path: shape for path, _, shape in second.made}
+    pairs = {path: (shape, longer.get(path, shape)) for path, _, shape in first.made}
+    return {path: next((i for i, (a, b) in enumerate(zip(*p, strict=True)) if a != b), 0) for path, p in pairs.items()}
 
 
 def _rope_by_row(modules: Mapping[str, nn.Module]) -> None:

@@ -144,7 +144,9 @@ class Pool:
                 "raise --adapter-bytes"
             )
             return True
-        idle = sorted((h for h in self.holdings.values() if h.live and not h.rows and not h.pinned), key=lambda h: h.used)
+        idle = sorted(
+            (h for h in self.holdings.values() if h.live and not h.rows and not h.pinned), key=lambda h: h.used
+        )
         for victim in idle:
             if self.used + holding.bytes <= self.budget:
                 break

@@ -10,8 +10,9 @@ Under composition a token belongs to several segments, each with its weight.
 
 from __future__ import annotations
 
+import itertools
 import threading
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -74,7 +75,7 @@ def route(rows: Sequence[tuple[int, tuple[Use, ...]]], device: torch.device) -> 
 
 def _segment(placed: Placed, spans: list[tuple[int, int, float, bool]], device: torch.device) -> Segment:
     count = sum(stop - start for start, stop, _, _ in spans)
-    contiguous = all(a[1] == b[0] for a, b in zip(spans, spans[1:], strict=False))
+    contiguous = all(a[1] == b[0] for a, b in itertools.pairwise(spans))
     tokens: slice | Tensor = slice(spans[0][0], spans[-1][1])
     if not contiguous:
         tokens = torch.cat([torch.arange(start, stop) for start, stop, _, _ in spans]).to(device)
@@ -117,4 +118,3 @@ def running(step: Step) -> Iterator[Step]:
         yield step
     finally:
         _context.step = None
-

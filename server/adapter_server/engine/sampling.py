@@ -87,7 +87,7 @@ def _penalise(row: Tensor, draw: Draw) -> None:
         row[seen] = torch.where(scores < 0, scores * s.repetition_penalty, scores / s.repetition_penalty)
     emitted = draw.tokens[draw.prompt :]
     if emitted and (s.presence_penalty or s.frequency_penalty):
-        ids, counts = torch.tensor(emitted, device=row.device).unique(return_counts=True)
+        ids, counts = torch.unique(torch.tensor(emitted, device=row.device), return_counts=True)
         row[ids] -= s.presence_penalty + s.frequency_penalty * counts
 
 

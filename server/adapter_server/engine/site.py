@@ -31,7 +31,7 @@ class Product:
 
     def __init__(self, weight: Tensor, bias: Tensor | None, pack: bool) -> None:
         self.weight, self.bias = weight, bias
-        can = weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+        can = weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous()) if pack and can else None
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -49,7 +49,10 @@ class Product:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GroupPatch:
-    """An adapter's patches at one group, laid out for the run. A [Σ r, in]; per member a pair (A_m [r, in], Bt [r, out])."""
+    """An adapter's patches at one group, laid out for the run.
+
+    A [Σ r, in] of all members; `pairs` per member: its rows of A [r, in] and Bt [r, out], or None.
+    """
 
     A: Tensor | None = None
     pairs: tuple[tuple[Tensor, Tensor] | None, ...] = ()
@@ -129,7 +132,7 @@ class LinearGroup:
 
     def install(self, modules: Mapping[str, nn.Module]) -> None:
         for m, module in enumerate(modules.values()):
-            module.forward = self._site(m)  # type: ignore[method-assign]
+            module.forward = self._site(m)
 
     def _site(self, m: int) -> Callable[[Tensor], Tensor]:
         def forward(x: Tensor) -> Tensor:
@@ -242,8 +245,8 @@ class LinearGroup:
         return GroupPatch(
             A=A,
             pairs=pairs,
-            mul=self._joined_vectors([p and _mul(p) for p in mine]),
-            add=self._joined_vectors([p and self._add(m, p) for m, p in enumerate(mine)]),
+            mul=self._joined_vectors([None if p is None else _mul(p) for p in mine]),
+            add=self._joined_vectors([None if p is None else self._add(m, p) for m, p in enumerate(mine)]),
             shift=next((self._cast(p.in_scale - 1) for p in mine if p and p.in_scale is not None), None),
         )
 
@@ -271,7 +274,8 @@ class LinearGroup:
         parts = [p.A for p in mine if p is not None and p.A is not None]
         if not parts:
             return None, (None,) * len(mine)
-        A, at, pairs = self._cast(torch.cat(parts)), 0, []
+        A, at = self._cast(torch.cat(parts)), 0
+        pairs: list[tuple[Tensor, Tensor] | None] = []
         for p in mine:
             if p is None or p.A is None or p.B is None:
                 pairs.append(None)
@@ -300,12 +304,15 @@ class LinearGroup:
 
 
 class ModuleSite:
-    """A module that is no Linear (embedding, norm): its own forward for everybody, patched segments over it."""
+    """A module that is no Linear (embedding, norm): its own forward for everybody, patched segments over it.
 
-    def __init__(self, path: str, module: nn.Module) -> None:
-        self.path, self.module = path, module
+    `axis` is the tokens' in its input and output: norms of single heads see [1, heads, T, dim] in some models.
+    """
+
+    def __init__(self, path: str, module: nn.Module, axis: int) -> None:
+        self.path, self.module, self.axis = path, module, axis
         self.base = module.forward
-        module.forward = self.forward  # type: ignore[method-assign]
+        module.forward = self.forward
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base(x)
@@ -316,12 +323,13 @@ class ModuleSite:
         return self._patched(x, y, here) if here else y
 
     def _patched(self, x: Tensor, y: Tensor, here: list[tuple[Segment, AnyPatch]]) -> Tensor:
-        """x [1, T, …], y [1, T, width]."""
         out = y.clone()
+        xs, ys, outs = (t.movedim(self.axis, 0) for t in (x, y, out))
         for segment, patch in here:
-            delta = patch.apply(x[0, segment.tokens], self.module) - y[0, segment.tokens]
-            delta = delta if segment.weights is None else delta * segment.weights
-            _add_to(out[0], segment, delta)
+            delta = patch.apply(xs[segment.tokens], self.module) - ys[segment.tokens]
+            if segment.weights is not None:
+                delta = delta * segment.weights.view(-1, *[1] * (delta.dim() - 1))
+            _add_to(outs, segment, delta)
         return out
 
 
@@ -368,4 +376,3 @@ def _mul(patch: Patch) -> Tensor | None:
 
 def _is_alone(segment: Segment) -> bool:
     return segment.sole and segment.weights is None
-
