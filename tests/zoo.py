@@ -98,7 +98,7 @@ def tiny_base(arch: str, seed: int = 0) -> transformers.PreTrainedModel:
         elif name.endswith("bias"):
             param.data = 0.2 * noise
         elif arch in ZERO_CENTRED_NORMS:
-            param.data = 0.2 * noise + (1.5 if "post_" in name else 0)  # or else the scaled embeddings drown the layers
+            param.data = 0.2 * noise + (5 if "post_" in name else 0)  # or else the scaled embeddings drown the layers
         else:
             param.data = 1 + 0.2 * noise
     model.tie_weights()

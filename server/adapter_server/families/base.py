@@ -245,8 +245,13 @@ class Adapter:
 class Family(Protocol):
     """One PEFT kind, one file. A module that defines `FAMILY` in this package is found by `families.find`."""
 
-    name: str  # PEFT's peft_type
-    slow: bool  # needs base weights or an SVD to compile: such loads queue apart
+    @property
+    def name(self) -> str:
+        """PEFT's peft_type."""
+
+    @property
+    def slow(self) -> bool:
+        """Whether it needs base weights or an SVD to compile, whatever its config: such loads queue apart."""
 
     def expected(
         self, config: Mapping[str, Any], shapes: Shapes, names: frozenset[str]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from adapter_server.core import Spec
 from adapter_server.errors import AdapterRefused
-from adapter_server.families.base import Adapter, AnyPatch, Base, Patch, Shapes
+from adapter_server.families.base import Adapter, AnyPatch, Base, Family, Patch, Shapes
 from adapter_server.families.options import Config, check_known
 from adapter_server.families.parts import (
     LINEAR,
@@ -77,4 +77,4 @@ def _key(path: str) -> str:
     return f"{ROOT}{path}.ia3_l"
 
 
-FAMILY = IA3()
+FAMILY: Family = IA3()

@@ -14,7 +14,16 @@ from torch import Tensor
 
 from adapter_server.core import Spec
 from adapter_server.errors import AdapterRefused
-from adapter_server.families.base import Adapter, AnyPatch, Base, EmbeddingPatch, ParamPatch, Patch, Shapes
+from adapter_server.families.base import (
+    Adapter,
+    AnyPatch,
+    Base,
+    EmbeddingPatch,
+    Family,
+    ParamPatch,
+    Patch,
+    Shapes,
+)
 from adapter_server.families.options import (
     Config,
     as_integer,
@@ -65,17 +74,21 @@ SERVED = frozenset(
     }
 )
 
-# Without effect on a saved adapter: training, initialisation, or settled by the base's own classes.
+# Without effect on a saved adapter: training, initialisation, or settled by the base's own classes. Some are not
+# PEFT's: early releases wrote `merge_weights`, ms-swift writes `lora_dtype` and `lorap_*`.
 HARMLESS = frozenset(
     {
         "corda_config",
-        "ephemeral_gpu_offload",
         "eva_config",
         "fan_in_fan_out",
         "loftq_config",
         "lora_dropout",
+        "lora_dtype",
         "lora_ga_config",
+        "lorap_emb_lr",
+        "lorap_lr_ratio",
         "megatron_core",
+        "merge_weights",
         "qalora_group_size",
     }
 )
@@ -85,6 +98,7 @@ _RETRAIN = "train it again without this option"
 REFUSED: Mapping[str, str] = {
     "alora_invocation_tokens": "its place of activation depends on the prompt; " + _RETRAIN,
     "arrow_config": "it routes among other adapters; publish those and name them in the request",
+    "enable_lora": "it splits a fused projection; " + _MERGE,
     "kasa_config": "it changes the base's weights; " + _MERGE,
     "layer_replication": "it changes the base's depth for everybody; " + _MERGE,
     "megatron_config": "it is sharded for Megatron; export it as a plain PEFT adapter",
@@ -278,4 +292,4 @@ def _bias_patch(bias: Tensor, path: str, base: Base) -> AnyPatch:
     return ParamPatch({"bias": bias})
 
 
-FAMILY = Lora()
+FAMILY: Family = Lora()

@@ -27,9 +27,12 @@ IGNORED = frozenset(
 
 
 def check_known(config: Config, known: Collection[str]) -> None:
-    """Refuses a config key that is neither known to the family nor in `IGNORED`."""
-    for key in config:
-        if key not in known and key not in IGNORED:
+    """Refuses a config key that is neither known to the family nor in `IGNORED`.
+
+    One that is null or false passes: a later PEFT writes its new options into every file, and these are off.
+    """
+    for key, value in config.items():
+        if key not in known and key not in IGNORED and value is not None and value is not False:
             near = difflib.get_close_matches(key, [*known, *IGNORED], 1, 0.0)
             hint = f"; did you mean '{near[0]}'?" if near else ""
             raise AdapterRefused(f"adapter_config.json: '{key[:80]}' is not a key of this kind{hint}")

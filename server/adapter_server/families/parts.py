@@ -16,7 +16,10 @@ Expected = dict[str, tuple[int, ...]]
 
 
 class Taker:
-    """Hands out each tensor of a file once, as float32; `done` refuses leftovers by name."""
+    """Hands out each tensor of a file once, as a float32 copy that does not keep the file's buffer alive.
+
+    `done` refuses leftovers by name.
+    """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._left = dict(tensors)
@@ -27,7 +30,7 @@ class Taker:
     def __call__(self, key: str) -> Tensor:
         if key not in self._left:
             raise AdapterRefused(f"the file holds no tensor '{key}', which its config calls for")
-        return self._left.pop(key).to("cpu", torch.float32)
+        return self._left.pop(key).to("cpu", torch.float32, copy=True)
 
     def done(self) -> None:
         if self._left:
@@ -48,7 +51,7 @@ def saved_patch(take: Taker, path: str, base: Base) -> AnyPatch:
         return ParamPatch(params)
     weight = params["weight"].T.contiguous() if shape.kind == "conv1d" else params["weight"]
     bias = params["bias"] - base_bias(base, path) if "bias" in params else None
-    return Patch(weight=changed(weight, base, path), bias=bias)
+    return Patch(weight=weight, bias=bias)
 
 
 def base_bias(base: Base, path: str) -> Tensor:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from adapter_server.core import Spec
-from adapter_server.families.base import Adapter, Base, Shapes
+from adapter_server.families.base import Adapter, Base, Family, Shapes
 from adapter_server.families.options import Config, integer
 from adapter_server.families.parts import Expected, Taker
 from adapter_server.families.prompt import VIRTUAL, check_virtual
@@ -39,7 +39,7 @@ class Prefix:
         return Adapter(spec, prefix=tuple((k.clone(), v.clone()) for k, v in zip(keys, values, strict=True)))
 
 
-FAMILIES = (
+FAMILIES: tuple[Family, ...] = (
     Prefix("PREFIX_TUNING", VIRTUAL | {"encoder_hidden_size", "init_weights", "prefix_projection"}),
     Prefix("CARTRIDGE", VIRTUAL | {"num_frozen_tokens"}),
 )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from adapter_server.core import Spec
 from adapter_server.errors import AdapterRefused
-from adapter_server.families.base import Adapter, Base, Shapes
+from adapter_server.families.base import Adapter, Base, Family, Shapes
 from adapter_server.families.options import Config, check_known, integer, name_list
 from adapter_server.families.parts import Expected, Taker
 
@@ -96,7 +96,7 @@ def check_virtual(config: Config, known: frozenset[str]) -> None:
         raise AdapterRefused("adapter_config.json: 'num_transformer_submodules' must be 1, for a causal language model")
 
 
-FAMILIES = (
+FAMILIES: tuple[Family, ...] = (
     SoftPrompt("PROMPT_TUNING", VIRTUAL | TEXT_INIT),
     SoftPrompt("P_TUNING", VIRTUAL | ENCODER),
     SoftPrompt("CPT", VIRTUAL | CPT),
