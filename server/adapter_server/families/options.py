@@ -35,7 +35,7 @@ def check_known(config: Config, known: Collection[str]) -> None:
         if key not in known and key not in IGNORED and value is not None and value is not False:
             near = difflib.get_close_matches(key, [*known, *IGNORED], 1, 0.0)
             hint = f"; did you mean '{near[0]}'?" if near else ""
-            raise AdapterRefused(f"adapter_config.json: '{key[:80]}' is not a key of this kind{hint}")
+            raise AdapterRefused(f"adapter_config.json: {key[:80]!r} is not a key of this kind{hint}")
 
 
 def refuse_set(config: Config, advice: Mapping[str, str]) -> None:

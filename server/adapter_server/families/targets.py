@@ -23,7 +23,7 @@ def pattern(text: str, key: str) -> Any:
     """A regular expression of a config, compiled by RE2: matching takes linear time whatever it says."""
     try:
         return re2.compile(text, _OPTIONS)
-    except re2.error as error:
+    except (re2.error, UnicodeEncodeError) as error:
         raise AdapterRefused(
             f"adapter_config.json: the pattern {text[:80]!r} in '{key}' does not compile in RE2 ({error}); "
             "write the modules' names as a list"
