@@ -143,7 +143,7 @@ class Patch(_Fields):
 class EmbeddingPatch(_Fields):
     """Low rank at an embedding: e = gain * (E'[id] + B A[:, id]) · scale (PEFT `lora/layer.py`, class Embedding).
 
-    `scale` is the base module's own factor after look-up (Gemma), 1 where it has none.
+    s is folded into B, gain is not. `scale` is the base module's own factor after look-up (Gemma), else 1.
     """
 
     A: Tensor  # [r, vocab]
