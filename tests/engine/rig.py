@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import zoo
 from torch import Tensor
 
+import zoo
 from adapter_server.config import EngineConfig
 from adapter_server.core import Event, Finished, Member, Request, Sampling, Token
 from adapter_server.engine import Engine

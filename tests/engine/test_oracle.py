@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import rig
 import torch
+
+import rig
 import zoo
 
 TOLERANCE = {torch.float32: 1e-4}

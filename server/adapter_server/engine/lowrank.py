@@ -138,7 +138,7 @@ def layouts(routing: Routing, banks: dict[int, Bank], device: torch.device) -> t
             continue
         rank = rank_class(segment.placed.rank)
         slotted = rank in banks and segment.placed in banks[rank].slots
-        if slotted and segment.count <= SMALL and isinstance(segment.tokens, slice):
+        if slotted and segment.sole and segment.count <= SMALL and isinstance(segment.tokens, slice):
             small.setdefault(rank, []).append(segment)
         else:
             large.append(segment)

@@ -134,14 +134,16 @@ class Scheduler:
         return admitted
 
     def _start(self, row: Row) -> bool:
-        """Places for the prefix and all tokens known so far."""
+        """Places for the prefix and all tokens known so far, other prefixes' that nobody reads among them."""
+        row.lease = self._leased(row) or (self._leased(row) if self._reclaim() else None)
+        return row.lease is not None
+
+    def _leased(self, row: Row) -> Lease | None:
         lease = self.kv.start(row.prefix)
-        if lease is not None and self.kv.grow(lease, row.offset + len(row.tokens)):
-            row.lease = lease
-            return True
-        if lease is not None:
-            self.kv.release(lease)
-        return self._reclaim() and self._start(row)
+        if lease is None or self.kv.grow(lease, row.offset + len(row.tokens)):
+            return lease
+        self.kv.release(lease)
+        return None
 
     def release(self, row: Row, scrub: bool = False) -> None:
         """Take a row out of the step's reach, with all that it holds here."""
