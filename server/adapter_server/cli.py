@@ -1,0 +1,392 @@
+"""The command line: serve, demo, generate, adapters, merge, bench.
+
+Flags come from the fields of config.py, each with its default and an environment variable ADAPTER_SERVER_<FIELD>.
+Heavy imports wait until a command needs them, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import queue
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from adapter_server import __version__
+from adapter_server.config import EngineConfig, ServerConfig
+from adapter_server.core import Event, Finished, Token
+from adapter_server.errors import AdapterServerError, InvalidRequest, RequestFailed
+
+if TYPE_CHECKING:
+    from adapter_server.engine import Engine, Worker
+    from adapter_server.registry.store import Entry, Store
+    from adapter_server.text import Text
+
+ENV = "ADAPTER_SERVER_"
+PACKAGE = Path(__file__).parent
+DEMO_BASE = PACKAGE / "demo" / "base"
+DEMO_ADAPTERS = (PACKAGE.parents[1] / "adapters", PACKAGE / "demo" / "adapters")  # a source tree, a wheel
+DEMO_ADAPTER, DEMO_PROMPT = "shout", "red cat>"
+UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+MAY_BE_0 = ("max_model_len", "threads", "port")
+HELP = {
+    "dtype": "Number format of the base; auto: float32 on the CPU, the checkpoint's own elsewhere",
+    "device": "auto, cpu, cuda, or one of several such as cuda:1",
+    "max_model_len": "Tokens of context per request; 0: the base's own",
+    "max_rows": "Requests that run at once",
+    "max_step_tokens": "Tokens of one step, prompts and new tokens together",
+    "max_waiting": "Requests that may wait before others get 429",
+    "kv_bytes": "Memory for keys and values, such as 2G",
+    "kv_layout": "How keys and values lie in memory; auto: slots on the CPU, pages on CUDA",
+    "page_tokens": "Tokens of one page of keys and values",
+    "adapter_bytes": "Memory for adapters and merged snapshots together, such as 512M",
+    "pack_weights": "Keep packed copies of the base's weights on the CPU: faster, larger",
+    "threads": "Threads of torch on the CPU; 0: torch's own choice",
+    "host": "Address to listen on",
+    "port": "Port to listen on; 0: any free one",
+    "adapters": "Folder of adapters, one sub-folder each",
+    "max_body_bytes": "Largest body of a request",
+    "request_timeout_s": "Longest time for one request, in seconds",
+    "drain_timeout_s": "Time that running requests get after SIGTERM, in seconds",
+    "insecure": "Listen on an address that others can reach, without keys",
+    "log_level": "How much the log says",
+}
+
+out = Console(soft_wrap=True)
+err = Console(stderr=True, soft_wrap=True)
+
+
+class Friendly(typer.core.TyperGroup):
+    """Every refusal is one line that says what to do, and exit status 1."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except AdapterServerError as error:
+            err.print(f"[bold red]error:[/] {_plain(error.message)}", highlight=False)
+            raise typer.Exit(1) from None
+
+
+app = typer.Typer(cls=Friendly, no_args_is_help=True, add_completion=False, help=__doc__.partition("\n")[0])
+adapters_app = typer.Typer(no_args_is_help=True, help="Look at the adapters folder.")
+bench_app = typer.Typer(no_args_is_help=True, help="Measure.")
+app.add_typer(adapters_app, name="adapters")
+app.add_typer(bench_app, name="bench")
+
+Model = Annotated[str, typer.Argument(help="Hub id or local folder of the base model", show_default="the demo's base")]
+ModelFlag = Annotated[
+    str, typer.Option("--model", help="Hub id or local folder of the base", show_default="the demo's base")
+]
+
+
+def parse_bytes(text: str | int) -> int:
+    """2147483648, 2G, 2GiB, 512M. Units are powers of 1024."""
+    word = str(text).strip().lower().removesuffix("ib").removesuffix("b")
+    number, unit = word.rstrip("kmgt"), word[len(word.rstrip("kmgt")) :]
+    try:
+        size = int(float(number) * UNITS[unit])
+    except (ValueError, KeyError, OverflowError):
+        size = 0
+    if size > 0:
+        return size
+    raise typer.BadParameter(f"{text!r} is no size: write bytes, or 512M, or 2G")
+
+
+def with_settings(
+    *kinds: type[Any], without: tuple[str, ...] = ()
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a command a flag for every field of these dataclasses, and the dataclasses as its first arguments."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        def run(**given: Any) -> None:
+            chosen = [_take(kind, given) for kind in kinds]
+            command(*chosen, **given)
+
+        own = list(inspect.signature(command, eval_str=True).parameters.values())[len(kinds) :]
+        flags = [_flag(kind, name) for kind in kinds for name in _names(kind) if name not in without]
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        parameters = [parameter.replace(kind=keyword) for parameter in (*own, *flags)]
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        run.__name__, run.__doc__ = command.__name__, command.__doc__
+        return run
+
+    return decorate
+
+
+def _names(kind: type[Any]) -> list[str]:
+    return [field.name for field in fields(kind)]
+
+
+def _take(kind: type[Any], given: dict[str, Any]) -> Any:
+    return kind(**{name: given.pop(name) for name in _names(kind) if name in given})
+
+
+def _flag(kind: type[Any], name: str) -> inspect.Parameter:
+    default = next(field.default for field in fields(kind) if field.name == name)
+    kind_of_value = get_type_hints(kind)[name]
+    limits: dict[str, Any] = {"min": 0 if name in MAY_BE_0 else 1} if kind_of_value is int else {}
+    if name.endswith("_bytes"):
+        limits = {"parser": parse_bytes, "metavar": "<bytes>"}
+    option = typer.Option(envvar=ENV + name.upper(), help=HELP[name], **limits)
+    hint = Annotated[kind_of_value, option]  # type: ignore[valid-type]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, typer.Option("--version", help="Print the version")] = False) -> None:
+    """Serve many PEFT adapters over one resident base model."""
+    if version:
+        out.print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+@with_settings(EngineConfig, ServerConfig)
+def serve(engine: EngineConfig, server: ServerConfig, model: Model = str(DEMO_BASE)) -> None:
+    """Serve a base model and a folder of adapters over HTTP."""
+    _serve(model, engine, server, lambda store, address: err.print(f"serving {_plain(model)} on {address}"))
+
+
+@app.command()
+@with_settings(EngineConfig, ServerConfig, without=("adapters",))
+def demo(engine: EngineConfig, server: ServerConfig) -> None:
+    """Serve the small base that comes with the package, and its adapters."""
+    _serve(str(DEMO_BASE), engine, replace(server, adapters=str(_demo_adapters())), _welcome)
+
+
+def _welcome(store: Store, address: str) -> None:
+    names = store.names()
+    name = DEMO_ADAPTER if DEMO_ADAPTER in names else next(iter(names), None)
+    body = json.dumps({"prompt": DEMO_PROMPT, "adapter": name})
+    curl = f"curl -s {address}/generate -H 'Content-Type: application/json' -d {shlex.quote(body)}"
+    out.print(f"adapter-server on {address}, adapters: {', '.join(names) or 'none'}\n\n  {curl}\n", highlight=False)
+
+
+def _serve(model: str, engine: EngineConfig, server: ServerConfig, announce: Callable[[Store, str], None]) -> None:
+    from adapter_server.api.server import Server, check_host, configure_logs
+
+    check_host(server)
+    configure_logs(server.log_level)
+    store, built, text = _build(model, engine, Path(server.adapters))
+    from adapter_server.engine import Worker
+
+    running = Server(
+        lambda deliver: Worker(built, deliver), store, text, built.info, server, lambda at: announce(store, at)
+    )
+    running.run()
+    raise typer.Exit(running.exit_code)
+
+
+def _build(model: str, config: EngineConfig, adapters: Path) -> tuple[Store, Engine, Text]:
+    """The adapters, the engine over its base, and the base's tokenizer."""
+    _check_model(model)
+    _quiet()
+    with err.status(f"loading {_plain(model)}"):
+        from adapter_server.engine import build
+        from adapter_server.registry.store import Store
+        from adapter_server.text import Text
+
+        text = Text(model)
+        store = Store(adapters, reserved=(model, Path(model).name))
+        return store, build(model, config, store), text
+
+
+def _quiet() -> None:
+    """No progress bars of the library's: the log is ours, and standard output may be read by a program."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def _check_model(model: str) -> None:
+    """A path that leads nowhere would be taken for a hub id, and its error would speak of tokens and networks."""
+    looks_local = model.startswith(("/", "./", "../", "~")) or model.count("/") > 1
+    if looks_local and not Path(model).is_dir():
+        raise InvalidRequest(f"{model}: no such folder. Give a folder with a model's config.json, or a hub id")
+
+
+@app.command()
+@with_settings(EngineConfig)
+def generate(
+    engine: EngineConfig,
+    prompt: Annotated[str, typer.Argument(help="The text to go on from")],
+    adapter: Annotated[str | None, typer.Option(help="An adapter's name; none: the base model")] = None,
+    model: ModelFlag = str(DEMO_BASE),
+    adapters: Annotated[Path | None, typer.Option(help="Folder of adapters", show_default="the demo's")] = None,
+    mode: Annotated[Literal["auto", "unmerged", "merged"], typer.Option(help="How the adapter is applied")] = "auto",
+    max_new_tokens: Annotated[int | None, typer.Option(help="Tokens at most")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0: the likeliest token each time")] = None,
+    seed: Annotated[int | None, typer.Option(help="For the same random choices again")] = None,
+    scale: Annotated[float | None, typer.Option(help="Multiplies the adapter's effect")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Text that ends the answer; may be repeated")] = None,
+) -> None:
+    """Answer one prompt in this process, and print the text as it comes."""
+    from adapter_server.api.schemas import GenerateBody, parse
+
+    asked: dict[str, Any] = {"prompt": prompt, "adapter": adapter, "mode": mode, "max_new_tokens": max_new_tokens}
+    asked |= {"temperature": temperature, "seed": seed, "scale": scale, "stop": stop or None}
+    given = {name: value for name, value in asked.items() if value is not None}
+    body = parse(GenerateBody, json.dumps(given).encode())
+    store, built, text = _build(model, engine, adapters or _demo_adapters())
+    with _running(built) as (worker, events):
+        _answer(body, store, text, worker, events)
+
+
+def _demo_adapters() -> Path:
+    return next((folder for folder in DEMO_ADAPTERS if folder.is_dir()), DEMO_ADAPTERS[-1])
+
+
+@contextmanager
+def _running(engine: Engine) -> Iterator[tuple[Worker, queue.SimpleQueue[list[Event]]]]:
+    """A worker over this engine, and what it reports."""
+    from adapter_server.engine import Worker
+
+    events: queue.SimpleQueue[list[Event]] = queue.SimpleQueue()
+    worker = Worker(engine, events.put)
+    worker.start()
+    try:
+        yield worker, events
+    finally:
+        worker.stop()
+
+
+def _answer(body: Any, store: Store, text: Text, worker: Worker, events: queue.SimpleQueue[list[Event]]) -> None:
+    from adapter_server.api import resolve
+
+    info = worker.engine.info
+    ids = resolve.prompt_ids(body.prompt, text, info)
+    request = resolve.admissible(body, ids, store, info, worker.stats().residents, time.monotonic())
+    stream = text.stream(ids, body.stops, info.eos)
+    worker.submit(request)
+    while not stream.stopped:
+        for event in events.get():
+            if isinstance(event, Token):
+                _write(stream.push(event.id))
+            elif isinstance(event, Finished):
+                if event.reason == "error":
+                    raise event.error or RequestFailed("the engine gave no answer and no reason")
+                _write(stream.finish() + "\n")
+                return
+    _write("\n")
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+Folder = Annotated[Path, typer.Option("--adapters", envvar=ENV + "ADAPTERS", help=HELP["adapters"])]
+ADAPTERS = Path(ServerConfig().adapters)
+
+
+@adapters_app.command("ls")
+def adapters_ls(adapters: Folder = ADAPTERS) -> None:
+    """Every adapter, sound or not."""
+    table = Table("name", "family", "bytes", "state", box=None, header_style="bold")
+    for entry in _store(adapters).entries():
+        spec = entry.spec
+        row = (spec.family, f"{spec.bytes:,}", "ok") if spec else ("", "", f"refused: {entry.reason}")
+        table.add_row(*map(_plain, (entry.name, *row)))
+    out.print(table)
+
+
+@adapters_app.command("show")
+def adapters_show(
+    name: Annotated[str, typer.Argument(help="Name, or name@version")], adapters: Folder = ADAPTERS
+) -> None:
+    """One adapter: its version, its files, its config."""
+    spec = _store(adapters).resolve(name)
+    facts = {"name": spec.name, "version": spec.version, "family": spec.family, "bytes": spec.bytes, "path": spec.path}
+    out.print_json(json.dumps(facts | {"config": dict(spec.config)}))
+
+
+@adapters_app.command("check")
+def adapters_check(
+    name: Annotated[str | None, typer.Argument(help="One adapter; none: all of them")] = None,
+    adapters: Folder = ADAPTERS,
+    model: Annotated[str | None, typer.Option(help="Also load each over this base")] = None,
+) -> None:
+    """Read adapters to the last byte, and say which are sound. Exit status 1 if one is not."""
+    if model is None:
+        store = _store(adapters)
+        good = _check(store, name, lambda ref: store.read(store.resolve(ref)))
+    else:
+        store, built, _ = _build(model, EngineConfig(), adapters)
+        with _running(built) as (worker, _):
+            good = _check(store, name, lambda ref: worker.call("load", store.resolve(ref)).result())
+    raise typer.Exit(0 if good else 1)
+
+
+def _check(store: Store, name: str | None, check: Callable[[str], object]) -> bool:
+    entries: list[Entry] = store.entries()
+    names = [name] if name else [entry.name for entry in entries]
+    return not [each for each in names if not _sound(each, check)]
+
+
+def _sound(name: str, check: Callable[[str], object]) -> bool:
+    try:
+        check(name)
+    except AdapterServerError as error:
+        out.print(f"[red]refused[/] {_plain(name)}: {_plain(error.message)}", highlight=False)
+        return False
+    out.print(f"[green]ok[/]      {_plain(name)}", highlight=False)
+    return True
+
+
+def _store(folder: Path) -> Store:
+    from adapter_server.registry.store import Store
+
+    if not folder.is_dir():
+        raise InvalidRequest(f"{folder}: no such folder. Name the adapters' folder with --adapters")
+    return Store(folder)
+
+
+@app.command()
+def merge(
+    name: Annotated[str, typer.Argument(help="The adapter")],
+    target: Annotated[Path, typer.Option("--out", help="A new folder")],
+    model: ModelFlag = str(DEMO_BASE),
+    adapters: Folder = ADAPTERS,
+) -> None:
+    """Write the base with an adapter folded in, as an ordinary transformers folder."""
+    _check_model(model)
+    store = _store(adapters)
+    spec = store.resolve(name)
+    _quiet()
+    with err.status(f"folding {_plain(name)}"):
+        from adapter_server.engine.snapshot import export
+
+        export(model, spec, store, target)
+    out.print(f"{_plain(name)}@{spec.version} is folded into {_plain(target)}", highlight=False)
+
+
+@bench_app.command(
+    "latency",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+)
+def bench_latency(context: typer.Context) -> None:
+    """Base, unmerged and merged, by family and batch size."""
+    importlib.import_module("adapter_server.bench.latency").main(context.args)
+
+
+def _plain(value: object) -> str:
+    """Text as it is, on one line: nothing of a file or a flag is taken for markup."""
+    from rich.markup import escape
+
+    return escape(" ".join(str(value).split()))
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,146 @@
+"""The routes over the real engine and a tiny base: what a client sees is what each adapter alone would say."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import httpx
+import pytest
+
+import files
+import tiny
+from adapter_server.api.server import Server
+from adapter_server.config import EngineConfig, ServerConfig
+from adapter_server.engine import Worker, build
+from adapter_server.registry.store import Store
+from adapter_server.text import Text
+
+ADAPTERS = (None, "one", "two", "three")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("served")
+    tiny.save_base(folder / "tiny")
+    for seed, name in enumerate(filter(None, ADAPTERS)):
+        files.age(tiny.save_lora(folder / "adapters" / name, seed))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def http(root: Path) -> Iterator[httpx.Client]:
+    store = Store(root / "adapters", settle_s=0.1)
+    engine = build(root / "tiny", EngineConfig(max_rows=16, kv_bytes=64 << 20), store)
+    ready: SimpleQueue[str] = SimpleQueue()
+    config = replace(ServerConfig(), port=0)
+    server = Server(lambda deliver: Worker(engine, deliver), store, Text(root / "tiny"), engine.info, config, ready.put)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    with httpx.Client(base_url=ready.get(timeout=20), timeout=30) as client:
+        yield client
+        server.should_exit = True
+        thread.join(20)
+
+
+def ask(http: httpx.Client, adapter: str | None, prompt: str = "red cat>", **fields: Any) -> dict[str, Any]:
+    fields = {"max_new_tokens": 12, "return_token_ids": True, "ignore_eos": True} | fields
+    response = http.post("/generate", json={"prompt": prompt, "adapter": adapter, **fields})
+    assert response.status_code == 200, response.text
+    answer: dict[str, Any] = response.json()
+    return answer
+
+
+def test_all_mixed_is_as_each_alone(http: httpx.Client) -> None:
+    cases = [(name, f"prompt {n}") for n in range(8) for name in ADAPTERS]
+    alone = [ask(http, *case)["token_ids"] for case in cases]
+    with ThreadPoolExecutor(16) as pool:
+        together = list(pool.map(lambda case: ask(http, *case)["token_ids"], cases))
+    assert together == alone
+    assert len({tuple(ids) for ids in alone[:4]}) == 4
+
+
+def test_a_stream_carries_the_same_tokens(http: httpx.Client) -> None:
+    plain = ask(http, "one", logprobs=2)
+    body = {"prompt": "red cat>", "adapter": "one", "max_new_tokens": 12, "return_token_ids": True, "stream": True}
+    with http.stream("POST", "/generate", json=body | {"ignore_eos": True, "logprobs": 2}) as response:
+        events = [json.loads(line.removeprefix("data: ")) for line in response.iter_lines() if line]
+    assert [id for event in events[:-1] for id in event["token_ids"]] == plain["token_ids"]
+    assert "".join(event["text"] for event in events[:-1]) == plain["text"]
+    assert [entry["token_id"] for event in events[:-1] for entry in event["logprobs"]] == plain["token_ids"]
+    assert all(len(entry["top"]) == 2 for entry in plain["logprobs"])
+
+
+def test_a_snapshot_says_the_same_and_auto_takes_it(http: httpx.Client) -> None:
+    unmerged = ask(http, "two")
+    assert http.post("/adapters/two/merge").json()["merged"] is True
+    merged = ask(http, "two")
+    assert (unmerged["mode"], merged["mode"]) == ("unmerged", "merged")
+    assert merged["token_ids"] == unmerged["token_ids"]
+    assert http.post("/adapters/two/unmerge").json()["merged"] is False
+    assert ask(http, "two")["mode"] == "unmerged"
+
+
+@pytest.mark.parametrize("operation", ["load", "pin", "unpin", "unload"])
+def test_adapters_are_moved_by_hand(http: httpx.Client, operation: str) -> None:
+    adapter = http.post(f"/adapters/three/{operation}").json()
+    assert adapter["state"] == ("registered" if operation == "unload" else "ready")
+    assert adapter["pinned"] is (operation == "pin")
+
+
+def test_who_goes_away_frees_the_row(http: httpx.Client) -> None:
+    body = json.dumps({"prompt": "x" * 50, "max_new_tokens": 200, "ignore_eos": True, "adapter": "one"}).encode()
+    head = f"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    before = ended(http, "cancelled")
+    with socket.create_connection((http.base_url.host, http.base_url.port or 0)) as client:
+        client.sendall(head + body)
+        time.sleep(0.03)
+    until = time.monotonic() + 5
+    while ended(http, "cancelled") == before:
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def ended(http: httpx.Client, outcome: str) -> float:
+    lines = http.get("/metrics").text.splitlines()
+    found = [line for line in lines if line.startswith("adapter_server_requests_total") and f'"{outcome}"' in line]
+    return sum(float(line.split()[-1]) for line in found)
+
+
+def test_every_answer_is_wholly_of_one_version(http: httpx.Client, root: Path) -> None:
+    folder, staged = root / "adapters" / "swap", root / "staged"
+    tiny.save_lora(folder, 10)
+    said: dict[str, set[tuple[int, ...]]] = {}
+
+    def client(_: int) -> None:
+        until = time.monotonic() + 2.5
+        while time.monotonic() < until:
+            answer = ask(http, "swap")
+            said.setdefault(answer["adapter_version"], set()).add(tuple(answer["token_ids"]))
+
+    wait_for(http, "swap")
+    with ThreadPoolExecutor(4) as pool:
+        clients = pool.map(client, range(4))
+        time.sleep(0.5)
+        tiny.save_lora(staged, 11)
+        for file in staged.iterdir():
+            os.replace(file, folder / file.name)
+        list(clients)
+    assert len(said) == 2
+    assert all(len(answers) == 1 for answers in said.values())
+
+
+def wait_for(http: httpx.Client, name: str) -> None:
+    until = time.monotonic() + 2
+    while http.post(f"/adapters/{name}/load").status_code != 200:
+        assert time.monotonic() < until, "a new folder answers within two seconds"
+        time.sleep(0.05)

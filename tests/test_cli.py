@@ -1,0 +1,187 @@
+"""The command line: a flag and a variable for each setting, friendly refusals, commands that do what they say."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+import files
+import tiny
+from adapter_server import __version__, cli
+from adapter_server.config import EngineConfig, ServerConfig
+
+FIELDS = [field for kind in (EngineConfig, ServerConfig) for field in fields(kind)]
+
+
+def run(*words: object, env: dict[str, str] | None = None) -> Result:
+    return CliRunner().invoke(cli.app, [str(word) for word in words], env=env)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli")
+    tiny.save_base(folder / "tiny")
+    files.age(tiny.save_lora(folder / "adapters" / "shout", 1))
+    return folder
+
+
+@pytest.fixture
+def caught(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
+    """What `serve` and `demo` would serve."""
+    found: dict[str, object] = {}
+
+    def serve(model: str, engine: EngineConfig, server: ServerConfig, announce: object) -> None:
+        found.update(model=model, engine=engine, server=server)
+
+    monkeypatch.setattr(cli, "_serve", serve)
+    return found
+
+
+def test_the_version_is_the_packages() -> None:
+    assert run("--version").output.strip() == __version__
+
+
+def test_every_setting_has_a_flag_and_a_word_of_help() -> None:
+    assert set(cli.HELP) == {field.name for field in FIELDS}
+    text = run("serve", "--help", env={"COLUMNS": "300", "TERMINAL_WIDTH": "300"}).output
+    for field in FIELDS:
+        assert f"--{field.name.replace('_', '-')}" in text
+        assert f"{cli.ENV}{field.name.upper()}" in text
+
+
+def test_the_defaults_are_those_of_the_settings(caught: dict[str, object]) -> None:
+    assert run("serve", "some/model").exit_code == 0
+    assert caught == {"model": "some/model", "engine": EngineConfig(), "server": ServerConfig()}
+
+
+def test_flags_and_variables_reach_the_settings(caught: dict[str, object]) -> None:
+    words = ("--kv-bytes", "512M", "--no-pack-weights", "--port", 9000, "--dtype", "float32")
+    assert run("serve", "m", *words, env={"ADAPTER_SERVER_MAX_ROWS": "3"}).exit_code == 0
+    assert caught["engine"] == EngineConfig(kv_bytes=512 << 20, pack_weights=False, dtype="float32", max_rows=3)
+    assert caught["server"] == ServerConfig(port=9000)
+
+
+def test_the_demo_serves_what_comes_with_the_package(caught: dict[str, object]) -> None:
+    assert run("demo", "--port", 0).exit_code == 0
+    server = caught["server"]
+    assert isinstance(server, ServerConfig)
+    assert caught["model"] == str(cli.DEMO_BASE)
+    assert Path(server.adapters) in cli.DEMO_ADAPTERS
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("7", 7), ("2k", 2048), ("1.5M", 3 << 19), ("2GiB", 2 << 30), ("1tb", 1 << 40), (5, 5)]
+)
+def test_sizes(text: str | int, size: int) -> None:
+    assert cli.parse_bytes(text) == size
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("serve", "--kv-bytes", "much"),
+        ("serve", "--kv-bytes", "-1"),
+        ("serve", "--max-rows", "0"),
+        ("serve", "--dtype", "int3"),
+        ("serve", "--max-rowz", "3"),
+    ],
+)
+def test_what_a_flag_cannot_be_is_a_usage_error(words: tuple[str, ...]) -> None:
+    assert run(*words).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("serve", "--host", "0.0.0.0"), "--insecure"),
+        (("serve", "./nowhere"), "no such folder"),
+        (("adapters", "ls", "--adapters", "/nowhere"), "no such folder"),
+        (("generate", "a", "--temperature", "-1"), "temperature"),
+        (("merge", "a", "--out", "b", "--model", "/nowhere/at/all"), "no such folder"),
+    ],
+)
+def test_a_refusal_is_one_line(words: tuple[str, ...], said: str) -> None:
+    result = run(*words)
+    assert result.exit_code == 1
+    assert said in result.output
+    assert len(result.output.strip().splitlines()) == 1
+    assert "Traceback" not in result.output
+
+
+def test_adapters_are_listed_shown_and_checked(root: Path) -> None:
+    where = ("--adapters", root / "adapters")
+    assert "shout" in run("adapters", "ls", *where).output
+    shown = json.loads(run("adapters", "show", "shout", *where).output)
+    assert (shown["family"], shown["config"]["r"]) == ("LORA", tiny.RANK)
+    assert run("adapters", "check", *where).exit_code == 0
+    assert run("adapters", "check", "shout", "--model", root / "tiny", *where).exit_code == 0
+
+
+def test_a_bad_adapter_fails_the_check(tmp_path: Path) -> None:
+    files.age(files.write(tmp_path / "bad", weights=b"[red]no"))
+    assert "refused" in run("adapters", "check", "--adapters", tmp_path).output
+    assert run("adapters", "check", "--adapters", tmp_path).exit_code == 1
+
+
+def test_an_adapter_of_another_base_fails_the_check_against_this_one(root: Path, tmp_path: Path) -> None:
+    files.age(files.write(tmp_path / "other"))
+    assert run("adapters", "check", "--adapters", tmp_path).exit_code == 0
+    result = run("adapters", "check", "--adapters", tmp_path, "--model", root / "tiny")
+    assert result.exit_code == 1, result.output
+
+
+def test_generate_answers_and_merge_writes_what_says_the_same(root: Path, tmp_path: Path) -> None:
+    words = ("generate", "red cat>", "--max-new-tokens", 8)
+    where = ("--model", root / "tiny", "--adapters", root / "adapters")
+    adapted = run(*words, "--adapter", "shout", *where)
+    base = run(*words, *where)
+    assert (adapted.exit_code, base.exit_code) == (0, 0)
+    assert adapted.output != base.output
+    result = run("merge", "shout", "--out", tmp_path / "merged", *where)
+    assert result.exit_code == 0, result.output
+    merged = run(*words, "--model", tmp_path / "merged", "--adapters", root / "adapters")
+    assert merged.output == adapted.output
+
+
+def test_generate_refuses_in_one_line(root: Path) -> None:
+    where = ("--model", root / "tiny", "--adapters", root / "adapters")
+    result = run("generate", "a", "--adapter", "nobody", *where)
+    assert (result.exit_code, "nobody" in result.output) == (1, True)
+
+
+@pytest.fixture
+def process(root: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    words = ["serve", str(root / "tiny"), "--adapters", str(root / "adapters"), "--port", "0"]
+    command = [sys.executable, "-m", "adapter_server.cli", *words]
+    env = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env) as started:
+        assert started.stderr
+        try:
+            yield started, next(found[0] for line in started.stderr if (found := re.search(r"http://\S+", line)))
+        finally:
+            started.kill()
+
+
+def test_serve_answers_logs_no_prompt_and_leaves_cleanly(process: tuple[subprocess.Popen[str], str]) -> None:
+    started, address = process
+    body = json.dumps({"prompt": "SECRET>", "adapter": "shout", "max_new_tokens": 4}).encode()
+    with urllib.request.urlopen(urllib.request.Request(f"{address}/generate", body), timeout=20) as response:
+        assert json.load(response)["adapter"] == "shout"
+    started.send_signal(signal.SIGTERM)
+    _, log = started.communicate(timeout=20)
+    assert started.returncode == 0
+    lines = [json.loads(line) for line in log.splitlines()]
+    assert [line["event"] for line in lines] == ["request", "draining"]
+    assert lines[0]["request_id"]
+    assert "SECRET" not in log
