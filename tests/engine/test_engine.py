@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import rig
 import torch
-import zoo
 
+import rig
+import zoo
 from adapter_server.core import Finished, Loaded, Member, Request
 from adapter_server.engine import Engine
 from adapter_server.errors import (
@@ -54,9 +54,7 @@ def check(name: str | None, prompt: tuple[int, ...], answer: rig.Answer, new: in
 def test_chunked_prefill_changes_nothing(layout: str, budget: int) -> None:
     engine = rig.engine("mistral", kv_layout=layout, max_step_tokens=budget)
     asked = [("lora", rig.PROMPTS[3]), ("prefix", rig.PROMPTS[3]), (None, rig.PROMPTS[1]), ("prompt", rig.PROMPTS[2])]
-    for (name, prompt), answer in zip(
-        asked, rig.run(engine, [rig.ask(engine, n, p) for n, p in asked]), strict=True
-    ):
+    for (name, prompt), answer in zip(asked, rig.run(engine, [rig.ask(engine, n, p) for n, p in asked]), strict=True):
         ids, logprobs = rig.peft_alone("mistral", name, prompt)
         assert tuple(answer.ids) == ids
         assert (answer.matrix() - logprobs).abs().max() < 1e-4

@@ -21,7 +21,7 @@ from adapter_server.config import EngineConfig
 from adapter_server.core import Event, Finished, FinishReason, Folded, Loaded, Request, Spec, Stats, Token
 from adapter_server.engine.kv import Chunk, KvPool, PagePool, SlotPool, bytes_per_token
 from adapter_server.engine.lowrank import arrange
-from adapter_server.engine.model import Model, load
+from adapter_server.engine.model import Model, context_length, load
 from adapter_server.engine.pool import Pool
 from adapter_server.engine.routing import Routing, Step, route
 from adapter_server.engine.sampling import Chosen, choose
@@ -89,9 +89,11 @@ class Engine:
     def _kv(self) -> tuple[KvPool, int]:
         """The pool that the budget allows, and the context length: the base's own, or what leaves room for rows."""
         config, model = self.config, self.model
-        own = getattr(model.module.config.get_text_config(), "max_position_embeddings", 0) or 1 << 20
         places = config.kv_bytes // bytes_per_token(model.layers, model.dtype)
-        length = min(own, config.max_model_len or max(512, places // SLOTS_AT_LEAST))
+        length = min(
+            context_length(model.module.config.get_text_config()),
+            config.max_model_len or max(512, places // SLOTS_AT_LEAST),
+        )
         if places < length:
             raise BaseNotSupported(
                 f"{config.kv_bytes:,} bytes hold the keys and values of {places} tokens, a context has {length}: "
@@ -306,6 +308,8 @@ class Engine:
             return [self._finish(row, "error", error, scrub=True)]
         row.first = row.first or now
         row.tokens.append(chosen.id)
+        if row.offset + len(row.tokens) - 1 == self.model.rope_border:
+            row.done = 0  # its keys are of other frequencies from here on
         token = Token(row.request.id, row.emitted - 1, chosen.id, chosen.logprob, chosen.top)
         sampling = row.request.sampling
         if chosen.id in self.info.eos and not sampling.ignore_eos:

@@ -184,6 +184,9 @@ class SlotPool(KvPool):
     ) -> None:
         super().__init__(layers, slots * length, length, dtype, device)
 
+    def grow(self, lease: Lease, length: int) -> bool:
+        return length <= self.page
+
     def start(self, prefix: Prefix | None) -> Lease | None:
         if not self.free:
             return None

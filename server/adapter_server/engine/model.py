@@ -54,6 +54,7 @@ class Model:
         self.groups = self._install(group_by_input(calls), pack)
         self._group_of = {path: group for group in self.groups for path in group.paths}
         _rope_by_row(self._modules)
+        self.rope_border = _rope_border(module.config.get_text_config())
 
     def _look(self) -> tuple[dict[int, LayerShape], list[tuple[str, int]], dict[str, int]]:
         """Per layer (kv_heads, key dim, value dim); (Linear's path, identity of its input) in order of calls; and the
@@ -194,6 +195,19 @@ def _rope_by_row(modules: Mapping[str, nn.Module]) -> None:
         kinds = set(kinds.values()) if isinstance(kinds, dict) else {kinds}
         if kinds & {"dynamic", "longrope"}:
             module.forward = _per_row(module, module.forward)
+
+
+def _rope_border(config: Any) -> int | None:
+    """The length at which a longrope model changes its frequencies and computes a row anew (`modeling_phi3.py`)."""
+    kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
+    return getattr(config, "original_max_position_embeddings", None) if kind == "longrope" else None
+
+
+def context_length(config: Any) -> int:
+    """Tokens of context that the base is made for; dynamic RoPE stretches what the config says."""
+    own = getattr(config, "max_position_embeddings", 0) or 1 << 20
+    rope = getattr(config, "rope_parameters", None) or {}
+    return int(own * rope.get("factor", 1)) if rope.get("rope_type") == "dynamic" else own
 
 
 def _per_row(module: nn.Module, forward: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:

@@ -1,0 +1,103 @@
+"""Each filter against transformers' own processor, and the random stream against chance."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from transformers import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from adapter_server.core import Sampling
+from adapter_server.engine import sampling
+from adapter_server.engine.sampling import Draw, choose, uniform
+
+LOGITS = torch.randn(1, 50, generator=torch.Generator().manual_seed(0)) * 3
+WARPERS = {
+    "temperature": lambda v: [TemperatureLogitsWarper(v)],
+    "top_k": lambda v: [TopKLogitsWarper(v)],
+    "top_p": lambda v: [TopPLogitsWarper(v)],
+    "min_p": lambda v: [MinPLogitsWarper(v)],
+}
+
+
+def draw(seed: int = 0, tokens: tuple[int, ...] = (1,), prompt: int = 1, **settings: object) -> Draw:
+    return Draw(Sampling(**{"temperature": 1.0, **settings}), seed, tokens, prompt)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 0.7},
+        {"top_k": 3},
+        {"top_p": 0.6},
+        {"min_p": 0.2},
+        {"temperature": 1.8, "top_k": 9, "top_p": 0.8, "min_p": 0.1},
+        {"top_p": 0.0001},
+    ],
+)
+def test_the_distribution_is_transformers(settings: dict[str, float]) -> None:
+    warped = LOGITS.clone()
+    for name, make in WARPERS.items():
+        for warper in make(settings[name]) if name in settings else []:
+            warped = warper(None, warped)
+    want = warped.softmax(-1)[0]
+    n = 4000
+    drawn = choose(LOGITS.expand(n, -1), [draw(seed=i, **settings) for i in range(n)])
+    seen = Counter(c.id for c in drawn)
+    assert set(seen) <= set(want.nonzero().flatten().tolist())
+    for i, p in enumerate(want.tolist()):
+        assert abs(seen[i] / n - p) < 5 * (p * (1 - p) / n) ** 0.5 + 1e-3
+
+
+def test_rows_of_different_settings_do_not_touch_one_another() -> None:
+    rows = [draw(seed=i, top_k=i % 4, top_p=0.5 + 0.1 * (i % 5), temperature=0.5 * (i % 3)) for i in range(24)]
+    together = [c.id for c in choose(LOGITS.expand(24, -1), rows)]
+    alone = [choose(LOGITS, [row])[0].id for row in rows]
+    assert together == alone
+
+
+def test_repetition_is_transformers_and_counts_the_prompt() -> None:
+    tokens = (4, 9, 9, 30)
+    want = RepetitionPenaltyLogitsProcessor(1.7)(torch.tensor([tokens]), LOGITS.clone())
+    row = LOGITS[0].clone()
+    sampling._penalise(row, draw(tokens=tokens, prompt=2, repetition_penalty=1.7))
+    assert torch.equal(row, want[0])
+
+
+def test_presence_and_frequency_count_what_was_emitted_alone() -> None:
+    row = LOGITS[0].clone()
+    sampling._penalise(row, draw(tokens=(4, 9, 9, 30), prompt=1, presence_penalty=0.5, frequency_penalty=0.25))
+    moved = (LOGITS[0] - row).nonzero().flatten().tolist()
+    assert moved == [9, 30]
+    assert (LOGITS[0] - row)[9].item() == pytest.approx(0.5 + 2 * 0.25)
+    assert (LOGITS[0] - row)[30].item() == pytest.approx(0.75)
+
+
+def test_a_number_is_of_its_seed_and_place_alone() -> None:
+    assert uniform(7, 3) == uniform(7, 3)
+    numbers = [uniform(seed, index) for seed in range(100) for index in range(100)]
+    assert len(set(numbers)) == len(numbers)
+    assert abs(sum(numbers) / len(numbers) - 0.5) < 0.01
+    assert all(0 <= n < 1 for n in numbers)
+
+
+def test_logprobs_are_of_the_raw_logits_and_sorted() -> None:
+    [chosen] = choose(LOGITS, [draw(temperature=0, logprobs=4, repetition_penalty=3.0)])
+    want = LOGITS[0].log_softmax(-1)
+    assert chosen.logprob == pytest.approx(want[chosen.id].item())
+    assert [i for i, _ in chosen.top] == want.topk(4).indices.tolist()
+
+
+def test_rows_whose_logits_are_broken_say_so_and_others_do_not() -> None:
+    logits = LOGITS.repeat(3, 1)
+    logits[1, 7] = float("nan")
+    logits[2, 3] = float("-inf")
+    for settings in ({"temperature": 0.0}, {"temperature": 1.0}):
+        assert [c.ok for c in choose(logits, [draw(**settings)] * 3)] == [True, False, True]
