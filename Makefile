@@ -1,0 +1,38 @@
+# Each target does its own set-up in .venv, once; a second run starts at once.
+PYTHON ?= python3
+PORT ?= 8000
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+export OMP_WAIT_POLICY ?= PASSIVE
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: serve test check bench soak clean
+
+serve: $(READY)  ## the embedded demo on http://127.0.0.1:8000 (PORT= changes it)
+	$(BIN)/adapter-server demo --port $(PORT)
+
+test: $(READY)  ## every test but the long runs
+	$(BIN)/python -m pytest -m "not soak" -q
+
+soak: $(READY)  ## the long runs
+	$(BIN)/python -m pytest -m soak -q
+
+check: $(READY)  ## lint, format and types
+	$(BIN)/ruff check server tests examples benchmarks
+	$(BIN)/ruff format --check server tests examples benchmarks
+	$(BIN)/mypy
+
+bench: $(READY)  ## the latency table and the rivals on this machine, into benchmarks/results
+	$(BIN)/adapter-server bench latency --size demo
+	$(BIN)/python benchmarks/rivals.py --size 35m
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache dist
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"
+	touch $@
