@@ -17,7 +17,9 @@ def ask(metrics: Metrics, id: str = "r", *members: Member, mode: str = "unmerged
 
 
 def samples(metrics: Metrics, stats: Stats | None = None) -> dict[tuple[str, tuple[str, ...]], float]:
-    families = text_string_to_metric_families(metrics.render(stats or Stats(), [SPEC], 1).decode())
+    families = text_string_to_metric_families(
+        metrics.render(stats or Stats(), {"shout": SPEC, "pirate": None}).decode()
+    )
     return {(s.name, tuple(sorted(s.labels.values()))): s.value for family in families for s in family.samples}
 
 
@@ -109,3 +111,9 @@ def test_events_of_strangers_are_ignored() -> None:
     metrics.observe([Token("nobody", 0, 1), Finished("nobody", "eos")])
     same = {key: value for key, value in samples(metrics).items() if "process" not in key[0]}
     assert same == {key: value for key, value in before.items() if "process" not in key[0]}
+
+
+def test_a_late_admission_of_a_removed_adapter_is_forgotten_when_read() -> None:
+    metrics = Metrics()
+    ask(metrics, "r", Member(Spec("gone", "000000000000", "", "LORA", {}, 0)))
+    assert not [labels for _, labels in samples(metrics) if "gone" in labels]

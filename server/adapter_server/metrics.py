@@ -7,7 +7,7 @@ counts for each of its members.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector, generate_latest
@@ -113,10 +113,13 @@ class Metrics:
         for live in self._live.values():
             live.names = tuple(kept for kept in live.names if kept != name)
 
-    def render(self, stats: Stats, specs: Sequence[Spec], refused: int = 0) -> bytes:
-        """The text that Prometheus reads; `refused` counts the folders that break a rule."""
+    def render(self, stats: Stats, adapters: Mapping[str, Spec | None]) -> bytes:
+        """The text that Prometheus reads. `adapters` are the registry's, by name; None for one that breaks a rule."""
+        for name in self._forgettable.keys() - adapters.keys() - {BASE}:
+            self.forget(name)
+        specs = [spec for spec in adapters.values() if spec is not None]
         self._set_engine(stats)
-        self._set_adapters(stats.residents, specs, refused)
+        self._set_adapters(stats.residents, specs, len(adapters) - len(specs))
         return generate_latest(self.registry)
 
     def _token(self, token: Token, now: float) -> None:

@@ -52,6 +52,7 @@ def test_the_documents_describe_the_body(served: Served) -> None:
     document = served.http.get("/openapi.json").json()
     body = document["paths"]["/generate"]["post"]["requestBody"]["content"]["application/json"]["schema"]
     assert "max_new_tokens" in body["properties"]
+    assert "$ref" not in json.dumps(body)
 
 
 @pytest.mark.parametrize(

@@ -94,3 +94,4 @@ def test_defaults_and_both_forms_of_stop() -> None:
     body = parse(GenerateBody, b'{"prompt": "a", "temperature": 1, "stop": "x"}')
     assert (body.temperature, body.stops, body.max_new_tokens, body.mode) == (1.0, ["x"], 128, "auto")
     assert parse(GenerateBody, b'{"prompt": "a", "stop": ["x", "y"], "response_format": null}').stops == ["x", "y"]
+    assert parse(GenerateBody, b'{"prompt": "a", "stop": null, "seed": null}').stops == []

@@ -15,7 +15,7 @@ from adapter_server.api import adapters, generate, refusals
 from adapter_server.api.bridge import Bridge, Worker
 from adapter_server.api.envelope import Envelope
 from adapter_server.api.resolve import Info, prompt_ids
-from adapter_server.api.schemas import DetokenizeBody, TokenizeBody, parse
+from adapter_server.api.schemas import DetokenizeBody, TokenizeBody, document, parse
 from adapter_server.api.service import Service, service_of
 from adapter_server.config import ServerConfig
 from adapter_server.core import Event
@@ -171,12 +171,11 @@ async def metrics(request: Request) -> Response:
     """The gauges are of this moment."""
     service = service_of(request)
     entries = await asyncio.to_thread(service.store.entries)
-    specs = [entry.spec for entry in entries if entry.spec is not None]
-    text = service.metrics.render(service.worker.stats(), specs, len(entries) - len(specs))
+    text = service.metrics.render(service.worker.stats(), {entry.name: entry.spec for entry in entries})
     return Response(text, headers={"content-type": CONTENT_TYPE})
 
 
-@router.post("/tokenize", summary="Text to token ids")
+@router.post("/tokenize", summary="Text to token ids", openapi_extra=document(TokenizeBody))
 async def tokenize(request: Request) -> dict[str, Any]:
     """The ids that /generate would see."""
     service = service_of(request)
@@ -185,7 +184,7 @@ async def tokenize(request: Request) -> dict[str, Any]:
     return {"token_ids": ids, "count": len(ids)}
 
 
-@router.post("/detokenize", summary="Token ids to text")
+@router.post("/detokenize", summary="Token ids to text", openapi_extra=document(DetokenizeBody))
 async def detokenize(request: Request) -> dict[str, str]:
     """Special tokens have no text."""
     service = service_of(request)

@@ -18,7 +18,7 @@ from adapter_server import core
 from adapter_server.api import resolve
 from adapter_server.api.bridge import Channel, refusal_of
 from adapter_server.api.refusals import error_shape
-from adapter_server.api.schemas import GenerateBody, parse
+from adapter_server.api.schemas import GenerateBody, document, parse
 from adapter_server.api.service import Service, note, service_of
 from adapter_server.core import Finished, Member, Token
 from adapter_server.errors import AdapterServerError, InvalidRequest, VersionGone
@@ -33,7 +33,7 @@ _dumps: Callable[[Any], str] = json.JSONEncoder(ensure_ascii=False, separators=(
 @router.post(
     "/generate",
     summary="Generate text with an adapter, a composition, or the base model",
-    openapi_extra={"requestBody": {"content": {"application/json": {"schema": GenerateBody.model_json_schema()}}}},
+    openapi_extra=document(GenerateBody),
 )
 async def generate(request: Request) -> Response:
     """One JSON answer, or with `stream` Server-Sent Events."""
@@ -164,8 +164,13 @@ async def begin(service: Service, body: GenerateBody, http: Request) -> Answer:
     arrived = time.monotonic()
     deadline = arrived + _timeout(service, body)
     prompt = await _encode(service, body)
+    tried: tuple[Member, ...] = ()
     for attempt in range(ATTEMPTS):
         request = await _admissible(service, body, prompt, arrived, deadline)
+        if attempt and request.members == tried:  # a copy is under way
+            await asyncio.sleep(service.store.settle_s)
+            request = await _admissible(service, body, prompt, arrived, deadline)
+        tried = request.members
         note(http, x_adapter=_names(request.members) or "base", x_adapter_version=_versions(request.members))
         answer = Answer(service, body, request, http)
         refusal = await answer.first()

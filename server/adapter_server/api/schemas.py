@@ -54,7 +54,7 @@ class GenerateBody(Strict):
     presence_penalty: Annotated[float, Field(ge=-100, le=100)] = 0.0
     frequency_penalty: Annotated[float, Field(ge=-100, le=100)] = 0.0
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] | None = None
-    stop: StopText | Annotated[list[StopText], Field(max_length=16)] = Field(default_factory=list)
+    stop: StopText | Annotated[list[StopText], Field(max_length=16)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] = 0
     return_token_ids: bool = False
     ignore_eos: bool = False
@@ -70,7 +70,7 @@ class GenerateBody(Strict):
 
     @property
     def stops(self) -> list[str]:
-        return [self.stop] if isinstance(self.stop, str) else self.stop
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
 
 class TokenizeBody(Strict):
@@ -94,6 +94,20 @@ def parse(model: type[Body], data: bytes) -> Body:
         return model.model_validate_json(data)
     except ValidationError as error:
         raise _refusal(model, error.errors(include_url=False, include_input=False)) from None
+
+
+def document(model: type[Strict]) -> dict[str, Any]:
+    """The body as OpenAPI describes it. Nested models are written out: `$defs` would not resolve there."""
+    schema = model.model_json_schema()
+    nested = schema.pop("$defs", {})
+
+    def write_out(part: Any) -> Any:
+        if isinstance(part, dict):
+            name = str(part.get("$ref", "")).removeprefix("#/$defs/")
+            return write_out(nested[name]) if name else {key: write_out(value) for key, value in part.items()}
+        return [write_out(value) for value in part] if isinstance(part, list) else part
+
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": write_out(schema)}}}}
 
 
 def _refusal(model: type[Strict], errors: list[ErrorDetails]) -> InvalidRequest:

@@ -23,6 +23,7 @@ from adapter_server.text import Text
 
 TICK_S = 0.02
 LAST_WORDS_S = 1.0  # for the answers of cancelled requests to leave
+SLOW_READER_S = 5  # for clients that do not read what they are sent, once nothing runs
 Announce = Callable[[str], None]
 log = structlog.get_logger()
 
@@ -36,7 +37,14 @@ class Server(uvicorn.Server):
         app = create_app(connect, store, text, info, config, on_death=self._die)
         super().__init__(
             uvicorn.Config(
-                app, config.host, config.port, lifespan="on", log_config=None, access_log=False, server_header=False
+                app,
+                config.host,
+                config.port,
+                lifespan="on",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=SLOW_READER_S,
             )
         )
         self.exit_code = 0
