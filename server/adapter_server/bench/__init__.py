@@ -1,0 +1,1 @@
+"""What `adapter-server bench` and `benchmarks/` measure, and how."""

@@ -1,0 +1,158 @@
+"""Requests through an engine in this process, timed step by step, and their answers checked."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from adapter_server.core import Finished, Member, Mode, Request, Sampling, Token
+from adapter_server.engine import Engine
+from adapter_server.errors import RequestFailed
+
+Tokens = tuple[int, ...]
+NEAR_TIE = 1e-4  # logits closer than this may change places by float32's rounding
+_numbers = itertools.count()
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One greedy request."""
+
+    prompt: Tokens
+    adapter: str | None = None
+    mode: Mode = "unmerged"
+
+
+@dataclass(slots=True)
+class Run:
+    """What a batch of requests got, and when. `steps` are the seconds of the steps in which every row decoded."""
+
+    answers: list[Tokens] = field(default_factory=list)
+    first_s: list[float] = field(default_factory=list)  # to each row's first token
+    steps: list[float] = field(default_factory=list)
+    total_s: float = 0.0
+
+    @property
+    def ttft_ms(self) -> float:
+        return 1e3 * statistics.median(self.first_s)
+
+    @property
+    def ms_per_token(self) -> float:
+        return 1e3 * statistics.median(self.steps)
+
+    @property
+    def tokens_per_s(self) -> float:
+        return sum(map(len, self.answers)) / self.total_s
+
+
+def drive(engine: Engine, asks: Sequence[Ask], new: int) -> Run:
+    """All requests at once, to their end. Raises RequestFailed when one fails."""
+    start = time.perf_counter()
+    requests = [_request(engine, ask, new) for ask in asks]
+    for request in requests:
+        engine.submit(request)
+    tokens: dict[str, list[int]] = {request.id: [] for request in requests}
+    firsts: dict[str, float] = {}
+    run, before = Run(), start
+    while engine.busy:
+        events = engine.step()
+        now = time.perf_counter()
+        ids = [event.request_id for event in events if isinstance(event, Token)]
+        if len(ids) == len(requests) and len(firsts) == len(requests):
+            run.steps.append(now - before)
+        firsts |= {id: now - start for id in ids if id not in firsts}
+        _take(events, tokens)
+        before = now
+    run.answers = [tuple(tokens[request.id]) for request in requests]
+    run.first_s, run.total_s = [firsts[request.id] for request in requests], time.perf_counter() - start
+    return run
+
+
+def _request(engine: Engine, ask: Ask, new: int, logprobs: int = 0) -> Request:
+    members = () if ask.adapter is None else (Member(engine.pool.store.resolve(ask.adapter)),)
+    return Request(
+        id=f"bench-{next(_numbers)}",
+        prompt=ask.prompt,
+        sampling=Sampling(max_new_tokens=new, ignore_eos=True, logprobs=logprobs),
+        members=members,
+        mode=ask.mode if members else "base",
+        arrived=time.monotonic(),
+    )
+
+
+def _take(events: Sequence[object], tokens: dict[str, list[int]]) -> None:
+    for event in events:
+        if isinstance(event, Token):
+            tokens[event.request_id].append(event.id)
+        elif isinstance(event, Finished) and event.reason == "error":
+            raise event.error or RequestFailed("the engine gave no answer and no reason")
+
+
+def ready(engine: Engine, ask: Ask) -> None:
+    """Load what a request needs, outside any timing."""
+    if ask.adapter is None:
+        return
+    done = engine.call("merge" if ask.mode == "merged" else "load", engine.pool.store.resolve(ask.adapter))
+    wait(engine, done)
+
+
+def wait(engine: Engine, done: Future[None]) -> None:
+    while not done.done():
+        engine.step()
+        time.sleep(0.001)
+    done.result()
+
+
+def gap(engine: Engine, ask: Ask, known: Tokens) -> float:
+    """How far the two likeliest next tokens are apart after `known`, in logits."""
+    request = _request(engine, Ask(ask.prompt + known, ask.adapter, ask.mode), new=1, logprobs=2)
+    engine.submit(request)
+    top: tuple[tuple[int, float], ...] = ()
+    while engine.busy:
+        top = next((event.top for event in engine.step() if isinstance(event, Token)), top)
+    return abs(top[0][1] - top[1][1])
+
+
+def first_difference(left: Tokens, right: Tokens) -> int | None:
+    """The index of the first token that differs, or that only one of them has."""
+    if left == right:
+        return None
+    return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
+
+
+class Checker:
+    """Every answer against the first to the same question: whatever the mode, the batch and the round."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.first: dict[tuple[str | None, Tokens], Tokens] = {}
+        self.checked = 0
+        self.differing: list[dict[str, Any]] = []
+
+    def check(self, asks: Sequence[Ask], answers: Sequence[Tokens]) -> None:
+        for ask, answer in zip(asks, answers, strict=True):
+            self.expect(ask, answer, self.first.setdefault((ask.adapter, ask.prompt), answer))
+
+    def expect(self, ask: Ask, answer: Tokens, right: Tokens) -> None:
+        """Count one answer. Of one that differs, how near the tie was at the first token that does."""
+        self.checked += 1
+        at = first_difference(answer, right)
+        if at is None:
+            return
+        apart = None if at == min(len(answer), len(right)) else gap(self.engine, ask, right[:at])
+        self.differing.append({"adapter": ask.adapter, "mode": ask.mode, "at": at, "gap": apart})
+
+    @property
+    def wrong(self) -> int:
+        """Answers that differ where there was no tie to speak of."""
+        return sum(each["gap"] is None or each["gap"] > NEAR_TIE for each in self.differing)
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        ties = len(self.differing) - self.wrong
+        return {"checked": self.checked, "wrong": self.wrong, "near_ties": ties, "differing": self.differing}

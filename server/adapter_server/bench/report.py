@@ -1,0 +1,140 @@
+"""What stands beside every figure: the machine, the versions, the commit; and the physical floor of a step."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adapter_server import __version__
+from adapter_server.bench.workloads import Shape
+
+LIBRARIES = ("torch", "transformers", "peft")
+READ_BYTES = 256 << 20  # well beyond any cache
+SQUARE = 2048
+
+
+def facts() -> dict[str, Any]:
+    """Machine, versions, commit and date. Names no host and no path."""
+    return {
+        "machine": machine(),
+        "versions": {"python": platform.python_version(), "adapter-server": __version__}
+        | {library: version(library) for library in LIBRARIES},
+        **commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def machine() -> dict[str, Any]:
+    return {
+        "cpu": _cpu(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "isa": torch.backends.cpu.get_cpu_capability(),
+        "system": platform.system(),
+    }
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def commit() -> dict[str, Any]:
+    """The commit of the source tree, and whether files differ from it; nothing for an installed wheel."""
+    head = _git("rev-parse", "--short=12", "HEAD")
+    return {"commit": head, "dirty": None if head is None else bool(_git("status", "--porcelain", "-uno"))}
+
+
+def _git(*words: str) -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), *words]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+@dataclass(frozen=True, slots=True)
+class Floor:
+    """What one decode step must read and compute at the least."""
+
+    weight_bytes: int
+    kv_bytes: int
+    flops: int
+
+    def ms(self, bandwidth: float, rate: float) -> float:
+        """bandwidth in bytes/s, rate in FLOP/s: the slower of reading and computing."""
+        return 1e3 * max((self.weight_bytes + self.kv_bytes) / bandwidth, self.flops / rate)
+
+
+def floor(shape: Shape, rows: int, context: int, itemsize: int = 4) -> Floor:
+    """The base alone, every row with `context` keys. The embedding is looked up, so only the head counts of the two."""
+    q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    layer = 2 * shape.hidden * (q + kv) + 3 * shape.hidden * shape.mlp
+    weights = shape.layers * layer + shape.vocab * shape.hidden
+    return Floor(
+        weight_bytes=weights * itemsize,
+        kv_bytes=rows * context * shape.layers * 2 * kv * itemsize,
+        flops=2 * rows * weights + 4 * rows * context * shape.layers * q,
+    )
+
+
+def measured_rates(quick: bool = False) -> dict[str, float]:
+    """This machine's read bandwidth in bytes/s and float32 FLOP/s, the best of a few."""
+    shrink = 8 if quick else 1
+    weights = torch.ones(READ_BYTES // 4 // 4096 // shrink, 4096)
+    vector, square = torch.ones(4096), torch.ones(SQUARE // shrink, SQUARE // shrink)
+    return {
+        "bytes_per_s": weights.nbytes / _best(lambda: weights @ vector),
+        "flops_per_s": 2 * len(square) ** 3 / _best(lambda: square @ square),
+    }
+
+
+def _best(work: Callable[[], object], times: int = 7) -> float:
+    seconds = []
+    for _ in range(times):
+        start = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def floors(shape: Shape, batches: list[int], context: int, rates: Mapping[str, float]) -> list[dict[str, Any]]:
+    """The floor of each batch size, in bytes, FLOPs and milliseconds."""
+    made = {rows: floor(shape, rows, context) for rows in batches}
+    return [
+        {"batch": rows, "context": context, **asdict(each), "ms": each.ms(rates["bytes_per_s"], rates["flops_per_s"])}
+        for rows, each in made.items()
+    ]
+
+
+def rounded(value: Any) -> Any:
+    """Floats to five significant digits, all the way down."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, Mapping):
+        return {key: rounded(each) for key, each in value.items()}
+    return [rounded(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def publish(result: Mapping[str, Any], path: Path | None) -> None:
+    """The result as the last line of stdout, and in a file when one is named."""
+    shown = rounded(result)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(shown, indent=1) + "\n")
+    print(json.dumps(shown), flush=True)
