@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
@@ -160,28 +163,45 @@ def test_generate_refuses_in_one_line(root: Path) -> None:
     assert (result.exit_code, "nobody" in result.output) == (1, True)
 
 
-@pytest.fixture
-def process(root: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    words = ["serve", str(root / "tiny"), "--adapters", str(root / "adapters"), "--port", "0"]
-    command = [sys.executable, "-m", "adapter_server.cli", *words]
+@contextmanager
+def started(*words: object) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-m", "adapter_server.cli", *map(str, words), "--port", "0"]
     env = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1])}
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env) as started:
-        assert started.stderr
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) as process:
         try:
-            yield started, next(found[0] for line in started.stderr if (found := re.search(r"http://\S+", line)))
+            yield process
         finally:
-            started.kill()
+            process.kill()
 
 
-def test_serve_answers_logs_no_prompt_and_leaves_cleanly(process: tuple[subprocess.Popen[str], str]) -> None:
-    started, address = process
-    body = json.dumps({"prompt": "SECRET>", "adapter": "shout", "max_new_tokens": 4}).encode()
-    with urllib.request.urlopen(urllib.request.Request(f"{address}/generate", body), timeout=20) as response:
-        assert json.load(response)["adapter"] == "shout"
-    started.send_signal(signal.SIGTERM)
-    _, log = started.communicate(timeout=20)
-    assert started.returncode == 0
+def post(url: str, body: str) -> dict[str, Any]:
+    with urllib.request.urlopen(urllib.request.Request(url, body.encode()), timeout=20) as response:
+        answer: dict[str, Any] = json.load(response)
+        return answer
+
+
+def test_serve_answers_logs_no_prompt_and_leaves_cleanly(root: Path) -> None:
+    with started("serve", root / "tiny", "--adapters", root / "adapters") as process:
+        assert process.stderr
+        address = next(found[0] for line in process.stderr if (found := re.search(r"http://\S+", line)))
+        body = json.dumps({"prompt": "SECRET>", "adapter": "shout", "max_new_tokens": 4})
+        assert post(f"{address}/generate", body)["adapter"] == "shout"
+        process.send_signal(signal.SIGTERM)
+        _, log = process.communicate(timeout=20)
+    assert process.returncode == 0
     lines = [json.loads(line) for line in log.splitlines()]
     assert [line["event"] for line in lines] == ["request", "draining"]
     assert lines[0]["request_id"]
     assert "SECRET" not in log
+
+
+@pytest.mark.skipif(not cli.DEMO_BASE.is_dir(), reason="this tree has no demo base")
+def test_the_demo_prints_a_curl_line_that_works() -> None:
+    with started("demo") as process:
+        assert process.stdout
+        words = next(shlex.split(line) for line in process.stdout if line.strip().startswith("curl"))
+        url, body = words[2], words[words.index("-d") + 1]
+        answer = post(url, body)
+    assert answer["adapter"] == json.loads(body)["adapter"]
+    assert answer["finish_reason"] in ("eos", "stop", "length")
+    assert answer["text"]
