@@ -47,6 +47,7 @@ def test_one_adapter_is_joined_with_what_the_engine_holds(served: Served) -> Non
         {"version": version, "current": True, "state": "ready"},
         {"version": "0" * 12, "current": False, "state": "ready"},
     ]
+    assert served.http.get(f"/adapters/shout@{version}").json() == shout
 
 
 def test_a_broken_one_says_why(served: Served) -> None:

@@ -74,8 +74,9 @@ async def _show(service: Service, name: str) -> dict[str, Any]:
     entries = await asyncio.to_thread(service.store.entries)
     entry = next((entry for entry in entries if entry.name == name), None)
     if entry is None or entry.reason is None:
-        entry = Entry(name, await asyncio.to_thread(service.store.resolve, name))
-    held = residents_by_name(service.worker.stats().residents).get(name, [])
+        spec = await asyncio.to_thread(service.store.resolve, name)
+        entry = Entry(spec.name, spec)
+    held = residents_by_name(service.worker.stats().residents).get(entry.name, [])
     return _view(service, entry, held) | {"versions": _versions(entry, held)}
 
 
