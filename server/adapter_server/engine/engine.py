@@ -116,6 +116,7 @@ class Engine:
         self._rows[request.id] = row
         self.scheduler.waiting.append(row)
         row.held = [self.pool.want(m.spec, request.mode == "merged") for m in request.members]
+        row.loading = None if all(h.live for h in row.held) else time.monotonic()
 
     def _check(self, request: Request, offset: int) -> None:
         if not request.prompt or not all(0 <= t < self.info.vocab for t in request.prompt):

@@ -7,8 +7,10 @@ Two forms, chosen per segment:
 
 A `Bank` holds the adapters in use side by side, by rank class, so that a step gathers no weights:
 
-    A  [slots, members · rank, in]        xs [slots, count, in] → s [slots, count, members · rank]
-    Bt [slots, rank, out] per member      s of a member         → d [slots, count, out]
+    A  [slots, members · rank, in]          xs [slots, count, in] → s [slots, count, members · rank]
+    Bt [slots, alike, rank, out] per run    s of a run            → d [slots, alike, count, out]
+
+A run is the neighbouring members of one output width (q/k/v, k/v, gate/up): they expand in one product.
 
 Source of the batched form: Punica's segmented gather (arXiv 2310.18547), with the gather moved from every step to the
 steps in which the set of adapters changes.
@@ -74,7 +76,7 @@ class Bank:
 
 
 class Stack:
-    """A bank's tensors at one group: A [slots, members · rank, in] and per member Bt [slots, rank, out]."""
+    """A bank's tensors at one group: A [slots, members · rank, in] and per run Bt [slots, alike, rank, out]."""
 
     def __init__(self, group: LinearGroup, rank: int) -> None:
         self.group, self.rank = group, rank
@@ -93,23 +95,22 @@ class Stack:
         self.filled = [None if p is placed else p for p in self.filled]
 
     def _allocate(self, slots: int) -> None:
-        group = self.group
-        like = group.base.weight
+        group, like = self.group, self.group.base.weight
         self.A = like.new_zeros(slots, len(group.outs) * self.rank, group.inp)
-        self.Bt = [like.new_zeros(slots, self.rank, out) for out in group.outs]
+        self.Bt = [like.new_zeros(slots, len(run), self.rank, group.outs[run[0]]) for run in group.runs]
         self.filled = [None] * slots
 
     def _fill(self, slot: int, placed: Placed | None) -> None:
         self.filled[slot] = placed
         patch = placed and placed.groups.get(self.group.index)
         self.A[slot].zero_()
-        for m, Bt in enumerate(self.Bt):
+        for Bt, run in zip(self.Bt, self.group.runs, strict=True):
             Bt[slot].zero_()
-            pair = patch and patch.pairs[m]
-            if pair:
-                r = pair[0].shape[0]
-                self.A[slot, m * self.rank : m * self.rank + r] = pair[0]
-                Bt[slot, :r] = pair[1]
+            for i, m in enumerate(run):
+                if patch and (pair := patch.pairs[m]):
+                    r = pair[0].shape[0]
+                    self.A[slot, m * self.rank : m * self.rank + r] = pair[0]
+                    Bt[slot, i, :r] = pair[1]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -214,16 +215,23 @@ def _scattered(
     )
 
 
-def add_small(y: Tensor, x: Tensor, layout: Layout, group: LinearGroup, members: Sequence[int]) -> None:
+def add_small(y: Tensor, x: Tensor, layout: Layout, group: LinearGroup, runs: Sequence[int]) -> None:
     """y [T, outs] += w · B (A x) for the small segments of one rank class."""
-    stack, n, rank = layout.bank.stack(group), layout.slots, layout.bank.rank
+    stack, n, count = layout.bank.stack(group), layout.slots, layout.count
     xs = x[layout.span]
     xs = xs if layout.gather is None else xs.index_select(0, layout.gather)
-    s = torch.bmm(xs.view(n, layout.count, -1), stack.A[:n].transpose(1, 2))
+    s = torch.bmm(xs.view(n, count, -1), stack.A[:n].transpose(1, 2))
     s = s if layout.weights is None else s * layout.weights
-    for m in members:
-        d = torch.bmm(s[:, :, m * rank : (m + 1) * rank], stack.Bt[m][:n]).view(n * layout.count, -1)
-        y[layout.span, group.columns[m]].add_(d if layout.scatter is None else _spread(d, layout.scatter))
+    s = s.view(n, count, len(group.outs), -1).transpose(1, 2)  # [slots, members, count, rank]
+    for i in runs:
+        run, Bt = group.runs[i], stack.Bt[i][:n].flatten(0, 1)
+        d = torch.bmm(s[:, run.start : run.stop].reshape(-1, count, layout.bank.rank), Bt)
+        d = d.view(n, len(run), count, -1).transpose(1, 2)  # [slots, count, alike, out]
+        target = y[layout.span, group.columns[run.start].start : group.columns[run.stop - 1].stop]
+        if layout.scatter is None:
+            target.view(d.shape).add_(d)
+        else:
+            target.add_(_spread(d.reshape(n * count, -1), layout.scatter))
 
 
 def _spread(d: Tensor, scatter: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ A `Site` replaces a module's `forward` (never the module) and holds no adapter. 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -108,7 +109,7 @@ class Plan:
     in_scale: Tensor | None = None  # [uses, in]
     mul: Tensor | None = None  # [uses, outs]
     add: Tensor | None = None  # [uses, outs]
-    small: Sequence[tuple[Layout, tuple[int, ...]]] = ()
+    small: Sequence[tuple[Layout, tuple[int, ...]]] = ()  # with the runs that are touched
     large: Sequence[Segment] = ()
     replaced: Sequence[tuple[Segment, Product]] = ()
 
@@ -126,6 +127,7 @@ class LinearGroup:
         self.inp, self.dtype, self.device = params[0][0].shape[1], params[0][0].dtype, params[0][0].device
         ends = torch.tensor(self.outs).cumsum(0).tolist()
         self.columns = tuple(slice(end - out, end) for end, out in zip(ends, self.outs, strict=True))
+        self.runs = _runs_alike(self.outs)
         self.base = Product(*_joined(modules, params), pack=pack)
         self._input: Tensor | None = None
         self._outputs: list[Tensor | None] = []
@@ -174,8 +176,8 @@ class LinearGroup:
             y.addcmul_(plain, plan.mul[use_of])
         if plan.add is not None:
             y.add_(plan.add[use_of])
-        for layout, members in plan.small:
-            add_small(y, x, layout, self, members)
+        for layout, runs in plan.small:
+            add_small(y, x, layout, self, runs)
         for segment in plan.large:
             add_large(y, x, segment, self)
         for segment, product in plan.replaced:
@@ -205,7 +207,7 @@ class LinearGroup:
             in_scale=None if (shift := self._vectors(routing, "shift")) is None else shift + 1,
             mul=self._vectors(routing, "mul"),
             add=self._vectors(routing, "add"),
-            small=[(layout, members) for layout in small if (members := self._members(layout, touched))],
+            small=[(layout, runs) for layout in small if (runs := self._runs(layout, touched))],
             large=[s for s in large if s.placed in touched],
             replaced=replaced,
         )
@@ -216,10 +218,10 @@ class LinearGroup:
         made: tuple[list[Layout], list[Segment]] = routing.shared["layouts"]
         return made
 
-    def _members(self, layout: Layout, touched: set[Placed]) -> tuple[int, ...]:
-        """The members that some adapter of the layout touches."""
+    def _runs(self, layout: Layout, touched: set[Placed]) -> tuple[int, ...]:
+        """The runs of which some adapter of the layout touches a member."""
         pairs = [p.groups[self.index].pairs for p in layout.bank.slots if p is not None and p in touched]
-        return tuple(m for m in range(len(self.outs)) if any(pair[m] for pair in pairs))
+        return tuple(i for i, run in enumerate(self.runs) if any(pair[m] for pair in pairs for m in run))
 
     def _vectors(self, routing: Routing, name: str) -> Tensor | None:
         """[uses, width]: Σ wᵢ vᵢ for each distinct set of adapters; None where no adapter of the step has one."""
@@ -367,6 +369,12 @@ def _joined_biases(biases: Sequence[Tensor | None], weights: Sequence[Tensor]) -
         return None
     each = [torch.zeros_like(w[:, 0]) if b is None else b for b, w in zip(biases, weights, strict=True)]
     return torch.cat(each).detach()
+
+
+def _runs_alike(outs: Sequence[int]) -> list[range]:
+    """Neighbouring members of one output width: (8, 4, 4) → 0..0, 1..2."""
+    starts = [m for m in range(len(outs)) if m == 0 or outs[m] != outs[m - 1]]
+    return [range(a, b) for a, b in itertools.pairwise([*starts, len(outs)])]
 
 
 def _mul(patch: Patch) -> Tensor | None:
