@@ -81,6 +81,7 @@ UNAVOIDABLE = (
     "Setting `save_embedding_layers` to `True`",
     "`lora_bias=True` was passed but the targeted layer",
     "Model has `tie_word_embeddings=True`",
+    "You have requested `ensure_weight_tying`",
     r"Adapter 'default': \d+ LoRA tensor\(s\) have invalid shape",  # lora_B.bias, which has one dimension
 )
 
