@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import typer
+
+README = "# A\n<!-- bench:latency -->\nold\n<!-- /bench -->\ntext\n<!-- bench:rivals --><!-- /bench -->\nend\n"
+
+
+def common(benchmark: str, date: str, **workload: object) -> dict[str, object]:
+    return {
+        "benchmark": benchmark,
+        "workload": {"size": "35m", "prompt": 64, "new": 8, **workload},
+        "model": {"parameters": 34_000_000},
+        "machine": {"cpu": "A cpu", "cores": 2},
+        "versions": {"torch": "2.13.0"},
+        "commit": "abc",
+        "date": date,
+        "answers": {"checked": 7, "wrong": 0},
+    }
+
+
+def latency(date: str, ms: float) -> dict[str, object]:
+    lines = [
+        {"cell": "base", "mode": "base", "batch": 1, "ms_per_token": ms, "overhead_percent": 0.0},
+        {"cell": "ia3 merged", "mode": "merged", "batch": 1, "ms_per_token": 2 * ms, "overhead_percent": 100.0},
+    ]
+    return common("latency", date, batches=[1]) | {"results": lines, "floor": [{"ms": 1.0}]}
+
+
+def rivals(date: str) -> dict[str, object]:
+    lines = [
+        {"rival": "ours, uniform", "tokens_per_s": 400.0},
+        {"rival": "PEFT, mixed batch", "tokens_per_s": 100.0},
+    ]
+    ratios = {"ours, uniform / PEFT, mixed batch": 4.0}
+    return common("rivals", date, rows=32, adapters=16, rank=16) | {"results": lines, "ratios": ratios}
+
+
+@pytest.fixture
+def files(tmp_path):
+    results = tmp_path / "results"
+    results.mkdir()
+    for name, result in {"a": latency("2026-01-02", 3.0), "b": latency("2026-01-01", 9.0), "c": rivals("2026")}.items():
+        (results / f"{name}.json").write_text(json.dumps(result))
+    (tmp_path / "README.md").write_text(README)
+    return tmp_path / "README.md", results
+
+
+def test_fills_both_places_from_the_newest(table, files):
+    readme, results = files
+    table.main(check=False, readme=readme, results=results)
+    text = readme.read_text()
+    assert "| base | 3 |" in text
+    assert "| ia3 merged | 6 (+100 %) |" in text
+    assert "| PEFT, mixed batch | 100 (4.00 ×) |" in text
+    assert "7 answers checked, 0 wrong" in text
+    assert "old" not in text
+    assert text.startswith("# A\n")
+    assert text.endswith("\nend\n")
+
+
+def test_check_fails_until_it_is_written(table, files):
+    readme, results = files
+    with pytest.raises(typer.Exit) as left:
+        table.main(check=True, readme=readme, results=results)
+    assert left.value.exit_code == 1
+    assert readme.read_text() == README
+    table.main(check=False, readme=readme, results=results)
+    table.main(check=True, readme=readme, results=results)
+
+
+def test_a_place_without_results_is_left_alone(table, files):
+    readme, results = files
+    (results / "c.json").unlink()
+    table.main(check=False, readme=readme, results=results)
+    assert "<!-- bench:rivals --><!-- /bench -->" in readme.read_text()
+
+
+def test_one_size_may_lack_a_rival(table, files):
+    readme, results = files
+    small = rivals("2026")
+    small["workload"]["size"], small["model"] = "1m", {"parameters": 1_000_000}
+    small["results"] = small["results"][:1]
+    (results / "d.json").write_text(json.dumps(small))
+    table.main(check=False, readme=readme, results=results)
+    assert "| PEFT, mixed batch | – | 100 (4.00 ×) |" in readme.read_text()
