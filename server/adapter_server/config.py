@@ -16,7 +16,7 @@ class EngineConfig:
     device: str = "auto"  # "auto", "cpu", "cuda", "cuda:1"
     max_model_len: int = 0  # tokens of context per row; 0: the base's own
     max_rows: int = 64  # rows that run at once
-    max_step_tokens: int = 1024  # token budget of one step, prefill chunks and decodes together
+    max_step_tokens: int = 512  # token budget of one step, prefill chunks and decodes together
     max_waiting: int = 1024  # requests in the queue before 429
     kv_bytes: int = 2 * GIB  # memory for keys and values
     kv_layout: Literal["auto", "slots", "pages"] = "auto"  # auto: slots on the CPU, pages on CUDA
