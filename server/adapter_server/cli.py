@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 ENV = "ADAPTER_SERVER_"
 PACKAGE = Path(__file__).parent
 DEMO_BASE = PACKAGE / "demo" / "base"
+DEMO_NAME = "adapter-server-demo"  # the demo base's id
 DEMO_ADAPTERS = (PACKAGE.parents[1] / "adapters", PACKAGE / "demo" / "adapters")  # a source tree, a wheel
 DEMO_ADAPTER, DEMO_PROMPT = "shout", "red cat>"
 UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
@@ -199,8 +200,9 @@ def _build(model: str, config: EngineConfig, adapters: Path) -> tuple[Store, Eng
         from adapter_server.text import Text
 
         text = Text(model)
-        store = Store(adapters, reserved=(model, Path(model).name))
-        return store, build(model, config, store), text
+        name = DEMO_NAME if Path(model) == DEMO_BASE else None
+        store = Store(adapters, reserved=(model, name or Path(model).name))
+        return store, build(model, config, store, name), text
 
 
 def _quiet() -> None:

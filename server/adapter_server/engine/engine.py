@@ -55,12 +55,12 @@ class Info:
     lane: str = "packed"
 
 
-def build(model: str | Path, config: EngineConfig, store: Store) -> Engine:
-    """Load a base and make it ready. Raises BaseNotSupported."""
+def build(model: str | Path, config: EngineConfig, store: Store, name: str | None = None) -> Engine:
+    """Load a base and make it ready; it goes by `name`, or its folder's, or its hub id. Raises BaseNotSupported."""
     if config.threads:
         torch.set_num_threads(config.threads)
     device = torch.device(_device(config.device))
-    name = Path(model).resolve().name if Path(model).exists() else str(model)
+    name = name or (Path(model).resolve().name if Path(model).exists() else str(model))
     return Engine(load(model, config.dtype, device), config, store, name)
 
 
