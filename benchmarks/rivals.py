@@ -44,6 +44,7 @@ LAWS: Mapping[str, Popularity] = {
 }
 BASE, MIXED, ONE_BY_ONE = "ours, base", "PEFT, mixed batch", "PEFT, one at a time"
 GENERATE, CONTINUOUS, MERGED = "transformers, base", "transformers, continuous batching, base", "merged, one adapter"
+WARM_TOKENS = 3
 MANY, ONE = "ours, uniform", "ours, identical"
 
 Size = Literal["tiny", "35m", "200m"]
@@ -75,7 +76,7 @@ class Outcome:
     step_ms: float | None = None
 
 
-Rival = Callable[[int], Outcome]  # given the round's number
+Rival = Callable[[int, int], Outcome]  # given the round's number, and how many new tokens
 
 
 class Scene:
@@ -118,7 +119,7 @@ class Scene:
     def rivals(self) -> dict[str, Rival]:
         """By name, in the order of the table."""
         ours: dict[str, Rival] = {name: self._ours(asks) for name, asks in self.asks.items()}
-        rivals = {MIXED: self.mixed, ONE_BY_ONE: self.one_by_one, GENERATE: self.generate}
+        rivals: dict[str, Rival] = {MIXED: self.mixed, ONE_BY_ONE: self.one_by_one, GENERATE: self.generate}
         if self.plan.merged:
             rivals[MERGED] = self._merged()
         if self.plan.continuous:
@@ -129,40 +130,40 @@ class Scene:
         for ask in asks:
             ready(self.engine, ask)
 
-        def run(_: int) -> Outcome:
-            ran = drive(self.engine, asks, self.plan.new)
+        def run(_: int, new: int) -> Outcome:
+            ran = drive(self.engine, asks, new)
             return Outcome(ran.total_s, dict(enumerate(ran.answers)), ran.ms_per_token)
 
         return run
 
-    def mixed(self, _: int) -> Outcome:
+    def mixed(self, _: int, new: int) -> Outcome:
         """`adapter_names` in `generate`: every row its own adapter, in one batch."""
         names = [ask.adapter for ask in self.asks[MANY]]
-        return _timed(lambda: _generate(self.peft, self.prompts, self.plan.new, adapter_names=names))
+        return _timed(lambda: _generate(self.peft, self.prompts, new, adapter_names=names))
 
-    def one_by_one(self, turn: int) -> Outcome:
+    def one_by_one(self, turn: int, new: int) -> Outcome:
         """`set_adapter`, then `generate`, for some of the requests; the time is scaled to all of them."""
         plan = self.plan
         rows = [(turn * plan.sample + i) % plan.rows for i in range(plan.sample)]
         start, answers = time.perf_counter(), {}
         for row in rows:
             self.peft.set_adapter(self.asks[MANY][row].adapter)
-            answers[row] = _generate(self.peft, [self.prompts[row]], plan.new)[0]
+            answers[row] = _generate(self.peft, [self.prompts[row]], new)[0]
         return Outcome((time.perf_counter() - start) * plan.rows / plan.sample, answers)
 
-    def generate(self, _: int) -> Outcome:
+    def generate(self, _: int, new: int) -> Outcome:
         """The base alone, one static batch."""
-        return _timed(lambda: _generate(self.plain, self.prompts, self.plan.new))
+        return _timed(lambda: _generate(self.plain, self.prompts, new))
 
     def _merged(self) -> Rival:
         """A model with one adapter folded in, one static batch: what a server of one adapter would run."""
         name = next(iter(self.workload.kinds))
         folded = PeftModel.from_pretrained(_load(self.workload), self.workload.adapters / name).merge_and_unload()
-        return lambda _: _timed(lambda: _generate(folded, self.prompts, self.plan.new))
+        return lambda _, new: _timed(lambda: _generate(folded, self.prompts, new))
 
-    def continuous(self, _: int) -> Outcome:
+    def continuous(self, _: int, new: int) -> Outcome:
         """transformers' continuous batching, which knows no adapters."""
-        config = _greedy(self.plain, self.plan.new)
+        config = _greedy(self.plain, new)
         start = time.perf_counter()
         outputs = self.plain.generate_batch([list(p) for p in self.prompts], generation_config=config)
         seconds = time.perf_counter() - start
@@ -233,17 +234,17 @@ def _scene(workload: Workload, plan: Plan) -> Iterator[Scene]:
 
 
 def _rounds(rivals: Mapping[str, Rival], plan: Plan, console: Console) -> dict[str, list[Outcome]]:
-    """One untimed turn, then the rounds, another rival first in each."""
+    """A few tokens untimed, then the rounds, another rival first in each."""
     outcomes: dict[str, list[Outcome]] = {name: [] for name in rivals}
     names = list(rivals)
     with Progress(console=console, transient=True) as progress:
         for name in progress.track(names, description="warm up"):
-            rivals[name](0)
+            rivals[name](0, min(WARM_TOKENS, plan.new))
         orders = [names[turn % len(names) :] + names[: turn % len(names)] for turn in range(plan.rounds)]
         turns = [(turn, name) for turn, order in enumerate(orders) for name in order]
         for turn, name in progress.track(turns, description="measure"):
             gc.collect()
-            outcomes[name].append(rivals[name](turn))
+            outcomes[name].append(rivals[name](turn, plan.new))
     return outcomes
 
 
