@@ -45,6 +45,7 @@ LAWS: Mapping[str, Popularity] = {
 BASE, MIXED, ONE_BY_ONE = "ours, base", "PEFT, mixed batch", "PEFT, one at a time"
 GENERATE, CONTINUOUS, MERGED = "transformers, base", "transformers, continuous batching, base", "merged, one adapter"
 WARM_TOKENS = 3
+RANK = 16
 MANY, ONE = "ours, uniform", "ours, identical"
 
 Size = Literal["tiny", "35m", "200m"]
@@ -201,16 +202,16 @@ def _timed(work: Callable[[], list[Tokens]]) -> Outcome:
 
 def measure(size: str, plan: Plan, console: Console) -> dict[str, Any]:
     """Everything as one JSON object."""
-    with many_loras(size, max(plan.rows, plan.adapters)) as workload, _scene(workload, plan) as scene:
+    with many_loras(size, max(plan.rows, plan.adapters), RANK) as workload, _scene(workload, plan) as scene:
         rates = report.measured_rates(quick=size == "tiny")
         rounds = _rounds(scene.rivals, plan, console)
         return {
             "benchmark": "rivals",
-            "workload": {"size": size, **asdict(plan), "rank": 16, "dtype": "float32"},
+            "workload": {"size": size, **asdict(plan), "rank": RANK, "dtype": "float32"},
             "model": {"parameters": scene.engine.info.parameters, **asdict(workload.shape)},
             **report.facts(),
             "measured": rates,
-            "floor": report.floors(workload.shape, [plan.rows], plan.prompt + plan.new // 2, rates),
+            "floor": [_floor(workload, plan, adapters, rates) for adapters in (0, plan.adapters, plan.rows)],
             "results": [_line(name, outcomes, plan) for name, outcomes in rounds.items()],
             "ratios": _ratios(rounds),
             "answers": _answers(scene, rounds),
@@ -219,6 +220,13 @@ def measure(size: str, plan: Plan, console: Console) -> dict[str, Any]:
                 "llama-server": NOT_MEASURED if os.environ.get("LLAMA_SERVER") else "not measured: set LLAMA_SERVER",
             },
         }
+
+
+def _floor(workload: Workload, plan: Plan, adapters: int, rates: Mapping[str, float]) -> dict[str, Any]:
+    """Of a decode step with so many adapters, half-way through the answers."""
+    context = plan.prompt + plan.new // 2
+    found = report.floor(workload.shape, plan.rows, context, adapters, RANK)
+    return report.timed_floor(found, rates, rows=plan.rows, context=context, adapters=adapters)
 
 
 @contextmanager

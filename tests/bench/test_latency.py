@@ -166,6 +166,15 @@ def test_the_floor_by_hand():
     assert found.ms(1e12, 1000.0) == found.flops
 
 
+def test_the_floor_of_adapters_by_hand():
+    shape = Shape(8, 1, 2, 1, 16, 10)
+    sides = (8 + 8) + 2 * (8 + 4) + (8 + 8) + 3 * (8 + 16)
+    plain, three = report.floor(shape, rows=4, context=5), report.floor(shape, rows=4, context=5, adapters=3, rank=2)
+    assert three.adapter_bytes == 3 * 2 * sides * 4
+    assert three.flops - plain.flops == 4 * 2 * 2 * sides
+    assert (plain.adapter_bytes, three.kv_bytes) == (0, plain.kv_bytes)
+
+
 def test_the_floor_counts_the_weights_of_the_model(engine, workload):
     embedding = workload.shape.vocab * workload.shape.hidden
     norms = (2 * workload.shape.layers + 1) * workload.shape.hidden

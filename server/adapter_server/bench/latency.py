@@ -103,7 +103,7 @@ def measure(workload: Workload, plan: Plan, console: Console) -> dict[str, Any]:
         "model": {"parameters": parameters, **asdict(workload.shape), "dtype": "float32"},
         **report.facts(),
         "measured": rates,
-        "floor": report.floors(workload.shape, plan.batches, plan.prompt + plan.new // 2, rates),
+        "floor": [_floor(workload, plan, batch, rates) for batch in plan.batches],
         "results": [_line(cell, figures) for cell in cells],
         **({} if over_http is None else {"http": [_line(cell, over_http) for cell in cells]}),
         "answers": checker.summary,
@@ -169,6 +169,12 @@ def turned(cells: Sequence[Any], turn: int) -> list[Any]:
     """Another one first each round, so that no cell always follows the same."""
     at = (turn * 7) % len(cells)
     return [*cells[at:], *cells[:at]]
+
+
+def _floor(workload: Workload, plan: Plan, batch: int, rates: Mapping[str, float]) -> dict[str, Any]:
+    """Of the base, half-way through the answers."""
+    context = plan.prompt + plan.new // 2
+    return report.timed_floor(report.floor(workload.shape, batch, context), rates, batch=batch, context=context)
 
 
 def _line(cell: Cell, rounds: Mapping[Cell, Figures]) -> dict[str, Any]:

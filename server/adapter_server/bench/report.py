@@ -74,23 +74,37 @@ class Floor:
 
     weight_bytes: int
     kv_bytes: int
+    adapter_bytes: int
     flops: int
 
     def ms(self, bandwidth: float, rate: float) -> float:
         """bandwidth in bytes/s, rate in FLOP/s: the slower of reading and computing."""
-        return 1e3 * max((self.weight_bytes + self.kv_bytes) / bandwidth, self.flops / rate)
+        read = self.weight_bytes + self.kv_bytes + self.adapter_bytes
+        return 1e3 * max(read / bandwidth, self.flops / rate)
 
 
-def floor(shape: Shape, rows: int, context: int, itemsize: int = 4) -> Floor:
-    """The base alone, every row with `context` keys. The embedding is looked up, so only the head counts of the two."""
-    q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    layer = 2 * shape.hidden * (q + kv) + 3 * shape.hidden * shape.mlp
-    weights = shape.layers * layer + shape.vocab * shape.hidden
+def floor(shape: Shape, rows: int, context: int, adapters: int = 0, rank: int = 0, itemsize: int = 4) -> Floor:
+    """Rows with `context` keys each, on so many LoRA adapters in all, or on the base alone.
+
+    The embedding is looked up, so only the head counts of the two.
+    """
+    weights = sum(inp * out for inp, out in linears(shape)) + shape.vocab * shape.hidden
+    low_rank = rank * sum(inp + out for inp, out in linears(shape))
+    kv = shape.layers * 2 * shape.kv_heads * shape.head_dim
+    attention = 4 * context * shape.layers * shape.heads * shape.head_dim
     return Floor(
         weight_bytes=weights * itemsize,
-        kv_bytes=rows * context * shape.layers * 2 * kv * itemsize,
-        flops=2 * rows * weights + 4 * rows * context * shape.layers * q,
+        kv_bytes=rows * context * kv * itemsize,
+        adapter_bytes=adapters * low_rank * itemsize,
+        flops=rows * (2 * weights + attention + (2 * low_rank if adapters else 0)),
     )
+
+
+def linears(shape: Shape) -> list[tuple[int, int]]:
+    """(in, out) of every product of every layer: q, k, v, o, gate, up, down."""
+    q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    h, mlp = shape.hidden, shape.mlp
+    return [(h, q), (h, kv), (h, kv), (q, h), (h, mlp), (h, mlp), (mlp, h)] * shape.layers
 
 
 def measured_rates(quick: bool = False) -> dict[str, float]:
@@ -113,13 +127,9 @@ def _best(work: Callable[[], object], times: int = 7) -> float:
     return min(seconds)
 
 
-def floors(shape: Shape, batches: list[int], context: int, rates: Mapping[str, float]) -> list[dict[str, Any]]:
-    """The floor of each batch size, in bytes, FLOPs and milliseconds."""
-    made = {rows: floor(shape, rows, context) for rows in batches}
-    return [
-        {"batch": rows, "context": context, **asdict(each), "ms": each.ms(rates["bytes_per_s"], rates["flops_per_s"])}
-        for rows, each in made.items()
-    ]
+def timed_floor(found: Floor, rates: Mapping[str, float], **about: Any) -> dict[str, Any]:
+    """In bytes, FLOPs, and the milliseconds that they take at the measured rates."""
+    return {**about, **asdict(found), "ms": found.ms(rates["bytes_per_s"], rates["flops_per_s"])}
 
 
 def rounded(value: Any) -> Any:
