@@ -82,6 +82,7 @@ UNAVOIDABLE = (
     "`lora_bias=True` was passed but the targeted layer",
     "Model has `tie_word_embeddings=True`",
     "You have requested `ensure_weight_tying`",
+    "The following rank_pattern keys did not match",  # PEFT's own, for models with experts
     r"Adapter 'default': \d+ LoRA tensor\(s\) have invalid shape",  # lora_B.bias, which has one dimension
 )
 
