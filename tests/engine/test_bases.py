@@ -1,4 +1,4 @@
-"""Every model type of the packed lane, as a tiny random base: a LoRA on its Linears and the plain base, mixed, as PEFT."""
+"""Every model type of the packed lane, tiny and random: a LoRA on its Linears and the plain base, mixed, as PEFT."""
 
 from __future__ import annotations
 
