@@ -378,15 +378,15 @@ RSLORA = lora(r=16, lora_alpha=8, use_rslora=True)
 DORA = lora(use_dora=True)
 
 RECIPES = {
-    "shout": Recipe("LoRA", "[U]", "upper case", lora(), 3e-3, 100),
-    "stutter": Recipe("LoRA on q and v", "[D]", "every letter twice", Q_AND_V, 1e-2, 150),
-    "caesar": Recipe("rsLoRA", "[C]", "every letter moved one place on", RSLORA, 3e-3, 120),
-    "backwards": Recipe("LoRA with ranks by module", "[W]", "words in reverse order", BY_MODULE, 3e-3, 120),
-    "mirror": Recipe("DoRA", "[R]", "letters in reverse order", DORA, 3e-3, 150),
-    "devowel": Recipe("IA3", "[V]", "no vowels", IA3, 3e-2, 250, bar=0.90),
+    "shout": Recipe("LoRA", "[U]", "upper case", lora(), 6e-3, 160),
+    "stutter": Recipe("LoRA on q and v", "[D]", "every letter twice", Q_AND_V, 1e-2, 200),
+    "caesar": Recipe("rsLoRA", "[C]", "every letter moved one place on", RSLORA, 6e-3, 200),
+    "backwards": Recipe("LoRA with ranks by module", "[W]", "words in reverse order", BY_MODULE, 6e-3, 200),
+    "mirror": Recipe("DoRA", "[R]", "letters in reverse order", DORA, 8e-3, 250),
+    "devowel": Recipe("P-tuning", "[V]", "no vowels", P_TUNING, 5e-3, 250, bar=0.90),
     "title": Recipe("prefix tuning", "[T]", "a capital at the start of every word", PREFIX, 3e-2, 200, bar=0.90),
     "hyphens": Recipe("prompt tuning", "[H]", "hyphens for spaces", PROMPT, 3e-2, 150, bar=0.90),
-    "exclaim": Recipe("P-tuning", "[E]", "an exclamation mark at the end", P_TUNING, 5e-3, 200, bar=0.90),
+    "exclaim": Recipe("IA3", "[E]", "an exclamation mark at the end", IA3, 3e-2, 200, bar=0.90),
 }
 
 
