@@ -1,0 +1,218 @@
+"""A request from its admission to its end, the same for every dialect: what the engine says, as text."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from fastapi import Request
+
+from adapter_server import core
+from adapter_server.api import resolve
+from adapter_server.api.bridge import Channel, refusal_of
+from adapter_server.api.schemas import GenerateBody
+from adapter_server.api.service import Service, note
+from adapter_server.core import Finished, FinishReason, Member, Token
+from adapter_server.errors import AdapterServerError, InvalidRequest, VersionGone
+
+ATTEMPTS = 3  # at an adapter whose files change between admission and load
+LONG_TEXT = 1 << 14  # characters, from which encoding leaves the event loop
+LOWEST_LOGPROB = -9999.0  # stands for minus infinity, which JSON lacks
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one token added to the text; the text held back at the end comes without a token."""
+
+    index: int
+    text: str
+    token: Token | None = None
+
+
+class Answer:
+    """One admitted request as it grows: `steps` until there is an `end`."""
+
+    def __init__(self, service: Service, body: GenerateBody, request: core.Request, http: Request) -> None:
+        self.body = body
+        self.request = request
+        self.produced = 0
+        self.text = service.text
+        self._end: Finished | None = None
+        hidden = () if body.ignore_eos else service.info.eos
+        self._stream = service.text.stream(request.prompt, body.stops, hidden)
+        self._bridge = service.bridge
+        self._channel: Channel = service.bridge.submit(request)
+        self._watch = asyncio.create_task(self._cancel_when_gone(http))
+        self._events: Sequence[Token | Finished] = ()
+        self._error: AdapterServerError | None = None
+
+    async def first(self) -> AdapterServerError | None:
+        """Waits for the first event. An error means that there is no answer."""
+        try:
+            self._events = await self._channel.next()
+        except BaseException:
+            self.close()
+            raise
+        first = self._events[0]
+        refusal = refusal_of(first, 0) if isinstance(first, Finished) else None
+        if refusal is not None:
+            self._watch.cancel()
+        return refusal
+
+    async def steps(self) -> AsyncGenerator[list[Piece], None]:
+        """What is new, as often as the engine reports. Raises what went wrong on the way."""
+        try:
+            while True:
+                yield self._take(self._events)
+                if self._error is not None:
+                    raise self._error
+                if self._end is not None:
+                    return
+                self._events = await self._channel.next()
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Frees the request's place, if it still runs."""
+        self._watch.cancel()
+        if self._end is None:
+            self._bridge.cancel(self.request.id)
+
+    @property
+    def age_ms(self) -> float:
+        return (time.monotonic() - self.request.arrived) * 1e3
+
+    @property
+    def ended(self) -> bool:
+        return self._end is not None
+
+    @property
+    def end(self) -> Finished:
+        """How the engine ended it; only to be asked for once it has."""
+        assert self._end is not None
+        return self._end
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        return "stop" if self._stream.stopped else self.end.reason
+
+    @property
+    def completion_tokens(self) -> int:
+        """The end token counts; what the engine made beyond a stop string does not."""
+        return self.produced if self._stream.stopped else max(self.produced, self.end.completion_tokens)
+
+    @property
+    def adapter(self) -> str:
+        """The adapters' names; empty for the base model."""
+        return _names(self.request.members)
+
+    @property
+    def version(self) -> str:
+        return _versions(self.request.members)
+
+    def _take(self, events: Sequence[Token | Finished]) -> list[Piece]:
+        pieces = []
+        for event in events:
+            if isinstance(event, Finished):
+                pieces += self._finish(event)
+            elif not self._stream.stopped:
+                pieces.append(self._piece(event))
+        return pieces
+
+    def _piece(self, token: Token) -> Piece:
+        self.produced += 1
+        text = self._stream.push(token.id)
+        if self._stream.stopped:
+            self._bridge.cancel(self.request.id, "stop")
+        return Piece(token.index, text, token)
+
+    def _finish(self, end: Finished) -> list[Piece]:
+        tail = self._stream.finish()
+        self._end = end
+        self._error = None if self._stream.stopped else refusal_of(end, self.produced)
+        return [Piece(max(0, self.produced - 1), tail)] if tail else []
+
+    async def _cancel_when_gone(self, http: Request) -> None:
+        while (await http.receive())["type"] != "http.disconnect":
+            continue
+        self._bridge.cancel(self.request.id)
+
+
+async def begin(service: Service, body: GenerateBody, http: Request) -> Answer:
+    """An answer whose first event is here. An adapter that was replaced meanwhile is resolved again."""
+    service.check_open()
+    arrived = time.monotonic()
+    deadline = arrived + _timeout(service, body)
+    prompt = await encode(service, body.prompt)
+    tried: tuple[Member, ...] = ()
+    for attempt in range(ATTEMPTS):
+        request = await _admissible(service, body, prompt, arrived, deadline)
+        if attempt and request.members == tried:  # a copy is under way
+            await asyncio.sleep(service.store.settle_s)
+            request = await _admissible(service, body, prompt, arrived, deadline)
+        tried = request.members
+        note(http, x_adapter=_names(request.members) or "base", x_adapter_version=_versions(request.members))
+        answer = Answer(service, body, request, http)
+        refusal = await answer.first()
+        if refusal is None:
+            return answer
+        if not isinstance(refusal, VersionGone) or attempt == ATTEMPTS - 1:
+            raise refusal
+    raise AssertionError("the last attempt returns or raises")
+
+
+async def begin_all(service: Service, bodies: Sequence[GenerateBody], http: Request) -> list[Answer]:
+    """Several answers to one client, each begun; or none, where one is refused."""
+    tasks = [asyncio.create_task(begin(service, body, http)) for body in bodies]
+    try:
+        return await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        for begun in await asyncio.gather(*tasks, return_exceptions=True):
+            if isinstance(begun, Answer):
+                begun.close()
+        raise
+
+
+async def encode(service: Service, prompt: str | Sequence[int]) -> tuple[int, ...]:
+    """The prompt's ids, in a thread if that takes long."""
+    if isinstance(prompt, str) and len(prompt) > LONG_TEXT:
+        return await asyncio.to_thread(resolve.prompt_ids, prompt, service.text, service.info)
+    return resolve.prompt_ids(prompt, service.text, service.info)
+
+
+def logprob_of(token: Token) -> float:
+    """The token's own, within what JSON can say."""
+    return finite(LOWEST_LOGPROB if token.logprob is None else token.logprob)
+
+
+def finite(logprob: float) -> float:
+    return max(logprob, LOWEST_LOGPROB)
+
+
+def _timeout(service: Service, body: GenerateBody) -> float:
+    most = service.config.request_timeout_s
+    if body.timeout_s is not None and body.timeout_s > most:
+        raise InvalidRequest(f"timeout_s can be at most {most:g} on this server", param="timeout_s")
+    return body.timeout_s or most
+
+
+async def _admissible(
+    service: Service, body: GenerateBody, prompt: tuple[int, ...], arrived: float, deadline: float
+) -> core.Request:
+    residents = service.worker.stats().residents
+    make = partial(resolve.admissible, body, prompt, service.store, service.info, residents, arrived, deadline)
+    # The store reads files, and hashes them the first time.
+    return await asyncio.to_thread(make) if body.adapter else make()
+
+
+def _names(members: Sequence[Member]) -> str:
+    return "+".join(member.spec.name for member in members)
+
+
+def _versions(members: Sequence[Member]) -> str:
+    return "+".join(member.spec.version for member in members)

@@ -1,0 +1,66 @@
+"""Server-Sent Events, and JSON as every answer writes it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+from fastapi import Response
+from starlette.types import Receive, Scope, Send
+
+Item = TypeVar("Item")
+DONE = b"data: [DONE]\n\n"
+dumps: Callable[[Any], str] = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
+
+
+def data(content: dict[str, Any]) -> bytes:
+    """One event."""
+    return f"data: {dumps(content)}\n\n".encode()
+
+
+def reply(content: Any) -> Response:
+    """A whole answer."""
+    return Response(dumps(content), media_type="application/json")
+
+
+class EventStream(Response):
+    """Server-Sent Events. The iterator is closed however the answer ends."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, chunks: AsyncIterator[bytes]) -> None:
+        self.status_code = 200
+        self.background = None
+        self.init_headers({"cache-control": "no-store", "x-accel-buffering": "no"})
+        self._chunks = chunks
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async with aclosing(self._chunks) as chunks:  # type: ignore[type-var]
+            async for chunk in chunks:
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def together(streams: Sequence[AsyncGenerator[Item, None]]) -> AsyncGenerator[tuple[int, Item], None]:
+    """What each stream gives, with its number, as it comes. If one fails, or the reader leaves, all are closed."""
+    awaited = {asyncio.ensure_future(anext(stream)): number for number, stream in enumerate(streams)}
+    try:
+        while awaited:
+            done, _ = await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
+            for task in sorted(done, key=awaited.__getitem__):
+                number = awaited.pop(task)
+                if isinstance(task.exception(), StopAsyncIteration):
+                    continue
+                item = task.result()
+                awaited[asyncio.ensure_future(anext(streams[number]))] = number
+                yield number, item
+    finally:
+        for task in awaited:
+            task.cancel()
+        await asyncio.gather(*awaited, return_exceptions=True)
+        for stream in streams:
+            await stream.aclose()
