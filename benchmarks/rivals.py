@@ -203,8 +203,9 @@ def _timed(work: Callable[[], list[Tokens]]) -> Outcome:
 def measure(size: str, plan: Plan, console: Console) -> dict[str, Any]:
     """Everything as one JSON object."""
     with many_loras(size, max(plan.rows, plan.adapters), RANK) as workload, _scene(workload, plan) as scene:
-        rates = report.measured_rates(quick=size == "tiny")
+        before = report.measured_rates(quick=size == "tiny")
         rounds = _rounds(scene.rivals, plan, console)
+        rates = report.faster(before, report.measured_rates(quick=size == "tiny"))
         return {
             "benchmark": "rivals",
             "workload": {"size": size, **asdict(plan), "rank": RANK, "dtype": "float32"},

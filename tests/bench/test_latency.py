@@ -182,6 +182,10 @@ def test_the_floor_counts_the_weights_of_the_model(engine, workload):
     assert Shape.read(workload.model) == workload.shape
 
 
+def test_rates_are_those_of_the_better_moment():
+    assert report.faster({"a": 1.0, "b": 4.0}, {"a": 2.0, "b": 3.0}) == {"a": 2.0, "b": 4.0}
+
+
 def test_popularity():
     assert choose("identical", 5, 3) == [0] * 5
     assert sorted(choose("distinct", 5, 9)) == [0, 1, 2, 3, 4]

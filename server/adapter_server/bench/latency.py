@@ -87,7 +87,8 @@ Check = Callable[[Sequence[Ask], Sequence[Tokens]], None]
 
 def measure(workload: Workload, plan: Plan, console: Console) -> dict[str, Any]:
     """The whole table as one JSON object."""
-    rates = report.measured_rates(quick=workload.size == "tiny")
+    quick = workload.size == "tiny"
+    before = report.measured_rates(quick)
     cells = _cells(workload, plan)
     asked = {cell: _asks(workload, plan, cell) for cell in cells}
     with _engine(workload, plan) as engine:
@@ -97,6 +98,7 @@ def measure(workload: Workload, plan: Plan, console: Console) -> dict[str, Any]:
         figures = _rounds(partial(drive, engine), plan, asked, checker.check, console)
         over_http = _over_http(engine, workload, plan, asked, checker, console) if plan.http else None
         parameters = engine.info.parameters
+    rates = report.faster(before, report.measured_rates(quick))
     return {
         "benchmark": "latency",
         "workload": {"size": workload.size, **asdict(plan), "adapters": dict(workload.kinds)},
