@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shutil
 import tempfile
 import time
 import warnings
@@ -23,19 +24,38 @@ PROMPTS = [(5, 9, 13, 40), (11, 12, 60, 61, 62, 7, 33), (50,), tuple(range(20, 4
 NEW = 8
 
 
+COMMON = (
+    "lora", "rslora", "velora", "dora", "ia3", "ia3_saved", "lora_saved", "lora_embed", "lora_bias_all",
+    "prefix", "prompt",
+)  # fmt: skip
+
+
 @functools.cache
-def registry(arch: str) -> Path:
-    """A folder with one saved adapter per kind and option that fits the architecture; made once a test run."""
-    root = Path(tempfile.mkdtemp(prefix="adapters-"))
-    for seed, (name, case) in enumerate(zoo.ADAPTERS.items()):
-        if arch in case.archs:
-            zoo.save_adapter(lambda: zoo.tiny_base(arch), case(zoo.tiny_base(arch)), root / name, seed=seed + 1)
+def _workspace() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="adapters-")  # goes when the test run ends
+
+
+@functools.cache
+def saved(arch: str, name: str) -> Path:
+    """One adapter, saved by PEFT once a test run."""
+    folder = Path(_workspace().name) / arch / name
+    seed = 1 + list(zoo.ADAPTERS).index(name)
+    zoo.save_adapter(lambda: zoo.tiny_base(arch), zoo.ADAPTERS[name](zoo.tiny_base(arch)), folder, seed)
+    return folder
+
+
+@functools.cache
+def registry(arch: str, names: tuple[str, ...] = COMMON) -> Path:
+    """A folder of adapters for the architecture."""
+    root = Path(tempfile.mkdtemp(dir=_workspace().name))
+    for name in (name for name in names if arch in zoo.ADAPTERS[name].archs):
+        shutil.copytree(saved(arch, name), root / name)
     return root
 
 
-def engine(arch: str, **settings: object) -> Engine:
+def engine(arch: str, names: tuple[str, ...] = COMMON, **settings: object) -> Engine:
     config = EngineConfig(**{"kv_bytes": 16 << 20, "max_rows": 64, **settings})  # type: ignore[arg-type]
-    return Engine(zoo.tiny_base(arch), config, Store(registry(arch), settle_s=0))
+    return Engine(zoo.tiny_base(arch), config, Store(registry(arch, names), settle_s=0))
 
 
 @dataclass
@@ -104,7 +124,7 @@ def run(engine: Engine, requests: Sequence[Request], stagger: int = 0, timeout_s
 @functools.cache
 def peft_alone(arch: str, name: str | None, prompt: tuple[int, ...], new: int = NEW) -> tuple[tuple[int, ...], Tensor]:
     """PEFT with this one adapter, batch 1, float32, greedy: (tokens, logprobs [new, vocab])."""
-    model = _peft(arch, name)
+    model = peft_model(arch, name)
     options = {"task_ids": torch.tensor([1])} if name == "multitask" else {}
     with torch.inference_mode(), zoo.quiet(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Position ids are not supported")  # PEFT's, for every soft prompt
@@ -123,7 +143,7 @@ def peft_alone(arch: str, name: str | None, prompt: tuple[int, ...], new: int = 
 
 
 @functools.cache
-def _peft(arch: str, name: str | None) -> torch.nn.Module:
+def peft_model(arch: str, name: str | None) -> torch.nn.Module:
     base = zoo.tiny_base(arch)
     base.generation_config.eos_token_id = None
-    return base if name is None else zoo.load_peft(base, registry(arch) / name)
+    return base if name is None else zoo.load_peft(base, saved(arch, name))

@@ -121,7 +121,7 @@ def test_composition_is_exact_and_mixes_with_everything(engine: Engine) -> None:
 def composed(mix: list[tuple[str, float]], prompt: tuple[int, ...], new: int, ids: list[int]) -> torch.Tensor:
     """The dense truth: hooks on a plain base that add Σ wᵢ (yᵢ − y₀), each yᵢ from PEFT's own module."""
     base = zoo.tiny_base("llama")
-    parts = [(rig._peft("llama", name).base_model.model, weight) for name, weight in mix]
+    parts = [(rig.peft_model("llama", name).base_model.model, weight) for name, weight in mix]
 
     def hook(path: str):
         def add(module, args, output):
@@ -329,3 +329,36 @@ def test_a_request_pickles() -> None:
     copy: Request = pickle.loads(pickle.dumps(request))
     assert copy == request
     engine.close()
+
+
+def test_a_flood_of_one_adapter_does_not_starve_another_of_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("adapter_server.engine.engine.PATIENCE_S", 0.05)
+    probe = rig.engine("llama")
+    settle(probe, probe.call("load", probe.pool.store.resolve("lora")))
+    size = probe.stats().residents[0].bytes
+    probe.close()
+    engine = rig.engine("llama", adapter_bytes=int(size * 1.5), max_rows=4)
+    answers = {"other": rig.Answer()}
+    ends, count = time.monotonic() + 30, 0
+    while not answers["other"].end and time.monotonic() < ends:
+        while len(engine.scheduler.waiting) < 8:
+            request = rig.ask(engine, "lora", (5, 6), id=f"f{count}", max_new_tokens=9 + count % 5)
+            answers[request.id] = rig.Answer()
+            engine.submit(request)
+            count += 1
+        if count == 20:
+            engine.submit(rig.ask(engine, "rslora", (5, 6), id="other"))
+            count += 1
+        rig.collect(engine.step(), answers)
+    assert answers["other"].end is not None, "the flood never let go of the room"
+    check("rslora", (5, 6), answers["other"])
+    engine.close()
+
+
+def test_penalties_through_the_engine_are_transformers(engine: Engine) -> None:
+    base = zoo.tiny_base("llama")
+    base.generation_config.eos_token_id = None
+    prompt = rig.PROMPTS[1]
+    want = base.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False, repetition_penalty=1.9)
+    answer = rig.run(engine, [rig.ask(engine, None, prompt, max_new_tokens=20, repetition_penalty=1.9)])[0]
+    assert answer.ids == want[0, len(prompt) :].tolist()

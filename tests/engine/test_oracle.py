@@ -9,17 +9,16 @@ import rig
 import zoo
 
 TOLERANCE = {torch.float32: 1e-4}
-FOLDABLE = [
-    name
-    for name in zoo.ADAPTERS
-    if name not in ("prefix", "prefix_projected", "prompt", "ptuning", "multitask", "cartridge", "cpt")
-]
+BEFORE_THE_PROMPT = {"prefix", "prefix_projected", "prompt", "ptuning", "multitask", "cartridge", "cpt"}
 
 
-def cases(arch: str, only: list[str] | None = None) -> list[tuple[str | None, tuple[int, ...]]]:
-    """Every adapter that fits, and the base, each with a prompt of its own."""
-    fit = [n for n, case in zoo.ADAPTERS.items() if arch in case.archs and (only is None or n in only)]
-    return [(name, rig.PROMPTS[i % len(rig.PROMPTS)]) for i, name in enumerate([None, *fit, None])]
+def kinds(arch: str) -> tuple[str, ...]:
+    return tuple(name for name, case in zoo.ADAPTERS.items() if arch in case.archs)
+
+
+def cases(names: tuple[str, ...]) -> list[tuple[str | None, tuple[int, ...]]]:
+    """Every adapter, and the base at both ends, each with a prompt of its own."""
+    return [(name, rig.PROMPTS[i % len(rig.PROMPTS)]) for i, name in enumerate([None, *names, None])]
 
 
 def check(arch: str, name: str | None, prompt: tuple[int, ...], answer: rig.Answer) -> None:
@@ -31,25 +30,23 @@ def check(arch: str, name: str | None, prompt: tuple[int, ...], answer: rig.Answ
     assert error < TOLERANCE[torch.float32], (arch, name, error)
 
 
-@pytest.mark.parametrize("arch", zoo.ARCHS)
-def test_every_kind_in_one_batch(arch: str) -> None:
-    engine = rig.engine(arch, max_step_tokens=48)
+def hold(arch: str, names: tuple[str, ...], mode: str, stagger: int, **settings: object) -> None:
+    """All of these in one engine, each as PEFT alone, and the base as it was."""
+    engine = rig.engine(arch, names, **settings)
     digest = engine.model.digest()
-    asked = cases(arch)
-    answers = rig.run(engine, [rig.ask(engine, name, prompt) for name, prompt in asked], stagger=1)
+    asked = cases(names)
+    answers = rig.run(engine, [rig.ask(engine, name, prompt, mode=mode) for name, prompt in asked], stagger=stagger)
     for (name, prompt), answer in zip(asked, answers, strict=True):
         check(arch, name, prompt, answer)
     assert engine.model.digest() == digest
     engine.close()
+
+
+@pytest.mark.parametrize("arch", zoo.ARCHS)
+def test_every_kind_in_one_batch(arch: str) -> None:
+    hold(arch, kinds(arch), "unmerged", stagger=1, max_step_tokens=48)
 
 
 @pytest.mark.parametrize("arch", zoo.ARCHS)
 def test_merged_is_unmerged(arch: str) -> None:
-    engine = rig.engine(arch)
-    digest = engine.model.digest()
-    asked = cases(arch, FOLDABLE)
-    answers = rig.run(engine, [rig.ask(engine, name, prompt, mode="merged") for name, prompt in asked])
-    for (name, prompt), answer in zip(asked, answers, strict=True):
-        check(arch, name, prompt, answer)
-    assert engine.model.digest() == digest
-    engine.close()
+    hold(arch, tuple(n for n in kinds(arch) if n not in BEFORE_THE_PROMPT), "merged", stagger=0)

@@ -38,6 +38,7 @@ from adapter_server.errors import (
 from adapter_server.registry.store import Store
 
 Op = Literal["load", "unload", "pin", "unpin", "merge", "unmerge"]
+PATIENCE_S = 1.0  # that a loaded adapter waits for room before its rows hold up later ones
 SLOTS_AT_LEAST = 16  # rows that the automatic context length leaves room for
 
 
@@ -80,7 +81,7 @@ class Engine:
         self.info = _info(module, self.model, name, length)
         self.pool = Pool(self.model, store, config.adapter_bytes)
         self.pool.on_evict = self._evicted
-        self.scheduler = Scheduler(self.kv, config.max_rows, config.max_step_tokens, self._admit)
+        self.scheduler = Scheduler(self.kv, config.max_rows, config.max_step_tokens, self._admit, self._starved)
         self.steps = 0
         self._rows: dict[str, Row] = {}
         self._doomed: list[tuple[Row, AdapterServerError]] = []
@@ -211,6 +212,10 @@ class Engine:
             self.pool.hold(holding)
         return True
 
+    def _starved(self, row: Row) -> bool:
+        late = row.loading is not None and time.monotonic() - row.loading > PATIENCE_S
+        return late and any(self.pool.is_crowded_out(h) for h in row.held)
+
     def _lay(self, row: Row) -> None:
         """Set a row's adapters and what stands before its prompt. Raises InvalidRequest, PromptTooLong."""
         request = row.request
@@ -232,6 +237,8 @@ class Engine:
                 raise InvalidRequest(f"task_id must be 0 to {len(tasks) - 1} for this adapter", param="task_id")
             soft = tasks[task_id] if tasks and task_id is not None else embeds
             assert soft is not None
+            if len(soft) >= self.info.max_model_len:
+                raise PromptTooLong(f"the adapter's {len(soft)} virtual tokens fill the context", param="adapter")
             placed.prefixes[key] = self.model.encode(soft)
             for holding in self.pool.holdings.values():
                 if holding.placed is placed:

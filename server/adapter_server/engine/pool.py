@@ -155,6 +155,10 @@ class Pool:
             holding.error = AdapterUnavailable(f"no room for {holding.spec.name!r}: everything loaded is pinned")
         return holding.error is not None or self.used + holding.bytes <= self.budget
 
+    def is_crowded_out(self, holding: Holding) -> bool:
+        """Whether it is loaded and waits for room."""
+        return holding in self._placed
+
     @property
     def used(self) -> int:
         """Bytes on the device."""

@@ -75,12 +75,17 @@ class Slice:
 
 @dataclass(slots=True)
 class Scheduler:
-    """The waiting and the running rows. `admit` says whether a row's adapter is ready, and readies the row."""
+    """The waiting and the running rows. `admit` says whether a row's adapter is ready, and readies the row.
+
+    `starved` says that a row has waited long for device memory that running adapters hold: then nobody overtakes it, so
+    that those rows end and make room.
+    """
 
     kv: KvPool
     max_rows: int
     max_tokens: int
     admit: Callable[[Row], bool]
+    starved: Callable[[Row], bool] = lambda row: False
     waiting: deque[Row] = field(default_factory=deque)
     running: list[Row] = field(default_factory=list)
     preemptions: int = 0
@@ -124,6 +129,8 @@ class Scheduler:
             if budget <= 0 or len(self.running) >= self.max_rows:
                 break
             if not self.admit(row):
+                if self.starved(row):
+                    break
                 continue
             if not self._start(row):
                 break

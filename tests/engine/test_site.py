@@ -1,0 +1,142 @@
+"""A group's run against the formula, token by token: any mix of kinds, ranks, weights, counts and orders."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from adapter_server.core import Spec
+from adapter_server.engine.lowrank import SMALL, Bank, arrange, rank_class
+from adapter_server.engine.routing import Routing, Step, Use, route, running
+from adapter_server.engine.site import LinearGroup, Placed
+from adapter_server.families.base import Adapter, Patch
+
+CPU = torch.device("cpu")
+IN, OUTS = 12, (10, 6, 6)
+KINDS = ("lora", "dora", "scale", "bias", "override", "shift", "shift_rank")
+
+
+def patch(kind: str, out: int, rank: int) -> Patch:
+    A, B = torch.randn(rank, IN), torch.randn(out, rank)
+    return {
+        "lora": Patch(A=A, B=B),
+        "dora": Patch(A=A, B=B, gain=torch.rand(out) + 0.5),
+        "scale": Patch(out_scale=torch.rand(out) + 0.5, bias=torch.randn(out)),
+        "bias": Patch(A=A, B=B, bias=torch.randn(out), out_scale=torch.rand(out)),
+        "override": Patch(weight=torch.randn(out, IN), bias=torch.randn(out)),
+        "shift": Patch(in_scale=torch.rand(IN)),
+        "shift_rank": Patch(in_scale=torch.rand(IN), A=A, B=B, gain=torch.rand(out)),
+    }[kind]
+
+
+class Case:
+    """A group with a bias, and adapters that touch some of its members."""
+
+    def __init__(self, seed: int, outs: tuple[int, ...] = OUTS, kinds: tuple[str, ...] = KINDS, n: int = 9) -> None:
+        torch.manual_seed(seed)
+        self.random = random.Random(seed)
+        self.modules = {f"m{i}": nn.Linear(IN, out).requires_grad_(False) for i, out in enumerate(outs)}
+        self.banks: dict[int, Bank] = {}
+        self.group = LinearGroup(0, self.modules, self.banks, pack=False, head=False)
+        self.patches: dict[Placed, dict[str, Patch]] = {}
+        for i in range(n):
+            self.add(f"a{i}", kinds[i % len(kinds)])
+
+    def add(self, name: str, kind: str) -> Placed:
+        touched = [m for m in self.modules if self.random.random() < 0.8] or ["m0"]
+        rank = self.random.choice([1, 3, 8, 24, 64])
+        patches = {m: patch(kind, self.modules[m].out_features, rank) for m in touched}
+        adapter = Adapter(Spec(name, "0" * 12, "", "LORA", {}, 0), patches)
+        placed = Placed(adapter, {0: self.group.place(patches)}, {})
+        self.patches[placed] = patches
+        return placed
+
+    def rows(self, most: int, composed: bool) -> list[tuple[int, tuple[Use, ...]]]:
+        """Rows of 1 to `most` tokens, each with none, one or (composed) up to three adapters."""
+        pool, rows = list(self.patches), []
+        for _ in range(self.random.randint(1, 14)):
+            chosen = self.random.sample(pool, self.random.choice([0, 1, 1, 1, 2, 3] if composed else [0, 1, 1, 1]))
+            weights = [self.random.choice([1.0, 1.0, 0.5, -2.0]) if composed else 1.0 for _ in chosen]
+            rows.append((self.random.randint(1, most), tuple(zip(chosen, weights, strict=True))))
+        return rows
+
+    def run(self, rows: list[tuple[int, tuple[Use, ...]]]) -> tuple[Tensor, Tensor]:
+        """(what the group computes, what the formula says) for the rows in packed order."""
+        rows = [rows[i] for i in arrange(rows, self.banks)]
+        routing = route(rows, CPU)
+        x = torch.randn(routing.tokens, IN)
+        with running(Step(routing, Routing(1))):
+            got = self.group.run(x)
+        return got, torch.cat([self.formula(part, uses) for part, (_, uses) in zip(_split(x, rows), rows, strict=True)])
+
+    def formula(self, x: Tensor, uses: tuple[Use, ...]) -> Tensor:
+        """y = y₀ + Σ wᵢ (yᵢ − y₀) per member."""
+        columns = []
+        for name, module in self.modules.items():
+            plain = module(x)
+            deltas = [w * (p.apply(x, module) - plain) for a, w in uses if (p := self.patches[a].get(name))]
+            columns.append(plain + sum(deltas))
+        return torch.cat(columns, 1)
+
+
+def _split(x: Tensor, rows: list[tuple[int, tuple[Use, ...]]]) -> tuple[Tensor, ...]:
+    return x.split([n for n, _ in rows])
+
+
+def close(got: Tensor, want: Tensor) -> bool:
+    return torch.allclose(got, want, atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.parametrize("composed", [False, True])
+@pytest.mark.parametrize("outs", [OUTS, (10,), (8, 8, 8)])
+@pytest.mark.parametrize("most", [1, 3, 3 * SMALL])
+def test_any_mix_is_the_formula(composed: bool, outs: tuple[int, ...], most: int) -> None:
+    for seed in range(12):
+        case = Case(seed, outs)
+        for _ in range(6):  # the banks live on from step to step
+            assert close(*case.run(case.rows(most, composed))), seed
+
+
+def test_64_adapters_at_once_are_64_steps_of_one() -> None:
+    case = Case(0, kinds=("lora", "dora", "bias"), n=64)
+    rows = [(1 + i % 3, ((placed, 1.0),)) for i, placed in enumerate(case.patches)]
+    assert close(*case.run(rows))
+    assert sum(len(bank.slots) for bank in case.banks.values()) == 64
+
+
+def test_banks_follow_who_comes_and_goes() -> None:
+    case = Case(1, kinds=("lora",), n=12)
+    for step in range(40):
+        if step % 5 == 4:
+            gone = case.random.choice(list(case.patches))
+            for bank in case.banks.values():
+                bank.drop(gone)
+            del case.patches[gone]
+            case.add(f"new{step}", "lora")
+        chosen = case.random.sample(list(case.patches), case.random.randint(1, 8))
+        assert close(*case.run([(1, ((placed, 1.0),)) for placed in chosen])), step
+        assert all(len(bank.slots) <= 2 * 8 for bank in case.banks.values())
+
+
+def test_a_step_of_one_snapshot_skips_the_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(2, kinds=("override",), n=1)
+    [placed] = case.patches
+    monkeypatch.setattr(case.group, "base", None)
+    routing = route([(3, ((placed, 1.0),)), (1, ((placed, 1.0),))], CPU)
+    with running(Step(routing, Routing(1))):
+        assert case.group.run(torch.randn(4, IN)).shape == (4, sum(OUTS))
+
+
+def test_tokens_that_are_not_the_steps_are_refused() -> None:
+    case = Case(3, n=1)
+    [placed] = case.patches
+    with running(Step(route([(3, ((placed, 1.0),))], CPU), Routing(1))), pytest.raises(RuntimeError, match="tokens"):
+        case.group.run(torch.randn(5, IN))
+
+
+@pytest.mark.parametrize(("rank", "padded"), [(1, 4), (4, 4), (5, 8), (8, 8), (24, 32), (64, 64), (65, 128), (0, 0)])
+def test_rank_classes(rank: int, padded: int) -> None:
+    assert rank_class(rank) == padded
