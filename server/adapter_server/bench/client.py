@@ -1,12 +1,16 @@
-"""A client in a process of its own: streamed requests, all at once, timed as they arrive. Imports no torch."""
+"""A client in a process of its own: streamed requests, all at once, timed as they arrive. Imports no torch.
+
+python -m adapter_server.bench.client URL     reads a batch of bodies a line, answers with a line of replies
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import httpx
@@ -57,3 +61,8 @@ def _ids(line: str) -> list[int]:
         raise RequestFailed(f"the server refused: {event['error']}")
     ids: list[int] = event.get("token_ids", [])
     return ids
+
+
+if __name__ == "__main__":
+    for line in sys.stdin:
+        print(json.dumps([asdict(reply) for reply in ask(sys.argv[1], json.loads(line))]), flush=True)

@@ -6,7 +6,6 @@ import itertools
 import statistics
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -98,10 +97,6 @@ def ready(engine: Engine, ask: Ask) -> None:
     if ask.adapter is None:
         return
     done = engine.call("merge" if ask.mode == "merged" else "load", engine.pool.store.resolve(ask.adapter))
-    wait(engine, done)
-
-
-def wait(engine: Engine, done: Future[None]) -> None:
     while not done.done():
         engine.step()
         time.sleep(0.001)

@@ -2,48 +2,56 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import asyncio
+import json
+import os
 import statistics
-import threading
+import subprocess
+import sys
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from queue import SimpleQueue
-from typing import Any
+from typing import Any, TypeVar
 
 from adapter_server.api.server import Server, configure_logs
-from adapter_server.bench import client
+from adapter_server.bench.client import Reply
 from adapter_server.bench.drive import Ask, Run
-from adapter_server.bench.workloads import Workload
+from adapter_server.bench.workloads import PACKAGE, Workload
 from adapter_server.config import ServerConfig
 from adapter_server.engine import Engine, Worker
+from adapter_server.errors import RequestFailed
 from adapter_server.text import Text
 
 START_S = 60.0
+Result = TypeVar("Result")
 
 
 class Client:
     """Sends batches to a server from a process of its own, so that it takes no share of the interpreter."""
 
-    def __init__(self, url: str) -> None:
-        self.url = url
-        self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
 
     def drive(self, asks: Sequence[Ask], new: int) -> Run:
         """As `drive.drive`; a row's time per token stands for its steps."""
-        bodies = [_body(ask, new) for ask in asks]
         start = time.perf_counter()
-        replies = self._pool.submit(client.ask, self.url, bodies).result()
+        replies = self._send([_body(ask, new) for ask in asks])
         return Run(
-            answers=[reply.ids for reply in replies],
+            answers=[tuple(reply.ids) for reply in replies],
             first_s=[reply.first_s for reply in replies],
             steps=[statistics.median(reply.per_token_s for reply in replies)],
             total_s=time.perf_counter() - start,
         )
 
-    def close(self) -> None:
-        self._pool.shutdown()
+    def _send(self, bodies: list[dict[str, Any]]) -> list[Reply]:
+        to, back = self._process.stdin, self._process.stdout
+        assert to is not None
+        assert back is not None
+        to.write(json.dumps(bodies) + "\n")
+        to.flush()
+        if not (line := back.readline()):
+            raise RequestFailed("the benchmark's client ended; what it said is above")
+        return [Reply(**reply) for reply in json.loads(line)]
 
 
 def _body(ask: Ask, new: int) -> dict[str, Any]:
@@ -53,24 +61,36 @@ def _body(ask: Ask, new: int) -> dict[str, Any]:
 
 
 @contextmanager
-def serving(engine: Engine, workload: Workload) -> Iterator[Client]:
-    """A server over this engine, which is closed with it."""
+def _client(url: str) -> Iterator[Client]:
+    command = [sys.executable, "-m", "adapter_server.bench.client", url]
+    env = os.environ | {"PYTHONPATH": str(PACKAGE.parent)}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env) as process:
+        try:
+            yield Client(process)
+        finally:
+            process.kill()
+
+
+def serve(engine: Engine, workload: Workload, work: Callable[[Client], Result]) -> Result:
+    """Do some work against a server over this engine, which is closed with it."""
     configure_logs("error")
-    ready: SimpleQueue[str] = SimpleQueue()
+    return asyncio.run(_serve(engine, workload, work))
+
+
+async def _serve(engine: Engine, workload: Workload, work: Callable[[Client], Result]) -> Result:
+    address: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     server = Server(
         lambda deliver: Worker(engine, deliver),
         engine.pool.store,
         Text(workload.model),
         engine.info,
         ServerConfig(port=0, adapters=str(workload.adapters)),
-        ready.put,
+        address.set_result,
     )
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    asking = Client(ready.get(timeout=START_S))
+    running = asyncio.create_task(server.serve())
     try:
-        yield asking
+        with _client(await asyncio.wait_for(address, START_S)) as client:
+            return await asyncio.to_thread(work, client)
     finally:
-        asking.close()
         server.should_exit = True
-        thread.join()
+        await running

@@ -24,7 +24,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from adapter_server.bench import plots, report
 from adapter_server.bench.drive import Ask, Checker, Run, Tokens, drive, ready
-from adapter_server.bench.http import serving
+from adapter_server.bench.http import serve
 from adapter_server.bench.workloads import VIRTUAL_TOKENS, Workload, one_of_each, prompts
 from adapter_server.config import GIB, EngineConfig
 from adapter_server.core import Mode
@@ -160,8 +160,11 @@ def _over_http(
 ) -> dict[Cell, Figures]:
     """The same rounds through a real server. Its answers are checked when the engine is ours again."""
     later: list[tuple[Sequence[Ask], Sequence[Tokens]]] = []
-    with serving(engine, workload) as client:
-        figures = _rounds(client.drive, plan, asked, lambda *pair: later.append(pair), console)
+
+    def keep(asks: Sequence[Ask], answers: Sequence[Tokens]) -> None:
+        later.append((asks, answers))
+
+    figures = serve(engine, workload, lambda client: _rounds(client.drive, plan, asked, keep, console))
     for asks, answers in later:
         checker.check(asks, answers)
     return figures
