@@ -9,6 +9,7 @@ oracle = load_peft(tiny_base("llama"), folder)           # PEFT alone, to compar
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import warnings
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import peft
 import torch
 import transformers
 from peft import (
@@ -83,6 +85,7 @@ UNAVOIDABLE = (
     "Model has `tie_word_embeddings=True`",
     "You have requested `ensure_weight_tying`",
     r"The following (rank|alpha)_pattern keys did not match",  # PEFT's own, for models with experts
+    "Specified to not (save|load) ",  # seeded projections
     r"Adapter 'default': \d+ LoRA tensor\(s\) have invalid shape",  # lora_B.bias, which has one dimension
 )
 
@@ -116,7 +119,8 @@ class Case:
     archs: tuple[str, ...] = ARCHS
 
     def __call__(self, base: nn.Module) -> PeftConfig:
-        return self.make(base)
+        with quiet():
+            return self.make(base)
 
 
 @dataclass(frozen=True)
@@ -131,12 +135,15 @@ class Names:
     embed: str
     layers: str = "layers"
     block: str = "self_attn"
+    prefix: str = "model.layers"
 
 
 def names(base: nn.Module) -> Names:
     kind = base.config.model_type
     if kind == "gpt2":
-        return Names(["c_attn"], ["c_attn"], ["c_fc", "mlp.c_proj"], "mlp.c_proj", "ln_f", "wte", "h", "attn")
+        return Names(
+            ["c_attn"], ["c_attn"], ["c_fc", "mlp.c_proj"], "mlp.c_proj", "ln_f", "wte", "h", "attn", "transformer.h"
+        )
     if kind == "phi3":
         return Names(["qkv_proj", "o_proj"], ["qkv_proj"], ["gate_up_proj", "down_proj"], "down_proj", "norm", EMBED)
     attention = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -181,6 +188,23 @@ def ia3_saved(base: nn.Module) -> PeftConfig:
     return config
 
 
+def wraps(cls: type[PeftConfig], **options: object) -> Callable[[nn.Module], PeftConfig]:
+    """A config of another kind on attention and MLP; an option that is callable is given the base's names."""
+
+    def make(base: nn.Module) -> PeftConfig:
+        own, keys = names(base), {f.name for f in dataclasses.fields(cls)}
+        chosen = {"target_modules": [*own.attention, *own.mlp], "task_type": "CAUSAL_LM"}
+        chosen |= {key: value(own) if callable(value) else value for key, value in options.items()}
+        if "fan_in_fan_out" in keys:
+            chosen["fan_in_fan_out"] = base.config.model_type == "gpt2"
+        return cls(**chosen)
+
+    return make
+
+
+BOTH = ("llama", "gpt2")  # where PEFT's kind takes Conv1D too
+LINEAR = ("llama", "qwen2")  # where it takes Linears alone: without biases and with
+ONE = ("llama",)  # for an option of a kind that stands above
 BIASED = ("qwen2", "gpt2")  # the bases whose Linears have biases
 
 ADAPTERS: dict[str, Case] = {
@@ -217,6 +241,63 @@ ADAPTERS: dict[str, Case] = {
     "velora": Case(lora(velora_config=VeloraConfig(num_groups=5))),
     "ia3": Case(ia3),
     "ia3_saved": Case(ia3_saved, tuple(set(ARCHS) - {"gpt2"})),
+    "adalora": Case(wraps(peft.AdaLoraConfig, total_step=10, init_r=4, bias="all"), BOTH),
+    "adalora_pruned": Case(
+        wraps(
+            peft.AdaLoraConfig,
+            total_step=10,
+            init_r=4,
+            rank_pattern=lambda own: {
+                f"{own.prefix}.1.{own.block}.{name}.lora_E": [i == 0, True, False, i < 2]
+                for i, name in enumerate(own.attention)
+            },
+        ),
+        ONE,
+    ),
+    "loha": Case(wraps(peft.LoHaConfig, r=2, rank_pattern=lambda own: {own.down: 3}), LINEAR),
+    "loha_high": Case(wraps(peft.LoHaConfig, r=6, alpha_pattern=lambda own: {own.down: 3}), ONE),
+    "hra": Case(wraps(peft.HRAConfig, r=4, bias="hra_only"), LINEAR),
+    "hra_gs": Case(wraps(peft.HRAConfig, r=4, apply_GS=True), ONE),
+    "vera": Case(wraps(peft.VeraConfig, r=8), BOTH),
+    "vera_seeded": Case(wraps(peft.VeraConfig, r=8, save_projection=False, projection_prng_key=5), ONE),
+    "pvera": Case(wraps(peft.PveraConfig, r=8), BOTH),
+    "pvera_seeded": Case(wraps(peft.PveraConfig, r=8, save_projection=False), ONE),
+    "delora": Case(wraps(peft.DeloraConfig, r=4, rank_pattern=lambda own: {own.down: 3}, delora_lambda=3), LINEAR),
+    "gralora": Case(wraps(peft.GraloraConfig, r=4, alpha=4, hybrid_r=2), BOTH),
+    "gralora_plain": Case(wraps(peft.GraloraConfig, r=8, alpha=4, gralora_k=4), ONE),
+    "miss": Case(wraps(peft.MissConfig, r=5), LINEAR),
+    "miss_mini": Case(wraps(peft.MissConfig, r=4, mini_r=8, init_weights="mini"), ONE),
+    "miss_bat": Case(wraps(peft.MissConfig, r=8, init_weights="bat", bias="miss_only"), ("qwen2",)),
+    "vblora": Case(wraps(peft.VBLoRAConfig, r=2, num_vectors=16, vector_length=8), BOTH),
+    "vblora_topk": Case(
+        wraps(peft.VBLoRAConfig, r=2, num_vectors=16, vector_length=8, topk=3, save_only_topk_weights=True), ONE
+    ),
+    "unilora": Case(wraps(peft.UniLoraConfig, r=2, theta_d_length=100), BOTH),
+    "unilora_saved": Case(wraps(peft.UniLoraConfig, r=2, theta_d_length=64, save_indices=True), ONE),
+    "tinylora": Case(wraps(peft.TinyLoraConfig, r=2, u=4, weight_tying=0.5), BOTH),
+    "tinylora_seeded": Case(wraps(peft.TinyLoraConfig, r=2, u=4, weight_tying=0.7, save_projection=False), ONE),
+    "psoft": Case(wraps(peft.PsoftConfig, r=4), LINEAR),
+    "psoft_series": Case(
+        wraps(
+            peft.PsoftConfig,
+            r=4,
+            psoft_alpha=9,
+            ab_svd_init="pissa_init",
+            psoft_mag_a=False,
+            use_cayley_neumann=True,
+            num_cayley_neumann_terms=6,
+            cayley_neumann_eps=0.5,
+        ),
+        ONE,
+    ),
+    "psoft_free": Case(wraps(peft.PsoftConfig, r=4, psoft_orth=False, psoft_mag_b=False), ONE),
+    "peanut": Case(wraps(peft.PeanutConfig, r=4, depth=2, scaling=0.3), LINEAR),
+    "peanut_flat": Case(wraps(peft.PeanutConfig, r=4, act_fn="gelu", scaling=0.3), ONE),
+    "deft": Case(wraps(peft.DeftConfig, r=4, alpha=6, bias="all"), BOTH),
+    "deft_qr": Case(wraps(peft.DeftConfig, r=4, decomposition_method="qr"), ONE),
+    "deft_para": Case(wraps(peft.DeftConfig, r=4, para=True), ONE),
+    "osf": Case(wraps(peft.OSFConfig, modules_to_save=["lm_head"]), LINEAR),
+    "osf_low": Case(wraps(peft.OSFConfig, effective_rank=0.9, rank_pattern={r"k_proj|v_proj": 13}), ONE),
     "prefix": Case(lambda base: PrefixTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM")),
     "prefix_projected": Case(
         lambda base: PrefixTuningConfig(

@@ -217,6 +217,24 @@ def test_any_other_keys_are_refused(shapes: dict[str, tuple[int, ...]], fault: s
     refuses(fault, lambda: guard.check_keys(headed(shapes), files.SHAPES))
 
 
+class Whole(tuple[int, ...]):
+    integer = True
+
+
+@pytest.mark.parametrize("dtype", ["U8", "I16", "I32", "I64"])
+def test_integers_pass_only_where_they_are_expected(dtype: str) -> None:
+    header = {"x": guard.Span(dtype, (3,), 0, 0), "y": guard.Span("F32", (3,), 0, 0)}
+    guard.check_keys(header, {"x": Whole((3,)), "y": (3,)})
+    refuses(f"1 tensors of the wrong dtype .*'x' is {dtype}", lambda: guard.check_keys(header, {"x": (3,), "y": (3,)}))
+    both = {"x": Whole((3,)), "y": Whole((3,))}
+    refuses("1 tensors of the wrong dtype .*'y' is F32", lambda: guard.check_keys(header, both))
+
+
+def test_integers_are_not_looked_at_for_infinities() -> None:
+    data = files.safetensors({"x": np.full(3, -1, np.int64)}, "I64")
+    guard.check_finite(data, guard.parse_header(data))
+
+
 # Numbers
 
 BITS = {"F32": np.uint32, "F16": np.uint16, "BF16": np.uint16}

@@ -29,7 +29,10 @@ from adapter_server.registry.store import Blob, Store
 
 Key = tuple[str, str, bool]  # name, version, merged
 
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES = {
+    **{"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    **{"U8": torch.uint8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64},
+}
 
 
 @dataclass(slots=True, eq=False)
@@ -264,13 +267,14 @@ def compile_adapter(spec: Spec, store: Store, base: Base) -> Adapter:
 
 
 def tensors_of(blob: Blob) -> dict[str, Tensor]:
-    """The file's tensors as float32 copies; the bytes were checked when they were read."""
+    """The file's tensors as copies, float32 or int64; the bytes were checked when they were read."""
     tensors = {}
     for name, span in blob.header.items():
         dtype = _DTYPES[span.dtype]
         count = (span.end - span.begin) // dtype.itemsize
         flat = torch.frombuffer(blob.data, dtype=dtype, count=count, offset=span.begin) if count else torch.empty(0)
-        tensors[name] = flat.reshape(span.shape).to(torch.float32, copy=True)
+        wide = torch.float32 if dtype.is_floating_point else torch.int64
+        tensors[name] = flat.reshape(span.shape).to(wide, copy=True)
     return tensors
 
 

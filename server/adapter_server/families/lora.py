@@ -1,6 +1,6 @@
 """LoRA with what its config can ask for (PEFT `tuners/lora/`): rsLoRA, DoRA, patterns, biases, saved modules.
 
-    y = gain · (W' x + s·B(A x)) + b + bias        s = α/r, rsLoRA α/√r;   gain = m / ‖W' + s·BA‖ per row (DoRA)
+y = gain · (W' x + s·B(A x)) + b + bias        s = α/r, rsLoRA α/√r;   gain = m / ‖W' + s·BA‖ per row (DoRA)
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from adapter_server.families.base import (
     Base,
     EmbeddingPatch,
     Family,
-    ParamPatch,
     Patch,
     Shapes,
 )
@@ -41,12 +40,15 @@ from adapter_server.families.parts import (
     Expected,
     Taker,
     base_bias,
+    bias_patch,
+    biases_expected,
     copies_expected,
     override,
     refuse_overlap,
     saved_expected,
     saved_patch,
     take_copies,
+    trained_biases,
 )
 from adapter_server.families.targets import by_pattern, saved_modules, targeted
 
@@ -141,7 +143,7 @@ class Lora:
         keys: Expected = {}
         for path, low in plan.wrapped.items():
             keys |= _module_expected(path, low, plan, shapes)
-        biases = {key: shapes.modules[path].params["bias"] for path, key in plan.biases.items()}
+        biases = biases_expected(plan.biases, shapes)
         return keys | biases | copies_expected(plan.wrapped, shapes, names) | saved_expected(plan.saved, shapes)
 
     def load(self, spec: Spec, tensors: Mapping[str, Tensor], base: Base) -> Adapter:
@@ -156,7 +158,7 @@ class Lora:
             patches[path] = saved_patch(take, path, base)
         for path, key in plan.biases.items():
             if path not in plan.wrapped:
-                patches[path] = _bias_patch(take(key), path, base)
+                patches[path] = bias_patch(take(key), path, base)
         take.done()
         return Adapter(spec, patches)
 
@@ -173,7 +175,9 @@ def resolve(config: Config, shapes: Shapes, names: frozenset[str]) -> Plan:
     if dora and lora_bias:
         raise AdapterRefused("adapter_config.json: 'lora_bias' together with 'use_dora' is not defined; set one")
     groups = integer(table(config, "velora_config"), "num_groups", 64) if config.get("velora_config") else 0
-    return Plan(_lows(config, paths), tuple(saved), _biases(config, shapes, paths, saved), dora, lora_bias, groups)
+    mode = choice(config, "bias", "none", ("none", "all", "lora_only"))
+    biases = trained_biases(mode, shapes, paths, saved)
+    return Plan(_lows(config, paths), tuple(saved), biases, dora, lora_bias, groups)
 
 
 def _check_init(config: Config) -> None:
@@ -214,17 +218,6 @@ def _low(rank: int, alpha: float, root: bool) -> Low:
     if abs(scaling) > MAX_SCALING:
         raise AdapterRefused(f"adapter_config.json: the scaling {scaling:g} is beyond {MAX_SCALING:g}")
     return Low(rank, scaling)
-
-
-def _biases(config: Config, shapes: Shapes, wrapped: list[str], saved: list[str]) -> dict[str, str]:
-    """{path: key} of the base's biases that were trained (PEFT `_get_learnable_bias_state_dict`)."""
-    mode = choice(config, "bias", "none", ("none", "all", "lora_only"))
-    if mode == "none":
-        return {}
-    with_bias = [path for path, shape in shapes.modules.items() if shape.has_bias and path not in saved]
-    inside = {path: f"{ROOT}{path}.base_layer.bias" for path in with_bias if path in wrapped}
-    outside = {path: f"{ROOT}{path}.bias" for path in with_bias if path not in wrapped and mode == "all"}
-    return inside | outside
 
 
 def _module_expected(path: str, low: Low, plan: Plan, shapes: Shapes) -> Expected:
@@ -283,13 +276,6 @@ def _bias(take: Taker, path: str, low: Low, plan: Plan, base: Base) -> Tensor | 
     if path in plan.biases or key in take:
         parts.append(take(key) - base_bias(base, path))
     return torch.stack(parts).sum(0) if parts else None
-
-
-def _bias_patch(bias: Tensor, path: str, base: Base) -> AnyPatch:
-    """A trained bias of a module that is not wrapped."""
-    if base.shapes.modules[path].kind in LINEAR:
-        return Patch(bias=bias - base_bias(base, path))
-    return ParamPatch({"bias": bias})
 
 
 FAMILY: Family = Lora()

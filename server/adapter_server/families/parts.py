@@ -15,6 +15,12 @@ LINEAR = ("linear", "conv1d")
 Expected = dict[str, tuple[int, ...]]
 
 
+class Integers(tuple[int, ...]):
+    """The shape of a tensor that holds integers: only where a family says so does the guard let one through."""
+
+    integer = True
+
+
 class Taker:
     """Hands out each tensor of a file once, as a float32 copy that does not keep the file's buffer alive.
 
@@ -31,6 +37,15 @@ class Taker:
         if key not in self._left:
             raise AdapterRefused(f"the file holds no tensor '{key}', which its config calls for")
         return self._left.pop(key).to("cpu", torch.float32, copy=True)
+
+    def integers(self, key: str, below: int) -> Tensor:
+        """A tensor of indices in 0..below-1, int64."""
+        if key not in self._left:
+            raise AdapterRefused(f"the file holds no tensor '{key}', which its config calls for")
+        found = self._left.pop(key).to("cpu", torch.int64, copy=True)
+        if found.numel() and not 0 <= int(found.min()) <= int(found.max()) < below:
+            raise AdapterRefused(f"tensor '{key}' holds indices outside 0..{below - 1}")
+        return found
 
     def done(self) -> None:
         if self._left:
@@ -52,6 +67,29 @@ def saved_patch(take: Taker, path: str, base: Base) -> AnyPatch:
     weight = params["weight"].T.contiguous() if shape.kind == "conv1d" else params["weight"]
     bias = params["bias"] - base_bias(base, path) if "bias" in params else None
     return Patch(weight=weight, bias=bias)
+
+
+def trained_biases(mode: object, shapes: Shapes, wrapped: list[str], saved: list[str]) -> dict[str, str]:
+    """{path: key} of the base's biases that were trained (PEFT `tuners_utils.py`, `_get_learnable_bias_state_dict`)."""
+    if mode == "none":
+        return {}
+    if not isinstance(mode, str) or (mode != "all" and not mode.endswith("_only")):
+        raise AdapterRefused(f"adapter_config.json: 'bias' must be none, all or …_only, not {str(mode)[:80]!r}")
+    with_bias = [path for path, shape in shapes.modules.items() if shape.has_bias and path not in saved]
+    inside = {path: f"{ROOT}{path}.base_layer.bias" for path in with_bias if path in wrapped}
+    outside = {path: f"{ROOT}{path}.bias" for path in with_bias if path not in wrapped and mode == "all"}
+    return inside | outside
+
+
+def biases_expected(biases: Mapping[str, str], shapes: Shapes) -> Expected:
+    return {key: shapes.modules[path].params["bias"] for path, key in biases.items()}
+
+
+def bias_patch(bias: Tensor, path: str, base: Base) -> AnyPatch:
+    """A trained bias of a module that is not wrapped."""
+    if base.shapes.modules[path].kind in LINEAR:
+        return Patch(bias=bias - base_bias(base, path))
+    return ParamPatch({"bias": bias})
 
 
 def base_bias(base: Base, path: str) -> Tensor:

@@ -48,10 +48,12 @@ NOT_BRACKETS = bytes(set(range(256)) - set(b"{}[]"))
 
 class _Dtype(NamedTuple):
     word: str  # numpy's type of the bits
-    exponent: int  # the exponent's bits; all of them set is an infinity or no number
+    exponent: int  # the exponent's bits; all of them set is an infinity or no number. 0: an integer
 
 
-DTYPES = {"F32": _Dtype("<u4", 0x7F80_0000), "F16": _Dtype("<u2", 0x7C00), "BF16": _Dtype("<u2", 0x7F80)}
+FLOATS = {"F32": _Dtype("<u4", 0x7F80_0000), "F16": _Dtype("<u2", 0x7C00), "BF16": _Dtype("<u2", 0x7F80)}
+INTEGERS = {"U8": _Dtype("u1", 0), "I16": _Dtype("<i2", 0), "I32": _Dtype("<i4", 0), "I64": _Dtype("<i8", 0)}
+DTYPES = FLOATS | INTEGERS
 
 
 class Span(NamedTuple):
@@ -197,7 +199,7 @@ def _span(name: str, entry: object, start: int) -> Span:
         _refuse(WEIGHTS, f"tensor {show(name)} needs dtype, shape and data_offsets, and nothing else")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        _refuse(WEIGHTS, f"tensor {show(name)} has dtype {show(dtype)}: convert it to {', '.join(DTYPES)}")
+        _refuse(WEIGHTS, f"tensor {show(name)} has dtype {show(dtype)}: convert it to {', '.join(FLOATS)}")
     if not _naturals(shape, MAX_DIMENSION) or len(shape) > MAX_DIMENSIONS:
         _refuse(WEIGHTS, f"tensor {show(name)} has a shape that is none: {show(shape)}")
     if not _naturals(offsets, 1 << 62) or len(offsets) != 2:
@@ -235,7 +237,12 @@ def _check_layout(header: Header, start: int, size: int) -> None:
 
 
 def check_keys(header: Header, expected: Expected) -> None:
-    """Exactly the tensors that the family expects, in exactly these shapes."""
+    """Exactly the tensors that the family expects, in exactly these shapes, and integers where it expects them."""
+    swapped = [
+        f"{show(k)} is {header[k].dtype}"
+        for k, s in expected.items()
+        if k in header and (header[k].dtype in INTEGERS) != getattr(s, "integer", False)
+    ]
     wrong = [
         f"{show(k)} is {list(header[k].shape)}, not {list(s)}"
         for k, s in expected.items()
@@ -245,6 +252,7 @@ def check_keys(header: Header, expected: Expected) -> None:
         _listed("missing", [show(k) for k in expected if k not in header]),
         _listed("unexpected", [show(k) for k in header if k not in expected]),
         _listed("of the wrong shape", wrong),
+        _listed("of the wrong dtype", swapped),
     ]
     if any(faults):
         found = "; ".join(f for f in faults if f)
@@ -260,7 +268,7 @@ def check_finite(data: Buffer, header: Header) -> None:
     """No NaN and no infinity in any tensor: an exponent of all ones is looked for in the bits."""
     scratch = {"<u4": np.empty(1 << 18, "<u4"), "<u2": np.empty(1 << 18, "<u2")}
     for name, span in header.items():
-        if not _finite(data, span, scratch[DTYPES[span.dtype].word]):
+        if span.dtype in FLOATS and not _finite(data, span, scratch[DTYPES[span.dtype].word]):
             _refuse(WEIGHTS, f"tensor {show(name)} holds NaN or infinity: the training went wrong, save a sound step")
 
 
