@@ -7,6 +7,8 @@ AdapterServerError
 ├── AdapterRefused      424  the adapter's files break a rule
 │   └── VersionGone     424  the files changed between admission and load
 ├── AdapterUnavailable  424  the adapter is sound and does not fit or could not be loaded
+├── VersionConflict     409  another is changing this adapter, or there is no version to go back to
+├── StorageFailed       500  the disk refused a write: what was there before is there still
 ├── NotMergeable        422  the adapter has no merged form (409 on the admin routes)
 ├── QueueFull           429  with `retry_after` seconds
 ├── Unavailable         503  starting, draining or dead, with `retry_after` seconds
@@ -53,6 +55,14 @@ class VersionGone(AdapterRefused):
 
 class AdapterUnavailable(AdapterServerError):
     status, code = 424, "adapter_unavailable"
+
+
+class VersionConflict(AdapterServerError):
+    status, code = 409, "version_conflict"
+
+
+class StorageFailed(AdapterServerError):
+    status, code = 500, "storage_failed"
 
 
 class NotMergeable(AdapterServerError):

@@ -4,18 +4,17 @@
 
 A folder is believed once it has settled: both files untouched for `settle_s`, and seen the same on two looks that far
 apart, so that a copy under way is never served, whatever times it preserves. Until a replaced folder has settled,
-requests get the version before, which the engine may still hold. A version is hashed when first asked for.
+requests get the version before, which the engine may still hold. A version is hashed when first asked for. A published
+version (`versions.py`) is whole from the first moment: it needs no time to settle.
 """
 
 from __future__ import annotations
 
 import difflib
-import hashlib
 import heapq
 import io
 import math
 import os
-import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -25,10 +24,9 @@ from typing import Any, NamedTuple
 
 from adapter_server.core import Spec
 from adapter_server.errors import AdapterNotFound, AdapterRefused, AdapterUnavailable, VersionGone
-from adapter_server.registry import guard
+from adapter_server.registry import guard, versions
+from adapter_server.registry.versions import VERSION_DIGITS, Version
 
-VERSION_DIGITS = 12
-VERSION = re.compile(r"[0-9a-f]{12,64}")
 STALLED = 20  # an incomplete folder is a stalled copy for this many `settle_s`, then it is broken
 WRITING = "its folder is being written, retry in a moment"
 CHUNK = 1 << 20
@@ -45,7 +43,12 @@ class _File(NamedTuple):
     error: int = 0
 
 
-_Signature = tuple[_File, _File | None]
+class _Signature(NamedTuple):
+    """An adapter's two files, and the published version that they are; '' for a folder copied by hand."""
+
+    config: _File = _File()
+    weights: _File | None = None
+    version: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +81,9 @@ class Blob:
     header: guard.Header
 
 
+Judge = Callable[[Spec, Blob], None]  # refuses what does not fit the base; set by whoever has one
+
+
 @dataclass(slots=True, eq=False)
 class _State:
     """A folder as one signature showed it. Everything but the signature is found out when it is needed."""
@@ -96,7 +102,7 @@ class _State:
 class _Folder:
     """The newest state of a folder, and the one that requests are answered from."""
 
-    state: _State = field(default_factory=lambda: _State((_File(), None), 0.0))
+    state: _State = field(default_factory=lambda: _State(_Signature(), 0.0))
     served: _State | None = None
 
 
@@ -109,6 +115,7 @@ class Store:
         self.root = Path(root).absolute()
         self.settle_s = settle_s
         self.max_bytes = max_bytes
+        self.judge: Judge = lambda spec, blob: None
         self._reserved = tuple(reserved)
         self._scanning = threading.Lock()  # the disk is looked through outside _lock: requests wait for no scan
         self._lock = threading.Lock()
@@ -150,29 +157,57 @@ class Store:
     # One adapter
 
     def resolve(self, ref: str) -> Spec:
-        """The spec of `name` or `name@version`, version being 12 or more digits of the content hash."""
+        """The spec of `name` or `name@version`, version being `v` and a number, or 12 or more digits of the hash."""
         name, at, version = ref.partition("@")
-        state = self._answer(name)
         version = version.lower()
-        if at and not (VERSION.fullmatch(version) and state.digest.startswith(version)):
+        if at and (published := self._published(name, version)):
+            return published
+        state = self._answer(name)
+        if at and not (versions.DIGITS.fullmatch(version) and state.digest.startswith(version)):
             raise AdapterNotFound(
                 f"adapter {name} has no version {guard.show(version)}: it is at {state.digest[:VERSION_DIGITS]}",
                 param="adapter",
             )
         return self._spec(name, state)
 
+    def _published(self, name: str, word: str) -> Spec | None:
+        """A published version of a name that is registered, the current one or one before."""
+        self._find(name)
+        version = None if self._name_fault(name) else versions.find(self.root, name, word)
+        if version is None:
+            return None
+        folder = self._folder(name, version.id)
+        try:
+            config = guard.parse_config(guard.read_private(folder / guard.CONFIG, self.root, guard.MAX_CONFIG_BYTES))
+        except AdapterRefused as refused:
+            raise _refusal(name, refused.message) from refused
+        return Spec(name, version.id, str(folder), version.family, config, version.size)
+
+    def versions(self, name: str) -> list[Version]:
+        """What was published under this name and is still there, oldest first."""
+        return versions.listed(self.root, name) if guard.NAME.fullmatch(name) else []
+
+    def settled(self, name: str) -> bool:
+        """Whether a folder copied by hand has stopped changing."""
+        return self._settled(self._find(name).state)
+
+    def check_name(self, name: str) -> None:
+        """Raises AdapterRefused where this name cannot be served."""
+        self._scan()
+        if fault := self._name_fault(name):
+            raise AdapterRefused(fault, param="name")
+
     def read(self, spec: Spec) -> Blob:
         """The bytes of exactly this version, checked. Raises VersionGone when the files are no longer these."""
+        folder = Path(spec.path)
         try:
-            config = guard.read_private(self._path(spec.name, guard.CONFIG), self.root, guard.MAX_CONFIG_BYTES)
-            weights = guard.read_private(self._path(spec.name, guard.WEIGHTS), self.root, self.max_bytes)
+            config = guard.read_private(folder / guard.CONFIG, self.root, guard.MAX_CONFIG_BYTES)
+            weights = guard.read_private(folder / guard.WEIGHTS, self.root, self.max_bytes)
         except guard.Unreadable as refused:
             raise _refusal(spec.name, refused.message) from refused
         except AdapterRefused as refused:
             raise self._gone(spec) from refused
-        digest = _hasher(config, len(weights))
-        digest.update(weights)
-        if digest.hexdigest()[:VERSION_DIGITS] != spec.version:
+        if versions.digest(config, weights)[:VERSION_DIGITS] != spec.version:
             raise self._gone(spec)
         return self._checked(spec, weights)
 
@@ -213,7 +248,7 @@ class Store:
         with self._lock:
             self._folders = {name: folder for name, folder in self._folders.items() if name in seen}
             self._owners = {key: name for key, name in self._owners.items() if name in seen}
-            for name in sorted(seen, key=lambda n: (n not in self._folders, seen[n][0].mtime_ns, n)):
+            for name in sorted(seen, key=lambda n: (n not in self._folders, seen[n].config.mtime_ns, n)):
                 self._take(name, seen[name], first_look)
 
     def _listed(self) -> list[str]:
@@ -224,13 +259,16 @@ class Store:
         except OSError as error:
             raise AdapterUnavailable(f"the adapters folder cannot be listed ({error.strerror}): retry") from error
 
-    def _path(self, name: str, file: str) -> Path:
-        return self.root / name / file
+    def _folder(self, name: str, version: str) -> Path:
+        """Where the files are: a published version's own folder, which the name's link may leave at any moment."""
+        return versions.shelf(self.root, name) / version if version else self.root / name
 
     def _signature(self, name: str) -> _Signature | None:
         """None: no adapter's folder."""
-        config = _stat(f"{self.root}/{name}/{guard.CONFIG}")
-        return (config, _stat(f"{self.root}/{name}/{guard.WEIGHTS}")) if config else None
+        version = versions.linked(self.root, name)
+        folder = self._folder(name, version)
+        config = _stat(f"{folder}/{guard.CONFIG}")
+        return _Signature(config, _stat(f"{folder}/{guard.WEIGHTS}"), version) if config else None
 
     def _take(self, name: str, signature: _Signature, first_look: float | None = None) -> _Folder:
         """Keeps a folder's state while its signature is the same, and starts a new one when it is not."""
@@ -242,7 +280,10 @@ class Store:
         return folder
 
     def _settled(self, state: _State) -> bool:
-        changed = max(file.mtime_ns for file in state.signature if file) / 1e9
+        config, weights, version = state.signature
+        if version:
+            return True
+        changed = max(file.mtime_ns for file in (config, weights) if file) / 1e9
         return not 0 <= time.time() - changed < self.settle_s and self._stood(state, 1)
 
     def _stood(self, state: _State, times: int) -> bool:
@@ -312,18 +353,19 @@ class Store:
 
     def _hash(self, name: str, state: _State) -> None:
         """Sets the digest, unless the folder changed meanwhile: then the next look starts a new state."""
-        raw, config = self._configured(name)
-        with guard.open_regular(self._path(name, guard.WEIGHTS), self.root) as file:
+        raw, config = self._configured(name, state)
+        with guard.open_regular(self._folder(name, state.signature.version) / guard.WEIGHTS, self.root) as file:
             digest = _stream(file, raw, self.max_bytes)
         if self._signature(name) == state.signature:
             state.config, state.digest = config, digest
 
     def _preview(self, name: str, state: _State) -> None:
-        state.preview = self._configured(name)[1]
+        state.preview = self._configured(name, state)[1]
 
-    def _configured(self, name: str) -> tuple[bytearray, dict[str, Any]]:
-        guard.check_files(self.root / name)
-        raw = guard.read_private(self._path(name, guard.CONFIG), self.root, guard.MAX_CONFIG_BYTES)
+    def _configured(self, name: str, state: _State) -> tuple[bytearray, dict[str, Any]]:
+        folder = self._folder(name, state.signature.version)
+        guard.check_files(folder)
+        raw = guard.read_private(folder / guard.CONFIG, self.root, guard.MAX_CONFIG_BYTES)
         return raw, guard.parse_config(raw)
 
     def _entry(self, name: str, folder: _Folder) -> Entry:
@@ -342,9 +384,9 @@ class Store:
     def _spec(self, name: str, state: _State) -> Spec:
         config = state.config or state.preview or {}
         family = str(config["peft_type"]).upper()
-        weights = state.signature[1]
+        _, weights, version = state.signature
         size = weights.size if weights else 0
-        return Spec(name, state.digest[:VERSION_DIGITS], str(self.root / name), family, config, size)
+        return Spec(name, state.digest[:VERSION_DIGITS], str(self._folder(name, version)), family, config, size)
 
 
 def _stat(path: str) -> _File | None:
@@ -358,13 +400,6 @@ def _stat(path: str) -> _File | None:
     return _File(s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino)
 
 
-def _hasher(config: bytes | bytearray, weights: int) -> hashlib._Hash:
-    """The hash of both files' lengths and contents, begun with all but the weights' own bytes."""
-    digest = hashlib.sha256(len(config).to_bytes(8, "little") + config)
-    digest.update(weights.to_bytes(8, "little"))
-    return digest
-
-
 def _stream(file: io.FileIO, config: bytearray, max_bytes: int) -> str:
     """The content hash. The header is checked first, so that a file that is too short or too large costs little."""
     size = os.fstat(file.fileno()).st_size
@@ -373,7 +408,7 @@ def _stream(file: io.FileIO, config: bytearray, max_bytes: int) -> str:
     head = first + bytearray(guard.header_bytes(first, size, max_bytes) - 8)
     guard.fill(file, memoryview(head)[8:], guard.WEIGHTS)
     guard.parse_header(head, size, max_bytes)
-    digest = _hasher(config, size)
+    digest = versions.hasher(config, size)
     digest.update(head)
     piece = memoryview(bytearray(CHUNK))
     for at in range(len(head), size, CHUNK):
