@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from adapter_server.config import EngineConfig
 from adapter_server.core import Event, Finished, FinishReason, Folded, Loaded, Request, Spec, Stats, Token
+from adapter_server.engine.dense import prepare
 from adapter_server.engine.kv import Chunk, KvPool, PagePool, SlotPool, bytes_per_token
 from adapter_server.engine.lowrank import arrange
 from adapter_server.engine.model import Model, context_length, load
@@ -53,7 +55,7 @@ class Info:
     device: str
     dtype: str
     parameters: int
-    lane: str = "packed"
+    lane: str
 
 
 def build(model: str | Path, config: EngineConfig, store: Store, name: str | None = None) -> Engine:
@@ -76,7 +78,7 @@ class Engine:
 
     def __init__(self, module: PreTrainedModel, config: EngineConfig, store: Store, name: str = "base") -> None:
         self.config = config
-        self.model = Model(module, config.pack_weights)
+        self.model = prepare(module, config.pack_weights)
         self.kv, length = self._kv()
         self.info = _info(module, self.model, name, length)
         self.pool = Pool(self.model, store, config.adapter_bytes)
@@ -264,7 +266,16 @@ class Engine:
         return self._advance(slices, chosen)
 
     def _forward(self, slices: list[Slice]) -> tuple[list[Slice], list[Chosen]]:
-        """One packed forward; the slices come back in packed order, with a token for each that samples."""
+        """The step's forward, or a lane's several; the slices come back with a token for each that samples."""
+        parts = [[slices[i] for i in part] for part in self.model.split([s.count for s in slices])]
+        done = [self._packed(part) for part in parts]
+        chosen: list[Chosen] = []
+        if logits := [part for _, part in done if part is not None]:
+            chosen = choose(torch.cat(logits), [s.row.draw for part, _ in done for s in part if s.last])
+        return [s for part, _ in done for s in part], chosen
+
+    def _packed(self, slices: list[Slice]) -> tuple[list[Slice], Tensor | None]:
+        """One forward; the slices in packed order, and the logits of those that sample."""
         slices, routing = self._routed(slices)
         chunks: list[Chunk] = []
         ids: list[int] = []
@@ -272,7 +283,8 @@ class Engine:
         keep: list[int] = []
         for s in slices:
             row, start = s.row, s.row.offset + s.row.done
-            assert row.lease is not None
+            if row.lease is None:
+                raise RuntimeError("a row without a lease was planned")
             chunks.append(Chunk(row.lease, len(ids), s.count, start))
             ids += row.tokens[row.done : row.done + s.count]
             positions += range(start, start + s.count)
@@ -282,7 +294,7 @@ class Engine:
         step = Step(routing, self._head(slices, routing), self.kv.plan(chunks, len(ids)), rope_lengths=_lengths(slices))
         ids_, positions_ = (torch.tensor(v, device=device) for v in (ids, positions))
         logits = self.model.forward(step, ids_, positions_, torch.tensor(keep or [0], device=device))
-        return slices, choose(logits, [s.row.draw for s in slices if s.last]) if keep else []
+        return slices, logits if keep else None
 
     def _routed(self, slices: list[Slice]) -> tuple[list[Slice], Routing]:
         """The slices adapter by adapter, and their routing: last step's, while the same rows do the same."""
@@ -386,4 +398,5 @@ def _info(module: PreTrainedModel, model: Model, name: str, length: int) -> Info
         device=str(model.device),
         dtype=str(model.dtype).removeprefix("torch."),
         parameters=sum(math.prod(p.shape) for p in module.parameters()),
+        lane=model.lane,
     )

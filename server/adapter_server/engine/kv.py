@@ -157,6 +157,13 @@ class KvStep:
             self._rows(store[layer], n, self.decodes).transpose(1, 2) for store in (self.pool.keys, self.pool.values)
         )
 
+    def rows(self, layer: int) -> tuple[Tensor, Tensor]:
+        """K, V of the decode rows in packed order, each [rows, kv_heads, context, dim], as copies."""
+        assert self.decodes is not None
+        keys, values = self.batch(layer, self.decodes.take.shape[0])
+        put = self.decodes.put
+        return (keys, values) if put is None else (keys[put], values[put])
+
     def _rows(self, store: Tensor, n: int, decodes: Decodes) -> Tensor:
         if decodes.places is None:
             return store.view(-1, self.pool.page, *store.shape[1:])[:n, : decodes.context]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from adapter_server.engine.lowrank import Bank
 from adapter_server.engine.routing import Routing, Step, current, running
 from adapter_server.engine.site import LinearGroup, ModuleSite, Placed, Prefix, group_by_input
 from adapter_server.errors import AdapterRefused, BaseNotSupported
-from adapter_server.families.base import Adapter, Patch
+from adapter_server.families.base import Adapter, Patch, Shapes
 from adapter_server.families.facts import ModelBase
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -40,7 +41,9 @@ def load(source: str | Path, dtype: str, device: torch.device) -> PreTrainedMode
 
 
 class Model:
-    """A base model whose forward runs the rows of a step, each under its own adapters."""
+    """A base model whose forward runs the rows of a step, each under its own adapters: the packed lane."""
+
+    lane = "packed"
 
     def __init__(self, module: PreTrainedModel, pack: bool = True) -> None:
         self.module = module.eval().requires_grad_(False)
@@ -49,37 +52,48 @@ class Model:
         self.banks: dict[int, Bank] = {}
         self._modules = dict(module.named_modules())
         self._sites: dict[str, ModuleSite] = {}
-        module.set_attn_implementation(NAME)
-        self.layers, calls, self._axes = self._look()
+        self._adopt()
+        self.layers = self._layers()
+        self.base.shapes = _as_seen(self.base.shapes, self.layers)
+        calls, self._axes = self._look()
         self.groups = self._install(group_by_input(calls), pack)
         self._group_of = {path: group for group in self.groups for path in group.paths}
         _rope_by_row(self._modules)
         self.rope_border = _rope_border(module.config.get_text_config())
 
-    def _look(self) -> tuple[dict[int, LayerShape], list[tuple[str, int]], dict[str, int]]:
-        """Per layer (kv_heads, key dim, value dim); (Linear's path, identity of its input) in order of calls; and the
-        axis of the tokens in every module's input, which is the one that grows with them.
-        """
-        probe, first, second = Probe(), Calls(), Calls()
+    def _adopt(self) -> None:
+        self.module.set_attn_implementation(NAME)
+
+    def _layers(self) -> dict[int, LayerShape]:
+        """Per layer (kv_heads, key dim, value dim), as attention sees them. Raises BaseNotSupported."""
+        probe = Probe()
         set_probe(probe)
         try:
-            for tokens, calls in ((2, first), (3, second)):
-                with calls.noted(self._modules), torch.inference_mode():
-                    ids = torch.zeros(1, tokens, dtype=torch.long, device=self.device)
-                    self.module(input_ids=ids, use_cache=False)
+            self._try(2)
         finally:
             set_probe(None)
-        self._check(probe)
-        linear = [(path, identity) for path, identity, _ in first.made if _is_linear(self._modules[path])]
-        return probe.layers, linear, _token_axes(first, second)
-
-    def _check(self, probe: Probe) -> None:
         layers = self.base.shapes.layers
         if sorted(probe.layers) != list(range(layers)):
             raise BaseNotSupported(
                 f"{type(self.module).__name__}: {len(probe.layers)} of {layers} layers call transformers' "
                 "AttentionInterface; a base must call it in every layer, with keys and values of its own"
             )
+        return probe.layers
+
+    def _look(self) -> tuple[list[tuple[str, int]], dict[str, int]]:
+        """(Linear's path, identity of its input) in order of calls; and the axis of the tokens in every module's input,
+        which is the one that grows with them.
+        """
+        first, second = Calls(), Calls()
+        for tokens, calls in ((2, first), (3, second)):
+            with calls.noted(self._modules):
+                self._try(tokens)
+        linear = [(path, identity) for path, identity, _ in first.made if _is_linear(self._modules[path])]
+        return linear, _token_axes(first, second)
+
+    @torch.inference_mode()
+    def _try(self, tokens: int) -> None:
+        self.module(input_ids=torch.zeros(1, tokens, dtype=torch.long, device=self.device), use_cache=False)
 
     def _install(self, found: Sequence[Sequence[str]], pack: bool) -> list[LinearGroup]:
         head = self.module.get_output_embeddings()
@@ -103,6 +117,7 @@ class Model:
         missing = [path for path in adapter.patches if path not in (self._group_of if path in linear else self._axes)]
         if missing:
             raise AdapterRefused(f"{adapter.spec.name}: the base's forward never calls {', '.join(missing[:3])}")
+        self._check_prefix(adapter)
         touched = {self._group_of[path].index for path in linear}
         groups = {i: self.groups[i].place(linear) for i in sorted(touched)}
         others = {
@@ -111,6 +126,14 @@ class Model:
         before = Adapter(adapter.spec, {}, adapter.prefix, adapter.embeds, adapter.tasks).to(self.device, self.dtype)
         prefixes: dict[int | None, Prefix] = {} if before.prefix is None else {None: Prefix(before.prefix)}
         return Placed(before, groups, others, prefixes)
+
+    def _check_prefix(self, adapter: Adapter) -> None:
+        for (k, v), (layer, (heads, dk, dv)) in zip(adapter.prefix or (), sorted(self.layers.items()), strict=False):
+            if (k.shape[1:], v.shape[1:]) != ((heads, dk), (heads, dv)):
+                raise AdapterRefused(
+                    f"{adapter.spec.name}: its prefix has keys {tuple(k.shape[1:])} at layer {layer}, the base's are "
+                    f"{(heads, dk)}: it was trained for a base of other heads"
+                )
 
     def install_sites(self, placed: Placed) -> None:
         """Turn the modules that are no Linear, and that this adapter touches, into sites. On the engine's thread."""
@@ -121,6 +144,10 @@ class Model:
     def forget(self, placed: Placed) -> None:
         for bank in self.banks.values():
             bank.drop(placed)
+
+    def split(self, counts: list[int]) -> list[list[int]]:
+        """Which of a step's rows, by their counts of tokens, run in one forward: here all of them."""
+        return [list(range(len(counts)))]
 
     @torch.inference_mode()
     def forward(self, step: Step, ids: Tensor, positions: Tensor, keep: Tensor) -> Tensor:
@@ -152,9 +179,26 @@ class Model:
         return sha.hexdigest()
 
 
+def _as_seen(shapes: Shapes, layers: Mapping[int, LayerShape]) -> Shapes:
+    """The shapes with the heads that attention really has; a config may not say."""
+    seen = set(layers.values())
+    if len(seen) > 1:
+        return shapes
+    heads, dim, _ = seen.pop()
+    return replace(shapes, kv_heads=heads, head_dim=dim)
+
+
 def _is_linear(module: nn.Module) -> bool:
-    """A module whose forward is a Linear's own: some routers are Linears by class and something else by nature."""
-    return getattr(type(module), "forward", None) is nn.Linear.forward or type(module).__name__ == "Conv1D"
+    """A Conv1D, or a Linear by nature too: a subclass with another forward is tried out (some routers are none)."""
+    if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
+        return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    weight = module.weight
+    if weight.shape != (module.out_features, module.in_features):
+        return False
+    with torch.inference_mode():
+        x = torch.linspace(-1, 1, 2 * module.in_features, dtype=weight.dtype, device=weight.device).view(2, -1)
+        y = module(x)
+        return isinstance(y, Tensor) and torch.allclose(y, nn.functional.linear(x, weight, module.bias), atol=1e-5)
 
 
 class Calls:

@@ -253,6 +253,10 @@ class Pool:
             error=shown.error.message if shown.error else None,
         )
 
+    def judge(self, spec: Spec, blob: Blob) -> None:
+        """Refuses what a load would refuse. On any thread: nothing is kept."""
+        compile_blob(spec, blob, self.model.base)
+
     def close(self) -> None:
         self._quick.shutdown(cancel_futures=True)
         self._slow.shutdown(cancel_futures=True)
@@ -260,8 +264,13 @@ class Pool:
 
 def compile_adapter(spec: Spec, store: Store, base: Base) -> Adapter:
     """Read, check and compile one version. Raises AdapterRefused, VersionGone."""
+    find(spec.family)  # an unknown kind is not read
+    return compile_blob(spec, store.read(spec), base)
+
+
+def compile_blob(spec: Spec, blob: Blob, base: Base) -> Adapter:
+    """Check and compile what has been read. Raises AdapterRefused."""
     family = find(spec.family)
-    blob = store.read(spec)
     guard.check_keys(blob.header, family.expected(spec.config, base.shapes, frozenset(blob.header)))
     return family.load(spec, tensors_of(blob), base)
 

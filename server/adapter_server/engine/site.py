@@ -326,13 +326,20 @@ class ModuleSite:
 
     def _patched(self, x: Tensor, y: Tensor, here: list[tuple[Segment, AnyPatch]]) -> Tensor:
         out = y.clone()
-        xs, ys, outs = (t.movedim(self.axis, 0) for t in (x, y, out))
+        xs, ys, outs = (self._by_token(t) for t in (x, y, out))
         for segment, patch in here:
             delta = patch.apply(xs[segment.tokens], self.module) - ys[segment.tokens]
             if segment.weights is not None:
                 delta = delta * segment.weights.view(-1, *[1] * (delta.dim() - 1))
             _add_to(outs, segment, delta)
         return out
+
+    def _by_token(self, t: Tensor) -> Tensor:
+        """A view with all tokens first: [1, T, …] or, of rows with one token each, [T, 1, …]."""
+        if self.axis == 0:
+            return t
+        t = t.movedim(self.axis, 0)
+        return t[:, 0] if t.shape[1] == 1 else t[0]
 
 
 def _add_to(y: Tensor, segment: Segment, delta: Tensor) -> None:
