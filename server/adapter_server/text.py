@@ -6,12 +6,13 @@ Stream    a Decoder that also watches for stop strings: one per running request
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
+from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
-from adapter_server.errors import BaseNotSupported
+from adapter_server.errors import BaseNotSupported, InvalidRequest
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -41,6 +42,19 @@ class Text:
         ids: list[int] = self._tokenizer(text, verbose=False)["input_ids"]
         if not ids and self.bos_id is not None:
             return [self.bos_id]
+        return ids
+
+    def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """The ids of a conversation that awaits its next message, in the base's own template (run in a sandbox)."""
+        if not self._tokenizer.chat_template:
+            raise InvalidRequest("this base has no chat template: ask for a completion instead", param="messages")
+        try:
+            ids: list[int] = self._tokenizer.apply_chat_template(
+                [dict(message) for message in messages], add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            message = f"the base's chat template refuses these messages: {error}"
+            raise InvalidRequest(message, param="messages") from None
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -87,7 +87,8 @@ class Answer:
 
     @property
     def ended(self) -> bool:
-        return self._end is not None
+        """Whether it has ended, and well."""
+        return self._end is not None and self._error is None
 
     @property
     def end(self) -> Finished:

@@ -1,8 +1,9 @@
-"""Errors as answers: one shape, {"error": {"message", "type", "param", "code"}}, for every refusal."""
+"""Errors as answers: {"error": {"message", "type", "param", "code"}}, or as the dialect of the route words them."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
@@ -13,7 +14,10 @@ from starlette.exceptions import HTTPException
 from adapter_server.api.service import service_of
 from adapter_server.errors import AdapterServerError
 
+Wording = Callable[[AdapterServerError], tuple[int, dict[str, Any]]]  # the status and the body of a refusal
 TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
     404: "not_found_error",
     409: "conflict_error",
     424: "adapter_error",
@@ -36,12 +40,27 @@ def error_shape(error: AdapterServerError) -> dict[str, Any]:
     return shape(error.message, error.status, error.code, error.param)
 
 
-def answer(error: AdapterServerError) -> JSONResponse:
+def plainly(error: AdapterServerError) -> tuple[int, dict[str, Any]]:
+    """Our own wording."""
+    return error.status, error_shape(error)
+
+
+def speak(request: Request, wording: Wording) -> None:
+    """From here on this request is refused in these words."""
+    request.scope["wording"] = wording
+
+
+def answer(error: AdapterServerError, wording: Wording = plainly) -> JSONResponse:
     """The answer to a refused request, with Retry-After where trying again helps."""
+    status, content = wording(error)
     headers = {}
-    if error.status in RETRY:
+    if status in RETRY:
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after or 1)))
-    return JSONResponse(error_shape(error), error.status, headers)
+    if status == 500:
+        headers["x-should-retry"] = "false"  # OpenAI's clients would ask again
+    if status == 401:
+        headers["www-authenticate"] = "Bearer"
+    return JSONResponse(content, status, headers)
 
 
 def plain_answer(status: int, message: str | None = None) -> JSONResponse:
@@ -60,7 +79,7 @@ def crash(request_id: str) -> JSONResponse:
 async def _typed(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, AdapterServerError)
     service_of(request).metrics.refuse(error.code)
-    return answer(error)
+    return answer(error, request.scope.get("wording", plainly))
 
 
 async def _http(request: Request, error: Exception) -> JSONResponse:

@@ -39,7 +39,7 @@ class Info(Protocol):
 def prompt_ids(prompt: str | Sequence[int], text: Text, info: Info) -> tuple[int, ...]:
     """The prompt's token ids, at least one and all of them the base's."""
     if isinstance(prompt, str):
-        _check_characters(prompt, text, info)
+        check_length(len(prompt), text, info)
         prompt = text.encode(prompt)
     wrong = next((id for id in prompt if id >= info.vocab), None)
     if wrong is not None:
@@ -49,10 +49,10 @@ def prompt_ids(prompt: str | Sequence[int], text: Text, info: Info) -> tuple[int
     return tuple(prompt) or (text.bos_id or 0,)
 
 
-def _check_characters(prompt: str, text: Text, info: Info) -> None:
+def check_length(characters: int, text: Text, info: Info) -> None:
     """Spares the tokenizer a text that cannot fit however it is cut."""
-    if len(prompt) > info.max_model_len * text.longest_token:
-        raise _too_long(f"the prompt's {len(prompt):,} characters", info)
+    if characters > info.max_model_len * text.longest_token:
+        raise _too_long(f"the prompt's {characters:,} characters", info)
 
 
 def _too_long(what: str, info: Info) -> PromptTooLong:

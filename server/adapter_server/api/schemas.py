@@ -1,9 +1,13 @@
-"""What a request's body may hold. Every number has a range, every list and text a cap; unknown fields are refused."""
+"""What a request's body may hold. Every number has a range, every list and text a cap.
+
+Unknown fields are refused in our own dialect, and left alone in those of others (`Lenient`).
+"""
 
 from __future__ import annotations
 
 import difflib
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic_core import ErrorDetails
@@ -16,18 +20,35 @@ StopText = Annotated[str, Field(min_length=1, max_length=256)]
 AdapterRef = Annotated[str, Field(max_length=256)]
 Effect = Annotated[float, Field(ge=-100, le=100)]
 ModeChoice = Literal["auto", "unmerged", "merged"]
-
-UNIONS = {
-    "prompt": "text or a list of token ids",
-    "adapter": 'a name, a list of {"name", "weight"}, or null for the base model',
-    "stop": "text or a list of at most 16 texts of 1 to 256 characters",
-}
+TaskId = Annotated[int, Field(ge=0, lt=1 << 31)]
+NewTokens = Annotated[int, Field(ge=1, le=1 << 20)]
+Temperature = Annotated[float, Field(ge=0, le=100)]
+TopP = Annotated[float, Field(gt=0, le=1)]
+TopK = Annotated[int, Field(ge=0, lt=1 << 31)]
+MinP = Annotated[float, Field(ge=0, le=1)]
+Repetition = Annotated[float, Field(gt=0, le=100)]
+Penalty = Annotated[float, Field(ge=-100, le=100)]
+Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
+Stop = StopText | Annotated[list[StopText], Field(max_length=16)]
+Alternatives = Annotated[int, Field(ge=0, le=20)]
+STOPS = "text or a list of at most 16 texts of 1 to 256 characters"
+Parts = tuple["type[Strict]", ...]
+Unions = Mapping[str, str]
+NOT_YET = "is not supported yet: leave it out"
 
 
 class Strict(BaseModel):
     """JSON types as they are, no infinities, no field that is not named here."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    parts: ClassVar[Parts] = ()  # the models nested in this one
+    unions: ClassVar[Unions] = {}  # what a field of several types must be
+
+
+class Lenient(Strict):
+    """Fields that are not named here are left alone."""
+
+    model_config = ConfigDict(extra="ignore")
 
 
 class MemberBody(Strict):
@@ -40,22 +61,29 @@ class MemberBody(Strict):
 class GenerateBody(Strict):
     """The body of POST /generate."""
 
+    parts: ClassVar[Parts] = (MemberBody,)
+    unions: ClassVar[Unions] = {
+        "prompt": "text or a list of token ids",
+        "adapter": 'a name, a list of {"name", "weight"}, or null for the base model',
+        "stop": STOPS,
+    }
+
     prompt: str | TokenIds
     adapter: AdapterRef | Annotated[list[MemberBody], Field(min_length=1, max_length=8)] | None = None
     mode: ModeChoice = "auto"
     scale: Effect = 1.0
-    task_id: Annotated[int, Field(ge=0, lt=1 << 31)] | None = None
-    max_new_tokens: Annotated[int, Field(ge=1, le=1 << 20)] = 128
-    temperature: Annotated[float, Field(ge=0, le=100)] = 0.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    top_k: Annotated[int, Field(ge=0, lt=1 << 31)] = 0
-    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] = 1.0
-    presence_penalty: Annotated[float, Field(ge=-100, le=100)] = 0.0
-    frequency_penalty: Annotated[float, Field(ge=-100, le=100)] = 0.0
-    seed: Annotated[int, Field(ge=0, lt=1 << 63)] | None = None
-    stop: StopText | Annotated[list[StopText], Field(max_length=16)] | None = None
-    logprobs: Annotated[int, Field(ge=0, le=20)] = 0
+    task_id: TaskId | None = None
+    max_new_tokens: NewTokens = 128
+    temperature: Temperature = 0.0
+    top_p: TopP = 1.0
+    top_k: TopK = 0
+    min_p: MinP = 0.0
+    repetition_penalty: Repetition = 1.0
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
+    seed: Seed | None = None
+    stop: Stop | None = None
+    logprobs: Alternatives = 0
     return_token_ids: bool = False
     ignore_eos: bool = False
     stream: bool = False
@@ -66,7 +94,7 @@ class GenerateBody(Strict):
     @classmethod
     def _no_format(cls, value: Any) -> None:
         if value is not None:
-            raise ValueError("is not supported yet: leave it out")
+            raise ValueError(NOT_YET)
 
     @property
     def stops(self) -> list[str]:
@@ -113,31 +141,38 @@ def document(model: type[Strict]) -> dict[str, Any]:
 def _refusal(model: type[Strict], errors: list[ErrorDetails]) -> InvalidRequest:
     """The first field at fault; of a union's branches the one that came farthest."""
     field = errors[0]["loc"][:1]
-    fault = max((e for e in errors if e["loc"][:1] == field), key=lambda e: len(_path(e)))
-    path = _path(fault)
+    fault = max((e for e in errors if e["loc"][:1] == field), key=lambda e: len(_path(model, e)))
+    path = _path(model, fault)
     param = ".".join(path) or None
     return InvalidRequest(f"{param or 'the body'} {_reason(model, fault, path)}", param=param)
 
 
-def _path(error: ErrorDetails) -> list[str]:
+def _path(model: type[Strict], error: ErrorDetails) -> list[str]:
     """Where, without the union branches that pydantic puts between the names."""
     first, *rest = error["loc"] or ("",)
-    known = {*GenerateBody.model_fields, *MemberBody.model_fields}
+    known = {name for part in _nested(model) for name in part.model_fields}
     if error["type"] == "extra_forbidden":
         known.add(str(error["loc"][-1]))
     return [str(first), *(str(at) for at in rest if isinstance(at, int) or at in known)] if first else []
 
 
+def _nested(model: type[Strict]) -> Iterator[type[Strict]]:
+    yield model
+    for part in model.parts:
+        yield from _nested(part)
+
+
 def _reason(model: type[Strict], error: ErrorDetails, path: list[str]) -> str:
     kind = error["type"]
     if kind == "extra_forbidden":
-        return _unknown(path[-1], MemberBody if len(path) > 1 else model)
+        return _unknown(path[-1], model.parts[0] if len(path) > 1 else model)
     if kind == "value_error":
         return str(error["ctx"]["error"])
     if kind.startswith("json_"):
         return f"is not valid JSON: {error['ctx']['error']}"
-    if kind.endswith("_type") and len(path) == 1 and path[0] in UNIONS:
-        return f"must be {UNIONS[path[0]]}"
+    unions = {name: text for part in _nested(model) for name, text in part.unions.items()}
+    if kind.endswith("_type") and path and path[-1] in unions:
+        return f"must be {unions[path[-1]]}"
     return error["msg"].replace("Input should", "should").replace("Field required", "is required")
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.requests import Request
@@ -28,6 +29,7 @@ class Service:
     config: ServerConfig
     metrics: Metrics
     draining: bool = False
+    started: float = field(default_factory=time.time)  # in seconds since 1970
 
     def check_open(self) -> None:
         """Raises Unavailable where new work is not taken."""

@@ -51,13 +51,13 @@ async def together(streams: Sequence[AsyncGenerator[Item, None]]) -> AsyncGenera
     try:
         while awaited:
             done, _ = await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
-            for task in sorted(done, key=awaited.__getitem__):
-                number = awaited.pop(task)
-                if isinstance(task.exception(), StopAsyncIteration):
-                    continue
-                item = task.result()
-                awaited[asyncio.ensure_future(anext(streams[number]))] = number
-                yield number, item
+            going = [task for task in done if not isinstance(task.exception(), StopAsyncIteration)]
+            items = {awaited[task]: task.result() for task in going}
+            for task in done:
+                del awaited[task]
+            for number in sorted(items):
+                yield number, items[number]
+            awaited |= {asyncio.ensure_future(anext(streams[number])): number for number in items}
     finally:
         for task in awaited:
             task.cancel()

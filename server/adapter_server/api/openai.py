@@ -1,0 +1,327 @@
+"""OpenAI's dialect: models, completions and chats. The adapter is chosen by `model`."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from fastapi import APIRouter, Depends, Request, Response
+
+from adapter_server.api import resolve
+from adapter_server.api.answer import LONG_TEXT, Answer, Piece, begin_all, encode, finite, logprob_of
+from adapter_server.api.openai_bodies import ChatBody, CompletionBody, adapter_of
+from adapter_server.api.refusals import shape, speak
+from adapter_server.api.schemas import GenerateBody, document, parse
+from adapter_server.api.service import Service, note, service_of
+from adapter_server.api.sse import DONE, EventStream, data, reply, together
+from adapter_server.core import Token
+from adapter_server.errors import AdapterServerError
+
+PARAMS = {"adapter": "model", "max_new_tokens": "max_tokens"}  # our fields by their names here
+REASONS = {"eos": "stop"}
+Json = dict[str, Any]
+
+
+def worded(error: AdapterServerError) -> tuple[int, Json]:
+    """A refusal as OpenAI's clients expect it: what the caller can mend is a 400."""
+    status = 400 if error.status in (413, 422) else error.status
+    return status, shape(error.message, status, error.code, PARAMS.get(error.param or "", error.param))
+
+
+def _worded_for_chats(error: AdapterServerError) -> tuple[int, Json]:
+    """What a prompt is elsewhere, messages are here."""
+    status, content = worded(error)
+    if content["error"]["param"] == "prompt":
+        content["error"]["param"] = "messages"
+    return status, content
+
+
+async def _speak(request: Request) -> None:
+    speak(request, worded)
+
+
+router = APIRouter(prefix="/v1", dependencies=[Depends(_speak)])
+
+
+# Models
+
+
+@router.get("/models", summary="The base and its adapters, as OpenAI lists models")
+async def list_models(request: Request) -> Json:
+    """The base first. An adapter's `parent` is the base; no `root` is a path."""
+    service = service_of(request)
+    entries = await asyncio.to_thread(service.store.entries)
+    names = [entry.name for entry in entries if entry.spec]
+    return {"object": "list", "data": [_card(service), *(_card(service, name) for name in names)]}
+
+
+@router.get("/models/{model:path}", summary="One of them")
+async def show_model(request: Request, model: str) -> Json:
+    """By the names that `model` may have in a request."""
+    service = service_of(request)
+    name = adapter_of(model, service.info.model) or ""
+    if name in ("", service.info.model):
+        return _card(service)
+    spec = await asyncio.to_thread(service.store.resolve, name)
+    return _card(service, spec.name)
+
+
+def _card(service: Service, name: str | None = None) -> Json:
+    base = service.info.model
+    return {
+        "id": name or base,
+        "object": "model",
+        "created": int(service.started),
+        "owned_by": "adapter-server",
+        "root": name or base,
+        "parent": base if name else None,
+        "max_model_len": service.info.max_model_len,
+    }
+
+
+# The two forms
+
+
+class Form(Protocol):
+    """How a completion and a chat word the same answer."""
+
+    prefix: str
+    whole: str
+    part: str
+
+    def opening(self, prompt: str) -> Json | None: ...
+    def grown(self, text: str) -> Json: ...
+    def said(self, text: str) -> Json: ...
+    def logprobs(self, answer: Answer, tokens: Sequence[Token], offsets: Sequence[int], top: int) -> Json: ...
+
+
+class Completion:
+    """Plain text."""
+
+    prefix, whole, part = "cmpl-", "text_completion", "text_completion"
+
+    def opening(self, prompt: str) -> Json | None:
+        return self.grown(prompt) if prompt else None
+
+    def grown(self, text: str) -> Json:
+        return {"text": text}
+
+    def said(self, text: str) -> Json:
+        return {"text": text}
+
+    def logprobs(self, answer: Answer, tokens: Sequence[Token], offsets: Sequence[int], top: int) -> Json:
+        name = answer.text.token
+        best = [{name(id): finite(value) for id, value in token.top[:top]} for token in tokens]
+        own = [{name(token.id): logprob_of(token)} for token in tokens]
+        return {
+            "tokens": [name(token.id) for token in tokens],
+            "token_logprobs": [logprob_of(token) for token in tokens],
+            "top_logprobs": [some | one for some, one in zip(best, own, strict=True)],
+            "text_offset": list(offsets),
+        }
+
+
+class Chat:
+    """Messages."""
+
+    prefix, whole, part = "chatcmpl-", "chat.completion", "chat.completion.chunk"
+
+    def opening(self, prompt: str) -> Json | None:
+        return {"delta": {"role": "assistant", "content": ""}}
+
+    def grown(self, text: str) -> Json:
+        return {"delta": {"content": text} if text else {}}
+
+    def said(self, text: str) -> Json:
+        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+
+    def logprobs(self, answer: Answer, tokens: Sequence[Token], offsets: Sequence[int], top: int) -> Json:
+        return {"content": [self._token(answer, token, top) for token in tokens], "refusal": None}
+
+    def _token(self, answer: Answer, token: Token, top: int) -> Json:
+        others = [_named(answer, id, finite(value)) for id, value in token.top[:top]]
+        return _named(answer, token.id, logprob_of(token)) | {"top_logprobs": others}
+
+
+def _named(answer: Answer, id: int, logprob: float) -> Json:
+    """A token that is a part of a character has no bytes that its text could tell."""
+    text = answer.text.token(id)
+    return {
+        "token": text,
+        "logprob": logprob,
+        "bytes": None if "\N{REPLACEMENT CHARACTER}" in text else [*text.encode()],
+    }
+
+
+# Routes
+
+
+@router.post("/completions", summary="Go on from a prompt, or from several", openapi_extra=document(CompletionBody))
+async def completions(request: Request) -> Response:
+    """One JSON answer, or with `stream` Server-Sent Events."""
+    service, body = service_of(request), parse(CompletionBody, await request.body())
+    body.check()
+    prompts = [await encode(service, prompt) for prompt in body.prompts]
+    adapter = adapter_of(body.model, service.info.model)
+    asked = [each for prompt in prompts for each in body.asked(prompt, adapter)]
+    echoed = [_echo(service, given, ids) if body.echo else "" for given, ids in zip(body.prompts, prompts, strict=True)]
+    return await _answer(request, body, asked, Completion(), [text for text in echoed for _ in range(body.choices)])
+
+
+def _echo(service: Service, given: str | Sequence[int], ids: Sequence[int]) -> str:
+    return given if isinstance(given, str) else service.text.decode(ids)
+
+
+@router.post("/chat/completions", summary="Answer a conversation", openapi_extra=document(ChatBody))
+async def chat_completions(request: Request) -> Response:
+    """One JSON answer, or with `stream` Server-Sent Events. The template is the base's own."""
+    speak(request, _worded_for_chats)
+    service, body = service_of(request), parse(ChatBody, await request.body())
+    body.check()
+    asked = body.asked(await _conversation(service, body), adapter_of(body.model, service.info.model))
+    return await _answer(request, body, asked, Chat(), [""] * body.choices)
+
+
+async def _conversation(service: Service, body: ChatBody) -> tuple[int, ...]:
+    messages = [{"role": message.role, "content": message.text} for message in body.messages]
+    length = sum(len(message["content"]) for message in messages)
+    resolve.check_length(length, service.text, service.info)
+    long = length > LONG_TEXT
+    ids = await asyncio.to_thread(service.text.chat, messages) if long else service.text.chat(messages)
+    return await encode(service, ids)
+
+
+async def _answer(
+    request: Request,
+    body: CompletionBody | ChatBody,
+    asked: Sequence[GenerateBody],
+    form: Form,
+    echoed: Sequence[str],
+) -> Response:
+    service = service_of(request)
+    answers = await begin_all(service, asked, request)
+    top = (body.logprobs or 0) if isinstance(body, CompletionBody) else (body.top_logprobs or 0)
+    choices = [Choice(*each, form, top) for each in zip(range(len(answers)), answers, echoed, strict=True)]
+    head = {
+        "id": form.prefix + request.scope["request_id"],
+        "created": int(time.time()),
+        "model": body.model or service.info.model,
+        "system_fingerprint": f"fp_{answers[0].version or 'base'}",
+    }
+    call = Call(head, form, choices, body.choices)
+    if body.stream:
+        note(request, server_timing=f"ttft;dur={answers[0].age_ms:.2f}")
+        return EventStream(_events(call, bool(body.stream_options and body.stream_options.include_usage)))
+    return reply(await _whole(call))
+
+
+# Answers
+
+
+@dataclass(slots=True)
+class Choice:
+    """One of the answers as it grows. `offset` counts the characters that are out, the echoed prompt's too."""
+
+    index: int
+    answer: Answer
+    echo: str
+    form: Form
+    top: int
+    offset: int = 0
+
+    def __post_init__(self) -> None:
+        self.offset = len(self.echo)
+
+    def logprobs(self, pieces: Sequence[Piece]) -> Json | None:
+        """Of these pieces, which are the next; to be asked once for each."""
+        offsets = []
+        for piece in pieces:
+            if piece.token:
+                offsets.append(self.offset)
+            self.offset += len(piece.text)
+        tokens = [piece.token for piece in pieces if piece.token]
+        return self.form.logprobs(self.answer, tokens, offsets, self.top) if self.answer.body.logprobs else None
+
+    def said(self, pieces: Sequence[Piece]) -> Json:
+        """The whole of it."""
+        text = self.echo + "".join(piece.text for piece in pieces)
+        return {
+            "index": self.index,
+            **self.form.said(text),
+            "logprobs": self.logprobs(pieces),
+            "finish_reason": self.reason,
+        }
+
+    def grown(self, said: Mapping[str, Any], logprobs: Json | None = None, reason: str | None = None) -> Json:
+        """In these words."""
+        return {"index": self.index, **said, "logprobs": logprobs, "finish_reason": reason}
+
+    def parts(self, pieces: Sequence[Piece]) -> list[Json]:
+        """What a step of the engine adds; nothing where no text became certain."""
+        text, logprobs = "".join(piece.text for piece in pieces), self.logprobs(pieces)
+        worth = text or (logprobs and any(piece.token for piece in pieces))
+        parts = [self.grown(self.form.grown(text), logprobs)] if worth else []
+        return [*parts, self.grown(self.form.grown(""), reason=self.reason)] if self.answer.ended else parts
+
+    @property
+    def reason(self) -> str:
+        return REASONS.get(self.answer.finish_reason, self.answer.finish_reason)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """All the choices of one exchange; each prompt has so many of them."""
+
+    head: Json
+    form: Form
+    choices: list[Choice]
+    per_prompt: int
+
+    def steps(self) -> Any:
+        return together([choice.answer.steps() for choice in self.choices])
+
+    def chunk(self, part: Json, with_usage: bool) -> bytes:
+        usage = {"usage": None} if with_usage else {}
+        return data({**self.head, "object": self.form.part, "choices": [part], **usage})
+
+    def usage(self) -> Json:
+        firsts = [choice.answer for choice in self.choices[:: self.per_prompt]]
+        read = sum(len(answer.request.prompt) for answer in firsts)
+        written = sum(choice.answer.completion_tokens for choice in self.choices)
+        cached = sum(answer.end.cached_tokens for answer in firsts)
+        return {
+            "prompt_tokens": read,
+            "completion_tokens": written,
+            "total_tokens": read + written,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
+
+
+async def _whole(call: Call) -> Json:
+    pieces: list[list[Piece]] = [[] for _ in call.choices]
+    async with aclosing(call.steps()) as steps:
+        async for number, step in steps:
+            pieces[number] += step
+    said = [choice.said(each) for choice, each in zip(call.choices, pieces, strict=True)]
+    return {**call.head, "object": call.form.whole, "choices": said, "usage": call.usage()}
+
+
+async def _events(call: Call, with_usage: bool) -> AsyncIterator[bytes]:
+    try:
+        async with aclosing(call.steps()) as steps:
+            for choice in call.choices:
+                if opening := call.form.opening(choice.echo):
+                    yield call.chunk(choice.grown(opening), with_usage)
+            async for number, step in steps:
+                parts = call.choices[number].parts(step)
+                yield b"".join(call.chunk(part, with_usage) for part in parts)
+    except AdapterServerError as error:
+        yield data(worded(error)[1])
+        return
+    if with_usage:
+        yield data({**call.head, "object": call.form.part, "choices": [], "usage": call.usage()})
+    yield DONE
