@@ -85,6 +85,13 @@ UNAVOIDABLE = (
     "Model has `tie_word_embeddings=True`",
     "You have requested `ensure_weight_tying`",
     r"The following (rank|alpha)_pattern keys did not match",  # PEFT's own, for models with experts
+    "Detected that the base layer has no bias term",  # BEFT
+    "Unsupported layer type",  # LN tuning, of every norm
+    "Failed to load the CUDA extension",  # BOFT
+    "Setting boft_n_butterfly_factor to 1",
+    "save_precomputed_indices=False",
+    "Sparse invariant checks are implicitly disabled",  # FRoD and SHiRA, when they run
+    "Invalid `(oft_block_size|r)`",  # OFT, which then adjusts it
     "Specified to not (save|load) ",  # seeded projections
     r"Adapter 'default': \d+ LoRA tensor\(s\) have invalid shape",  # lora_B.bias, which has one dimension
 )
@@ -298,6 +305,36 @@ ADAPTERS: dict[str, Case] = {
     "deft_para": Case(wraps(peft.DeftConfig, r=4, para=True), ONE),
     "osf": Case(wraps(peft.OSFConfig, modules_to_save=["lm_head"]), LINEAR),
     "osf_low": Case(wraps(peft.OSFConfig, effective_rank=0.9, rank_pattern={r"k_proj|v_proj": 13}), ONE),
+    "beft": Case(wraps(peft.BeftConfig), LINEAR),
+    "ln_tuning": Case(wraps(peft.LNTuningConfig, target_modules=lambda own: [own.norm]), ("llama", "gpt2", "gemma2")),
+    "road": Case(wraps(peft.RoadConfig, group_size=16), LINEAR),
+    "road_2": Case(wraps(peft.RoadConfig, group_size=8, variant="road_2"), ONE),
+    "road_4": Case(wraps(peft.RoadConfig, group_size=8, variant="road_4"), ONE),
+    "glora": Case(wraps(peft.GloraConfig, r=2, config_D_E="vector"), LINEAR),
+    "glora_vectors": Case(
+        wraps(peft.GloraConfig, config_A_B="vector", config_C="vector", config_D_E="constant"), ("qwen2",)
+    ),
+    "glora_constants": Case(wraps(peft.GloraConfig, config_A_B="constant", config_C="none"), ("qwen2",)),
+    "lokr": Case(wraps(peft.LoKrConfig, r=2), LINEAR),
+    "lokr_both": Case(wraps(peft.LoKrConfig, r=2, decompose_both=True, decompose_factor=8), ONE),
+    "oft": Case(wraps(peft.OFTConfig, oft_block_size=8), LINEAR),
+    "oft_exact": Case(wraps(peft.OFTConfig, r=5, oft_block_size=0, use_cayley_neumann=False), ONE),
+    "oft_near": Case(wraps(peft.OFTConfig, oft_block_size=8, block_share=True, coft=True, eps=0.5), ONE),
+    "boft": Case(wraps(peft.BOFTConfig, boft_block_size=4, bias="boft_only"), LINEAR),
+    "fourierft": Case(wraps(peft.FourierFTConfig, n_frequency=60, scaling=90), BOTH),
+    "waveft": Case(wraps(peft.WaveFTConfig, n_frequency=60, scaling=3), BOTH),
+    "waveft_shared_out": Case(
+        wraps(peft.WaveFTConfig, n_frequency=60, scaling=3, use_idwt=False, proportional_parameters=True), ONE
+    ),
+    "c3a": Case(wraps(peft.C3AConfig, block_size=8, block_size_pattern=lambda own: {own.down: 16}), LINEAR),
+    "randlora": Case(wraps(peft.RandLoraConfig, r=5, randlora_alpha=5), BOTH),
+    "frod": Case(wraps(peft.FrodConfig, progressbar=False, sparse_rate=0.05), BOTH),
+    "hira": Case(wraps(peft.HiraConfig, r=4), BOTH),
+    "shira": Case(wraps(peft.ShiraConfig, r=2), LINEAR),
+    "supertuning": Case(wraps(peft.SupertuningConfig, sparsity=0.9, r=2, lora_alpha=1), LINEAR),
+    "supertuning_found": Case(
+        wraps(peft.SupertuningConfig, sparsity=0.9, select_top=False, save_precomputed_indices=False), ONE
+    ),
     "prefix": Case(lambda base: PrefixTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM")),
     "prefix_projected": Case(
         lambda base: PrefixTuningConfig(
@@ -395,12 +432,13 @@ def folded(patch: AnyPatch, x: torch.Tensor, module: nn.Module, shape: ModuleSha
 
 
 @torch.no_grad()
-def differences(base: nn.Module, adapter: Adapter, peft: PeftModel) -> dict[str, str]:
+def differences(base: nn.Module, adapter: Adapter, oracle: PeftModel) -> dict[str, str]:
     """Where an adapter, applied or folded, is not what PEFT computes: {module path: how}."""
     wrong: dict[str, str] = {}
     for path, shape in describe(base).modules.items():
         x, module, patch = inputs(shape), base.get_submodule(path), adapter.patches.get(path)
-        want, plain = peft.base_model.model.get_submodule(path)(x), module(x)
+        with quiet():
+            want, plain = oracle.base_model.model.get_submodule(path)(x), module(x)
         if not same(plain if patch is None else patch.apply(x, module), want):
             wrong[path] = "apply"
         elif patch is not None and not same(folded(patch, x, module, shape), want):

@@ -58,10 +58,10 @@ def saved_expected(paths: Iterable[str], shapes: Shapes) -> Expected:
     return {f"{ROOT}{path}.{name}": shape for path in paths for name, shape in shapes.modules[path].params.items()}
 
 
-def saved_patch(take: Taker, path: str, base: Base) -> AnyPatch:
+def saved_patch(take: Taker, path: str, base: Base, inside: str = "") -> AnyPatch:
     """A module saved whole: at a Linear a weight override W' and a bias difference, elsewhere its own parameters."""
     shape = base.shapes.modules[path]
-    params = {name: take(f"{ROOT}{path}.{name}") for name in shape.params}
+    params = {name: take(f"{ROOT}{path}{inside}.{name}") for name in shape.params}
     if shape.kind not in LINEAR:
         return ParamPatch(params)
     weight = params["weight"].T.contiguous() if shape.kind == "conv1d" else params["weight"]

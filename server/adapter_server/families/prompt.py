@@ -1,7 +1,7 @@
 """Soft prompts: embeddings fed in front of the prompt's own (PEFT `tuners/prompt_tuning`, `p_tuning`, `multitask_…`).
 
-    PROMPT_TUNING, P_TUNING, CPT   embeds = prompt_embeddings [n, hidden], encoders and projections already applied
-    MULTITASK_PROMPT_TUNING        tasks[t] = prompt_embeddings ∘ (cols[t] rows[t])      [n,k] [k,hidden]
+PROMPT_TUNING, P_TUNING, CPT   embeds = prompt_embeddings [n, hidden], encoders and projections already applied
+MULTITASK_PROMPT_TUNING        tasks[t] = prompt_embeddings ∘ (cols[t] rows[t])      [n,k] [k,hidden]
 """
 
 from __future__ import annotations
@@ -29,9 +29,7 @@ VIRTUAL = frozenset(
     }
 )
 TEXT_INIT = frozenset({"prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_kwargs", "tokenizer_name_or_path"})
-ENCODER = frozenset(
-    {"encoder_dropout", "encoder_hidden_size", "encoder_num_layers", "encoder_reparameterization_type"}
-)
+ENCODER = frozenset({"encoder_dropout", "encoder_hidden_size", "encoder_num_layers", "encoder_reparameterization_type"})
 CPT = frozenset(
     {
         "cpt_mask",

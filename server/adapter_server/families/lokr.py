@@ -1,0 +1,72 @@
+"""LoKr (PEFT `tuners/lokr/layer.py`): a Kronecker product, each factor whole or itself a low rank.
+
+ΔW = s·w₁ ⊗ w₂      s = α/r      w₁ = L₁R₁, w₂ = L₂R₂  ⇒  ΔW = s·(L₁ ⊗ L₂)(R₁ ⊗ R₂), of the product of their ranks
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapter_server.errors import AdapterRefused
+from adapter_server.families.base import Family, Patch
+from adapter_server.families.options import as_number, flag, integer
+from adapter_server.families.parts import Expected
+from adapter_server.families.wrapping import TARGETS, Reader, Wrapped, Wrapping
+
+
+class LoKr(Wrapping):
+    name = "LOKR"
+    known = TARGETS | {
+        *("alpha", "alpha_pattern", "decompose_both", "decompose_factor", "init_weights", "module_dropout", "r"),
+        *("rank_dropout", "rank_dropout_scale", "rank_pattern", "use_effective_conv2d"),
+    }
+    slow = True
+    patterns = {"alpha_pattern": "alpha", "rank_pattern": "r"}  # noqa: RUF012
+
+    def tensors(self, at: Wrapped) -> Expected:
+        keys: Expected = {}
+        for name, ((out, inp), whole) in _factors(at).items():
+            low = {f"lokr_{name}_a": (out, at.rank()), f"lokr_{name}_b": (at.rank(), inp)}
+            keys |= {f"lokr_{name}": (out, inp)} if whole else low
+        return keys
+
+    def patch(self, at: Wrapped, read: Reader, common: Any) -> Patch:
+        scaling = as_number(at.config.get("alpha", 8), "alpha") / at.rank()
+        (L1, R1), (L2, R2) = (_split(read, name, whole) for name, (_, whole) in _factors(at).items())
+        if 2 * L1.shape[1] * L2.shape[1] > min(at.inp, at.out):
+            return Patch(weight=read.weight() + scaling * torch.kron(L1 @ R1, L2 @ R2))
+        return Patch(A=torch.kron(R1, R2), B=scaling * torch.kron(L1, L2))
+
+
+def _factors(at: Wrapped) -> dict[str, tuple[tuple[int, int], bool]]:
+    """{w1, w2: (its shape, whether the file holds it whole)}."""
+    factor = integer(at.config, "decompose_factor", -1, least=-1)
+    if factor == 0:
+        raise AdapterRefused("adapter_config.json: 'decompose_factor' must be -1 or positive")
+    (i1, i2), (o1, o2), r = _factorised(at.inp, factor), _factorised(at.out, factor), at.rank()
+    first = not (flag(at.config, "decompose_both") and 2 * r < max(o1, i1))
+    return {"w1": ((o1, i1), first), "w2": ((o2, i2), 2 * r >= max(o2, i2))}
+
+
+def _factorised(dimension: int, factor: int) -> tuple[int, int]:
+    """The two factors nearest to each other, the smaller no larger than `factor` (PEFT `lokr/layer.py`)."""
+    if factor > 0 and dimension % factor == 0:
+        return factor, dimension // factor
+    most = dimension if factor == -1 else factor
+    least = max(m for m in range(1, min(most, int(dimension**0.5)) + 1) if dimension % m == 0)
+    return least, dimension // least
+
+
+def _split(read: Reader, name: str, whole: bool) -> tuple[Tensor, Tensor]:
+    """L and R of a factor; a whole one's smaller side is its rank."""
+    if not whole:
+        return read(f"lokr_{name}_a"), read(f"lokr_{name}_b")
+    w = read(f"lokr_{name}")
+    out, inp = w.shape
+    return (w, torch.eye(inp)) if inp <= out else (torch.eye(out), w)
+
+
+FAMILY: Family = LoKr()
