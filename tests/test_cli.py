@@ -205,3 +205,29 @@ def test_the_demo_prints_a_curl_line_that_works() -> None:
     assert answer["adapter"] == json.loads(body)["adapter"]
     assert answer["finish_reason"] in ("eos", "stop", "length")
     assert answer["text"]
+
+
+def test_versions_are_published_rolled_back_and_deleted_by_command(root: Path, tmp_path: Path) -> None:
+    where = ("--adapters", tmp_path / "adapters")
+    (tmp_path / "adapters").mkdir()
+    folders = [tiny.save_lora(tmp_path / f"out{seed}", seed) for seed in (1, 2)]
+    versions = []
+    for folder in folders:
+        added = run("adapters", "add", folder, "--name", "shout", "--model", root / "tiny", *where)
+        assert added.exit_code == 0, added.output
+        versions.append(re.search(r"shout@(\w+) is current", added.output)[1])  # type: ignore[index]
+    assert run("adapters", "rollback", "shout", *where).output == f"shout@{versions[0]} is current\n"
+    assert f'"version": "{versions[0]}"' in run("adapters", "show", "shout", *where).output
+    again = run("adapters", "rollback", "shout", *where)
+    assert (again.exit_code, "no version before" in again.output) == (1, True)
+    assert run("adapters", "rm", "shout", *where).exit_code == 0
+    assert run("adapters", "show", "shout", *where).exit_code == 1
+
+
+@pytest.mark.parametrize("words", [("--name", "base"), ("--model", "tiny")])
+def test_an_unsound_folder_is_not_published(root: Path, tmp_path: Path, words: tuple[str, str]) -> None:
+    (tmp_path / "adapters").mkdir()
+    given = [root / "tiny" if word == "tiny" else word for word in words]
+    added = run("adapters", "add", files.write(tmp_path / "misfit"), *given, "--adapters", tmp_path / "adapters")
+    assert (added.exit_code, "error:" in added.output) == (1, True)
+    assert list((tmp_path / "adapters").iterdir()) == []

@@ -30,6 +30,7 @@ from adapter_server.errors import AdapterServerError, InvalidRequest, RequestFai
 
 if TYPE_CHECKING:
     from adapter_server.engine import Engine, Worker
+    from adapter_server.registry.publish import Publisher
     from adapter_server.registry.store import Entry, Store
     from adapter_server.text import Text
 
@@ -57,6 +58,8 @@ HELP = {
     "host": "Address to listen on",
     "port": "Port to listen on; 0: any free one",
     "adapters": "Folder of adapters, one sub-folder each",
+    "max_adapter_bytes": "Largest weights file of an adapter, such as 512M",
+    "keep_versions": "Published versions that are kept of each adapter, beside those in use",
     "max_body_bytes": "Largest body of a request",
     "request_timeout_s": "Longest time for one request, in seconds",
     "drain_timeout_s": "Time that running requests get after SIGTERM, in seconds",
@@ -80,7 +83,7 @@ class Friendly(typer.core.TyperGroup):
 
 
 app = typer.Typer(cls=Friendly, no_args_is_help=True, add_completion=False, help=__doc__.partition("\n")[0])
-adapters_app = typer.Typer(no_args_is_help=True, help="Look at the adapters folder.")
+adapters_app = typer.Typer(no_args_is_help=True, help="The adapters folder: look, check, publish, roll back, delete.")
 bench_app = typer.Typer(no_args_is_help=True, help="Measure.")
 app.add_typer(adapters_app, name="adapters")
 app.add_typer(bench_app, name="bench")
@@ -181,6 +184,8 @@ def _serve(model: str, engine: EngineConfig, server: ServerConfig, announce: Cal
     check_host(server)
     configure_logs(server.log_level)
     store, built, text = _build(model, engine, Path(server.adapters))
+    store.max_bytes = server.max_adapter_bytes
+    _publisher(store)
     from adapter_server.engine import Worker
 
     running = Server(
@@ -202,7 +207,9 @@ def _build(model: str, config: EngineConfig, adapters: Path) -> tuple[Store, Eng
         text = Text(model)
         name = DEMO_NAME if Path(model) == DEMO_BASE else None
         store = Store(adapters, reserved=(model, name or Path(model).name))
-        return store, build(model, config, store, name), text
+        built = build(model, config, store, name)
+        store.judge = built.pool.judge
+        return store, built, text
 
 
 def _quiet() -> None:
@@ -345,6 +352,47 @@ def _sound(name: str, check: Callable[[str], object]) -> bool:
         return False
     out.print(f"[green]ok[/]      {_plain(name)}", highlight=False)
     return True
+
+
+@adapters_app.command("add")
+def adapters_add(
+    folder: Annotated[Path, typer.Argument(help="A folder that PEFT saved")],
+    name: Annotated[str | None, typer.Option(help="Its name", show_default="the folder's")] = None,
+    adapters: Folder = ADAPTERS,
+    model: Annotated[str | None, typer.Option(help="Also check it against this base")] = None,
+) -> None:
+    """Publish a folder as a new version: checked whole, then current in one step."""
+    from adapter_server.registry import guard
+
+    publisher = _publisher(_store(adapters) if model is None else _build(model, EngineConfig(), adapters)[0])
+    folder = folder.absolute()
+    guard.check_files(folder)
+    config = guard.read_private(folder / guard.CONFIG, folder, guard.MAX_CONFIG_BYTES)
+    with guard.open_regular(folder / guard.WEIGHTS, folder) as weights:
+        spec = publisher.publish(name or folder.name, bytes(config), weights, source=f"folder {folder.name}")
+    out.print(f"{_plain(spec.name)}@{spec.version} is current", highlight=False)
+
+
+@adapters_app.command("rollback")
+def adapters_rollback(name: Annotated[str, typer.Argument(help="The adapter")], adapters: Folder = ADAPTERS) -> None:
+    """Go back to the version before the current one."""
+    spec = _publisher(_store(adapters)).rollback(name)
+    out.print(f"{_plain(spec.name)}@{spec.version} is current", highlight=False)
+
+
+@adapters_app.command("rm")
+def adapters_rm(name: Annotated[str, typer.Argument(help="The adapter")], adapters: Folder = ADAPTERS) -> None:
+    """Delete an adapter and its versions. A server that runs: better ask it, it knows which are in use."""
+    _publisher(_store(adapters)).delete(name)
+    out.print(f"{_plain(name)} is deleted", highlight=False)
+
+
+def _publisher(store: Store) -> Publisher:
+    from adapter_server.registry.publish import Publisher
+
+    publisher = Publisher(store)
+    publisher.recover()
+    return publisher
 
 
 def _store(folder: Path) -> Store:

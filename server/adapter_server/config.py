@@ -33,6 +33,8 @@ class ServerConfig:
     host: str = "127.0.0.1"
     port: int = 8000
     adapters: str = "./adapters"
+    max_adapter_bytes: int = 4 * GIB  # of one adapter's weights
+    keep_versions: int = 5  # published versions of each adapter
     max_body_bytes: int = 8 << 20
     request_timeout_s: float = 600.0
     drain_timeout_s: float = 30.0

@@ -78,6 +78,12 @@ def test_the_manifest_says_what_it_is(publisher: Publisher, store: Store, root: 
     assert set(sums) == {guard.CONFIG, guard.WEIGHTS}
 
 
+def test_the_first_version_makes_the_folder(tmp_path: Path) -> None:
+    store = Store(tmp_path / "new")
+    Publisher(store).publish("a", *content(1))
+    assert served(store, "a") == 1
+
+
 def test_every_version_has_an_address(publisher: Publisher, store: Store) -> None:
     specs = [publisher.publish("a", *content(seed)) for seed in (1, 2, 3)]
     for number, spec in enumerate(specs, 1):
@@ -275,7 +281,7 @@ def test_a_name_that_differs_by_case_is_refused(publisher: Publisher) -> None:
         (b"{", None, "no valid JSON"),
         (None, b"", "no safetensors"),
         (None, files.safetensors({"x": np.full(2, np.inf, np.float32)}), "NaN or infinity"),
-        (None, b"x" * 5000, "bytes, allowed are 4,000"),
+        (None, b"x" * 5000, "more than 4,000 bytes"),
     ],
 )
 def test_unsound_content_leaves_no_trace(root: Path, config: bytes | None, weights: bytes | None, fault: str) -> None:

@@ -1,4 +1,4 @@
-"""The adapters: what there is, where it is, and moving it: load, unload, pin, unpin, merge, unmerge."""
+"""The adapters: what there is and where, loading, pinning and merging them, publishing, going back and deleting."""
 
 from __future__ import annotations
 
@@ -6,14 +6,26 @@ import asyncio
 from collections.abc import Iterable
 from typing import Any, cast, get_args
 
-from fastapi import APIRouter, HTTPException, Request
+from fastapi import APIRouter, Request, Response
+from starlette.datastructures import FormData, UploadFile
+from starlette.exceptions import HTTPException
 
 from adapter_server.api.bridge import Operation, Usage
 from adapter_server.api.service import Service, note, service_of
 from adapter_server.core import Resident, Spec
-from adapter_server.errors import NotMergeable
+from adapter_server.errors import AdapterRefused, InvalidRequest, NotMergeable
+from adapter_server.registry import guard, versions
+from adapter_server.registry.publish import Publisher
 from adapter_server.registry.store import Entry
 
+FILES = (guard.CONFIG, guard.WEIGHTS)
+FORM = {
+    "type": "object",
+    "required": list(FILES),
+    "properties": {file: {"type": "string", "format": "binary"} for file in FILES},
+}
+HOW = f"send both files as multipart/form-data: curl -X PUT {' '.join(f'-F {file}=@{file}' for file in FILES)}"
+UPLOAD = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": FORM}}}}
 router = APIRouter(prefix="/adapters")
 
 
@@ -31,6 +43,41 @@ async def list_adapters(request: Request) -> dict[str, Any]:
 async def show_adapter(request: Request, name: str) -> dict[str, Any]:
     """The same for one, with every version that is served or still held."""
     return await _show(service_of(request), name)
+
+
+@router.put("/{name}", status_code=201, summary="Publish a new version", openapi_extra=UPLOAD)
+async def publish(request: Request, name: str) -> dict[str, Any]:
+    """Both files as multipart; checked whole, and compiled, before anybody sees it."""
+    service = service_of(request)
+    service.check_open()
+    form = await _form(request)
+    try:
+        config, weights = (_part(form, file) for file in FILES)
+        raw = await config.read(guard.MAX_CONFIG_BYTES + 1)
+        spec = await asyncio.to_thread(_publisher(service).publish, name, raw, weights.file, "upload")
+    except AdapterRefused as refused:
+        refused.status = 422
+        raise
+    finally:
+        await form.close()
+    note(request, x_adapter=spec.name, x_adapter_version=spec.version)
+    return await _show(service, spec.name)
+
+
+@router.post("/{name}/rollback", summary="Go back to the version before")
+async def rollback(request: Request, name: str) -> dict[str, Any]:
+    """Requests from now on get the version before; those under way finish on theirs."""
+    service = service_of(request)
+    spec = await asyncio.to_thread(_publisher(service).rollback, name)
+    note(request, x_adapter=spec.name, x_adapter_version=spec.version)
+    return await _show(service, spec.name)
+
+
+@router.delete("/{name}", status_code=204, summary="Take an adapter out of the registry")
+async def delete(request: Request, name: str) -> Response:
+    """The name and all its versions go; requests under way finish."""
+    await asyncio.to_thread(_publisher(service_of(request)).delete, name)
+    return Response(status_code=204)
 
 
 @router.post("/{name}/{operation}", summary="Load, unload, pin, unpin, merge or unmerge")
@@ -70,6 +117,27 @@ async def drop(service: Service, name: str, current: Spec | None) -> None:
         await asyncio.wrap_future(service.worker.call("unload", spec))
 
 
+def _publisher(service: Service) -> Publisher:
+    return Publisher(service.store, service.bridge.in_use, service.config.keep_versions)
+
+
+async def _form(request: Request) -> FormData:
+    """The parts, the large ones in files that go with them."""
+    try:
+        return await request.form(max_files=len(FILES), max_fields=len(FILES))
+    except HTTPException as error:
+        if error.status_code != 400:
+            raise
+        raise InvalidRequest(f"the body is no such form ({error.detail}): {HOW}") from error
+
+
+def _part(form: FormData, file: str) -> UploadFile:
+    part = form.get(file)
+    if isinstance(part, UploadFile):
+        return part
+    raise InvalidRequest(f"{file} is missing; {HOW}", param=file)
+
+
 async def _show(service: Service, name: str) -> dict[str, Any]:
     entries = await asyncio.to_thread(service.store.entries)
     entry = next((entry for entry in entries if entry.name == name), None)
@@ -77,7 +145,7 @@ async def _show(service: Service, name: str) -> dict[str, Any]:
         spec = await asyncio.to_thread(service.store.resolve, name)
         entry = Entry(spec.name, spec)
     held = residents_by_name(service.worker.stats().residents).get(entry.name, [])
-    return _view(service, entry, held) | {"versions": _versions(entry, held)}
+    return _view(service, entry, held) | {"versions": await asyncio.to_thread(_versions, service, entry, held)}
 
 
 def _view(service: Service, entry: Entry, held: list[Resident]) -> dict[str, Any]:
@@ -111,8 +179,21 @@ def _state(entry: Entry, now: Resident | None) -> str:
     return now.state if now else "registered"
 
 
-def _versions(entry: Entry, held: list[Resident]) -> list[dict[str, Any]]:
-    current = entry.spec.version if entry.spec else ""
+def _versions(service: Service, entry: Entry, held: list[Resident]) -> list[dict[str, Any]]:
+    """The current one, those published before, newest first, and what is held of others."""
+    published = {version.id: version for version in reversed(service.store.versions(entry.name))}
+    current = versions.linked(service.store.root, entry.name) or (entry.spec.version if entry.spec else "")
     states = {resident.version: resident.state for resident in held}
-    known = [current, *(version for version in states if version != current)] if current else list(states)
-    return [{"version": v, "current": v == current, "state": states.get(v, "registered")} for v in known]
+    known = dict.fromkeys([*filter(None, [current]), *published, *states])
+    return [
+        {"version": id, "current": id == current, "state": states.get(id, "registered")} | _history(published.get(id))
+        for id in known
+    ]
+
+
+def _history(version: versions.Version | None) -> dict[str, Any]:
+    """What the manifest says; a folder copied by hand has none."""
+    if version is None:
+        return {}
+    shown = ("number", "time", "source", "family", "base", "peft_version")
+    return {name: getattr(version, name) for name in shown} | {"bytes": version.size}

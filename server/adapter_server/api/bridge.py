@@ -84,6 +84,11 @@ class Bridge:
     def open_requests(self) -> int:
         return len(self._channels)
 
+    def in_use(self, name: str) -> set[str]:
+        """The versions of an adapter that open requests were admitted with. On any thread."""
+        members = (member for channel in list(self._channels.values()) for member in channel.request.members)
+        return {member.spec.version for member in members if member.spec.name == name}
+
     def submit(self, request: Request) -> Channel:
         """Admits a request, or raises what the worker raises. No event of it can be lost: they come by this loop."""
         self.worker.submit(request)

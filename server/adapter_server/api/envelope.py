@@ -12,8 +12,11 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from adapter_server.api import refusals
+from adapter_server.registry import guard
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+UPLOAD = re.compile(r"/adapters/[^/]+")
+UPLOAD_MORE = guard.MAX_CONFIG_BYTES + (1 << 20)  # beside the weights: the config and the form around both
 QUIET = frozenset({"/livez", "/readyz", "/health", "/metrics"})
 log = structlog.get_logger()
 
@@ -29,7 +32,7 @@ class Envelope:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        exchange = _Exchange(scope, receive, send, self._limit)
+        exchange = _Exchange(scope, receive, send, self._limit_of(scope))
         try:
             await exchange.run(self._app)
         except Exception:
@@ -39,6 +42,13 @@ class Envelope:
             await refusals.crash(exchange.id)(scope, receive, exchange.send)
         finally:
             exchange.report()
+
+    def _limit_of(self, scope: Scope) -> int:
+        """An upload is as large as an adapter may be."""
+        if scope["method"] != "PUT" or not UPLOAD.fullmatch(scope["path"]):
+            return self._limit
+        most: int = scope["app"].state.service.config.max_adapter_bytes
+        return most + UPLOAD_MORE
 
 
 class _Exchange:
@@ -95,7 +105,7 @@ class _Exchange:
         return time.perf_counter() - self._start
 
     def _too_large(self) -> str:
-        return f"the body has more than {self._limit:,} bytes: send less, or raise max_body_bytes"
+        return f"the body has more than {self._limit:,} bytes: send less, or raise the server's limit"
 
 
 def _request_id(asked: str) -> str:

@@ -13,7 +13,6 @@ import contextlib
 import errno
 import fcntl
 import hashlib
-import io
 import os
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -30,6 +29,7 @@ from adapter_server.registry.versions import Version
 NEW, HAND, GONE, REFUSED = ".new", ".hand-", ".gone", ".refused-"
 NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.EXDEV, errno.EOPNOTSUPP)
 KEEP = 5
+CHUNK = 1 << 20
 InUse = Callable[[str], Collection[str]]  # name → the versions that requests still need
 
 
@@ -80,11 +80,11 @@ class Publisher:
             self._sync_or(lambda: self.disk.rename(gone, place))
 
     def recover(self) -> None:
-        """Sweeps up what a kill left behind; a folder that a hand-made copy was taken from becomes its version."""
+        """Sweeps up what a kill left behind; not what another is changing, nor what the disk refuses to part with."""
         home = self.root / versions.HOME
         for name in sorted(os.listdir(home)) if home.is_dir() else ():
             if guard.NAME.fullmatch(name) and self._untidy(name, home / name):
-                with contextlib.suppress(VersionConflict), self._alone(name):
+                with contextlib.suppress(VersionConflict, StorageFailed), self._alone(name):
                     pass
 
     # Checking
@@ -125,8 +125,8 @@ class Publisher:
         """The name's shelf, locked. What the disk refuses becomes StorageFailed."""
         shelf = versions.shelf(self.root, name)
         try:
-            self._made(shelf.parent)
-            self._made(shelf)
+            for folder in (self.root, shelf.parent, shelf):
+                self._made(folder)
             with _locked(shelf, name), self._swept(name, shelf):
                 yield shelf
         except OSError as error:
@@ -264,11 +264,12 @@ class Publisher:
 
 def whole(file: IO[bytes], most: int) -> bytearray:
     """All of a file, if it is not too large: one buffer of our own, which is checked, hashed and written."""
-    size = file.seek(0, io.SEEK_END)
-    if size > most:
-        raise AdapterRefused(f"{guard.WEIGHTS}: {size:,} bytes, allowed are {most:,}: raise --max-adapter-bytes")
-    file.seek(0)
-    return bytearray(file.read(size))
+    data = bytearray()
+    while piece := file.read(CHUNK):
+        data += piece
+        if len(data) > most:
+            raise AdapterRefused(f"{guard.WEIGHTS}: more than {most:,} bytes, the limit: raise --max-adapter-bytes")
+    return data
 
 
 def _version(
