@@ -41,8 +41,9 @@ class Answer:
         self.produced = 0
         self.text = service.text
         self._end: Finished | None = None
-        hidden = () if body.ignore_eos else service.info.eos
-        self._stream = service.text.stream(request.prompt, body.stops, hidden)
+        self._ends = () if body.ignore_eos else service.info.eos
+        self._newest = -1
+        self._stream = service.text.stream(request.prompt, body.stops, self._ends)
         self._bridge = service.bridge
         self._channel: Channel = service.bridge.submit(request)
         self._watch = asyncio.create_task(self._cancel_when_gone(http))
@@ -86,6 +87,12 @@ class Answer:
         return (time.monotonic() - self.request.arrived) * 1e3
 
     @property
+    def may_end(self) -> bool:
+        """Whether the newest token ends the answer, unless the engine is cut short."""
+        full = self.produced >= self.request.sampling.max_new_tokens
+        return full or self._stream.stopped or self._newest in self._ends
+
+    @property
     def ended(self) -> bool:
         """Whether it has ended, and well."""
         return self._end is not None and self._error is None
@@ -125,6 +132,7 @@ class Answer:
 
     def _piece(self, token: Token) -> Piece:
         self.produced += 1
+        self._newest = token.id
         text = self._stream.push(token.id)
         if self._stream.stopped:
             self._bridge.cancel(self.request.id, "stop")

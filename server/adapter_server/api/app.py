@@ -11,7 +11,7 @@ import structlog
 from fastapi import APIRouter, FastAPI, Request, Response
 
 from adapter_server import __version__
-from adapter_server.api import adapters, generate, openai, refusals
+from adapter_server.api import adapters, generate, lorax, openai, refusals
 from adapter_server.api.bridge import Bridge, Worker
 from adapter_server.api.envelope import Envelope
 from adapter_server.api.resolve import Info, prompt_ids
@@ -47,7 +47,7 @@ def create_app(
     service = Service(bridge.worker, bridge, store, text, info, config, metrics)
     app = FastAPI(title="adapter-server", version=__version__, lifespan=_lifespan(service, on_death))
     app.state.service = service
-    for part in (router, generate.router, openai.router, adapters.router):
+    for part in (router, generate.router, openai.router, lorax.router, adapters.router):
         app.include_router(part)
     refusals.install(app)
     app.add_middleware(Envelope, max_body_bytes=config.max_body_bytes)
@@ -163,6 +163,7 @@ async def info(request: Request) -> dict[str, Any]:
         "lane": base.lane,
         "max_body_bytes": service.config.max_body_bytes,
         "request_timeout_s": service.config.request_timeout_s,
+        **lorax.info(base),
     }
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
+from adapter_server.api import lorax
 from adapter_server.api.answer import Answer, Piece, begin, finite, logprob_of
 from adapter_server.api.refusals import error_shape
 from adapter_server.api.schemas import GenerateBody, document, parse
@@ -25,8 +26,11 @@ router = APIRouter()
     openapi_extra=document(GenerateBody),
 )
 async def generate(request: Request) -> Response:
-    """One JSON answer, or with `stream` Server-Sent Events."""
-    body = parse(GenerateBody, await request.body())
+    """One JSON answer, or with `stream` Server-Sent Events. A body in LoRAX's form gets LoRAX's answer."""
+    raw = await request.body()
+    if lorax.spoken(raw):
+        return await lorax.generate(request, raw)
+    body = parse(GenerateBody, raw)
     answer = await begin(service_of(request), body, request)
     if body.stream:
         note(request, server_timing=f"ttft;dur={answer.age_ms:.2f}")

@@ -29,9 +29,10 @@ MinP = Annotated[float, Field(ge=0, le=1)]
 Repetition = Annotated[float, Field(gt=0, le=100)]
 Penalty = Annotated[float, Field(ge=-100, le=100)]
 Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
-Stop = StopText | Annotated[list[StopText], Field(max_length=16)]
+MOST_STOPS = 16
+Stop = StopText | Annotated[list[StopText], Field(max_length=MOST_STOPS)]
 Alternatives = Annotated[int, Field(ge=0, le=20)]
-STOPS = "text or a list of at most 16 texts of 1 to 256 characters"
+STOPS = f"text or a list of at most {MOST_STOPS} texts of 1 to 256 characters"
 Parts = tuple["type[Strict]", ...]
 Unions = Mapping[str, str]
 NOT_YET = "is not supported yet: leave it out"
