@@ -24,13 +24,13 @@ from fastapi import FastAPI
 from prometheus_client.metrics import MetricWrapperBase
 
 from adapter_server import cli
-from adapter_server.api import refusals, schemas
+from adapter_server.api import openai_bodies, refusals, schemas
 from adapter_server.api.app import create_app
 from adapter_server.api.bridge import Operation
 from adapter_server.bench.latency import latency
 from adapter_server.config import ServerConfig
 from adapter_server.errors import AdapterServerError
-from adapter_server.families import find, ia3, known, lora, options, prefix, prompt
+from adapter_server.families import find, known, lora, options, prefix, prompt
 from adapter_server.metrics import NAMESPACE, Metrics
 from adapter_server.registry import guard
 from adapter_server.registry.store import Store
@@ -341,6 +341,28 @@ def bounds(schema: Any) -> Iterator[float]:
             yield from bounds(part)
 
 
+@pytest.mark.parametrize(
+    ("heading", "model"),
+    [
+        ("POST /v1/completions", openai_bodies.CompletionBody),
+        ("POST /v1/chat/completions", openai_bodies.ChatBody),
+        ("Both", openai_bodies.CommonBody),
+    ],
+)
+def test_every_field_of_openais_dialect_is_documented(heading: str, model: type[schemas.Strict]) -> None:
+    common = openai_bodies.CommonBody.model_fields
+    own = {
+        name: info
+        for name, info in model.model_fields.items()
+        if model is openai_bodies.CommonBody or name not in common
+    }
+    rows = [cells for under, cells in tables(DOCS["api"]) if under == heading][1:]
+    assert {name for cells in rows for name in names(cells[0])} == own.keys()
+    assert [cells[2] for cells in rows] == [
+        "required" if own[cells[0].strip("`")].is_required() else "`null`" for cells in rows
+    ]
+
+
 def test_no_field_is_documented_that_there_is_not() -> None:
     known = {*schemas.GenerateBody.model_fields, *schemas.MemberBody.model_fields}
     rows = [cells for heading, cells in tables(DOCS["api"]) if heading == "POST /generate" and len(cells) == 3]
@@ -529,14 +551,13 @@ def readme_table() -> str:
 def options_of(family: Any) -> tuple[set[str], dict[str, str]]:
     """The keys of its config that are known beside those known everywhere, and those refused with the reasons."""
     module = sys.modules[type(family).__module__]
-    keys = getattr(family, "known", None) or OPTIONS[family.name]
+    keys = getattr(family, "known", None) or getattr(module, "KNOWN", None) or OPTIONS[family.name]
     refused = dict(getattr(family, "refused", None) or getattr(module, "REFUSED", {}))
     return set(keys) - refused.keys(), refused
 
 
 OPTIONS = {
     "LORA": lora.SERVED | lora.HARMLESS,
-    "IA3": ia3.KNOWN,
     "MULTITASK_PROMPT_TUNING": prompt.VIRTUAL | prompt.MULTITASK,
 }
 
