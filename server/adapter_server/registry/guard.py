@@ -97,8 +97,7 @@ def check_name(name: str, reserved: Iterable[str] = ()) -> None:
 
 def parse_config(data: Buffer) -> dict[str, Any]:
     """adapter_config.json as a dictionary whose `peft_type` is a plain word."""
-    if len(data) > MAX_CONFIG_BYTES:
-        _refuse(CONFIG, f"{len(data):,} bytes, allowed are {MAX_CONFIG_BYTES:,}: remove what PEFT did not write")
+    check_size(CONFIG, len(data), MAX_CONFIG_BYTES)
     config = _json_object(CONFIG, bytes(data), MAX_CONFIG_DEPTH, brackets=MAX_CONFIG_BYTES)
     try:
         json.dumps(config, ensure_ascii=False).encode("utf-8")
@@ -159,8 +158,7 @@ def _finite_float(text: str) -> float:
 
 def header_bytes(first: Buffer, size: int, max_bytes: int = MAX_BYTES) -> int:
     """How many bytes the length and the header take, from the file's first 8 bytes and its size."""
-    if size > max_bytes:
-        _refuse(WEIGHTS, f"{size:,} bytes, allowed are {max_bytes:,}: raise the limit or shrink the adapter")
+    check_size(WEIGHTS, size, max_bytes)
     if size < 8 or len(first) < 8:
         raise Incomplete(f"{WEIGHTS}: {size} bytes are no safetensors file: copy it again")
     length = int.from_bytes(first[:8], "little")
@@ -336,12 +334,18 @@ def open_regular(path: Path, root: Path) -> io.FileIO:
     return io.FileIO(fd, "rb")
 
 
+def check_size(file: str, size: int, most: int) -> None:
+    """Before anything is read or allocated."""
+    if size > most:
+        what = "raise --max-adapter-bytes, or shrink it" if file == WEIGHTS else "remove what PEFT did not write"
+        _refuse(file, f"{size:,} bytes, allowed are {most:,}: {what}")
+
+
 def read_private(path: Path, root: Path, most: int) -> bytearray:
     """The whole file in one buffer of our own: never mapped, so that nobody can change it after it was checked."""
     with open_regular(path, root) as file:
         size = os.fstat(file.fileno()).st_size
-        if size > most:
-            _refuse(path.name, f"{size:,} bytes, allowed are {most:,}")
+        check_size(path.name, size, most)
         data = bytearray(size)
         fill(file, memoryview(data), path.name)
         if file.read(1):

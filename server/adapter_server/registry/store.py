@@ -248,7 +248,7 @@ class Store:
         with self._lock:
             self._folders = {name: folder for name, folder in self._folders.items() if name in seen}
             self._owners = {key: name for key, name in self._owners.items() if name in seen}
-            for name in sorted(seen, key=lambda n: (n not in self._folders, seen[n].config.mtime_ns, n)):
+            for name in sorted(seen, key=lambda n: (n not in self._folders, seen[n].config.ctime_ns, n)):
                 self._take(name, seen[name], first_look)
 
     def _listed(self) -> list[str]:
