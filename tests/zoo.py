@@ -34,6 +34,7 @@ from peft import (
     VeloraConfig,
     get_peft_model,
 )
+from peft.tuners.lora.config import BdLoraConfig, KasaConfig, MontecloraConfig
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
@@ -246,6 +247,28 @@ ADAPTERS: dict[str, Case] = {
         lora(target_modules=lambda own: own.mlp, modules_to_save=lambda own: [f"{own.layers}.1.{own.block}"])
     ),
     "velora": Case(lora(velora_config=VeloraConfig(num_groups=5))),
+    "pissa": Case(lora(init_lora_weights="pissa", rank_pattern=lambda own: {own.down: 3}), BOTH),
+    "pissa_dora": Case(lora(init_lora_weights="pissa", use_dora=True), ONE),
+    "olora": Case(lora(init_lora_weights="olora", use_rslora=True), LINEAR),
+    "kasa": Case(lora(kasa_config=KasaConfig()), LINEAR),
+    "monteclora": Case(lora(monteclora_config=MontecloraConfig(num_samples=3)), BOTH),
+    "bdlora": Case(
+        lora(
+            use_bdlora=lambda own: BdLoraConfig(
+                target_modules_bd_a=["o_proj", "down"],
+                target_modules_bd_b=["q_proj", "v_proj"],
+                nblocks=2,
+                match_strict=False,
+            )
+        ),
+        LINEAR,
+    ),
+    "lora_tokens": Case(lora(trainable_token_indices=[5, 9, 13, 40]), (*BOTH, "gemma2")),
+    "lora_tokens_head": Case(lora(trainable_token_indices={"embed_tokens": [5, 9], "lm_head": [13, 40, 7]}), ONE),
+    "lora_tokens_apart": Case(lora(trainable_token_indices={"wte": [5, 9], "lm_head": [13, 40, 7]}), ("gpt2",)),
+    "trainable_tokens": Case(
+        lambda base: peft.TrainableTokensConfig(token_indices=[5, 9, 13, 40], task_type="CAUSAL_LM"), (*BOTH, "gemma2")
+    ),
     "ia3": Case(ia3),
     "ia3_saved": Case(ia3_saved, tuple(set(ARCHS) - {"gpt2"})),
     "adalora": Case(wraps(peft.AdaLoraConfig, total_step=10, init_r=4, bias="all"), BOTH),
@@ -413,10 +436,10 @@ def same(left: torch.Tensor, right: torch.Tensor) -> bool:
 
 
 def inputs(shape: ModuleShape) -> torch.Tensor:
-    """Token ids for an embedding, noise for anything else."""
+    """All token ids for an embedding, noise for anything else."""
     generator = torch.Generator().manual_seed(3)
     if shape.kind == "embedding":
-        return torch.randint(shape.inp, (3, 7), generator=generator)
+        return torch.arange(shape.inp)[None]
     width = shape.inp if shape.kind != "other" else shape.params["weight"][-1]
     return torch.randn(3, 7, width, generator=generator)
 

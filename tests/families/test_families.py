@@ -39,7 +39,9 @@ def test_what_reads_base_weights_queues_apart():
         return Spec("a", "0" * 12, "", "LORA", config, 0)
 
     assert slow(spec(use_dora=True))
-    assert not slow(spec(use_dora=False))
+    assert slow(spec(init_lora_weights="pissa"))
+    assert slow(spec(trainable_token_indices=[1]))
+    assert not slow(spec(use_dora=False, init_lora_weights="gaussian"))
     assert not slow(spec())
 
 

@@ -11,11 +11,29 @@ from collections.abc import Mapping
 from adapter_server.core import Spec
 from adapter_server.errors import AdapterRefused
 from adapter_server.families.base import Family
+from adapter_server.families.lora_variants import SUBTRACTED
+
+READS_BASE = ("kasa_config", "trainable_token_indices", "use_dora")  # options that make a quick kind slow
+
+_LANE = "it needs a lane of its own, which is not built"
+_MERGE = "merge it into a base of its own with PEFT's merge_and_unload"
+
+# The kinds of PEFT that no family serves, and why.
+REFUSED: Mapping[str, str] = {
+    "ADAMSS": f"the rows that it adapts are clustered anew at every load and are not in its file; {_MERGE}",
+    "ADAPTION_PROMPT": "it adds an attention of its own to the last layers, which no patch describes yet",
+    "LILY": f"its router averages over all tokens of a call; {_LANE}",
+    "POLY": "its weights depend on the request's task, and patches per task are not built",
+    "SHADOW": f"it runs a second network beside the base; {_LANE}",
+    "XLORA": f"it runs the base twice and mixes other adapters by what it sees; {_LANE}",
+}
 
 
 def find(peft_type: str) -> Family:
     """The family of a PEFT kind. The string comes from a file: it is a dictionary key and nothing else."""
     family = _families().get(peft_type)
+    if family is None and peft_type in REFUSED:
+        raise AdapterRefused(f"adapters of kind '{peft_type}' are not served: {REFUSED[peft_type]}")
     if family is None:
         near = difflib.get_close_matches(peft_type, known(), 1)
         hint = f"; did you mean {near[0]}?" if near else "."
@@ -25,7 +43,8 @@ def find(peft_type: str) -> Family:
 
 def slow(spec: Spec) -> bool:
     """Whether its compile reads base weights or needs an SVD, so that it must not hold up a plain LoRA."""
-    return find(spec.family).slow or bool(spec.config.get("use_dora"))
+    family, config = find(spec.family), spec.config
+    return family.slow or any(config.get(key) for key in READS_BASE) or config.get("init_lora_weights") in SUBTRACTED
 
 
 def known() -> list[str]:

@@ -15,7 +15,10 @@ from adapter_server.families.parts import Expected
 from adapter_server.families.wrapping import TARGETS, Reader, Wrapped, Wrapping
 
 _LORA = "it is LoRA's, and AdaLoRA does not define it"
-_FOREIGN = ("ensure_weight_tying", "lora_bias", "trainable_token_indices", "use_dora", "velora_config")
+_FOREIGN = (
+    *("ensure_weight_tying", "kasa_config", "lora_bias", "monteclora_config", "trainable_token_indices"),
+    *("use_bdlora", "use_dora", "velora_config"),
+)
 TRAINING = frozenset(
     {"beta1", "beta2", "deltaT", "orth_reg_weight", "target_r", "tfinal", "tinit", "total_step", "alpha_pattern"}
 )

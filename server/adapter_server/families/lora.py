@@ -1,4 +1,4 @@
-"""LoRA with what its config can ask for (PEFT `tuners/lora/`): rsLoRA, DoRA, patterns, biases, saved modules.
+"""LoRA with what its config can ask for (PEFT `tuners/lora/`): rsLoRA, DoRA, patterns, biases, tokens, saved modules.
 
 y = gain · (W' x + s·B(A x)) + b + bias        s = α/r, rsLoRA α/√r;   gain = m / ‖W' + s·BA‖ per row (DoRA)
 """
@@ -23,6 +23,7 @@ from adapter_server.families.base import (
     Patch,
     Shapes,
 )
+from adapter_server.families.lora_variants import SUBTRACTED, Variant, variant
 from adapter_server.families.options import (
     Config,
     as_integer,
@@ -51,6 +52,7 @@ from adapter_server.families.parts import (
     trained_biases,
 )
 from adapter_server.families.targets import by_pattern, saved_modules, targeted
+from adapter_server.families.trainable_tokens import ROWS, token_indices, with_rows
 
 MAX_SCALING = 1e4
 
@@ -62,14 +64,18 @@ SERVED = frozenset(
         "ensure_weight_tying",
         "exclude_modules",
         "init_lora_weights",
+        "kasa_config",
         "layers_pattern",
         "layers_to_transform",
         "lora_alpha",
         "lora_bias",
         "modules_to_save",
+        "monteclora_config",
         "r",
         "rank_pattern",
         "target_modules",
+        "trainable_token_indices",
+        "use_bdlora",
         "use_dora",
         "use_rslora",
         "velora_config",
@@ -101,13 +107,9 @@ REFUSED: Mapping[str, str] = {
     "alora_invocation_tokens": "its place of activation depends on the prompt; " + _RETRAIN,
     "arrow_config": "it routes among other adapters; publish those and name them in the request",
     "enable_lora": "it splits a fused projection; " + _MERGE,
-    "kasa_config": "it changes the base's weights; " + _MERGE,
     "layer_replication": "it changes the base's depth for everybody; " + _MERGE,
     "megatron_config": "it is sharded for Megatron; export it as a plain PEFT adapter",
-    "monteclora_config": "its sampler is part of the file; " + _MERGE,
     "target_parameters": "it adapts parameters that are no module; " + _MERGE,
-    "trainable_token_indices": "it replaces rows of the embedding; " + _MERGE,
-    "use_bdlora": "its factors are block-diagonal; " + _MERGE,
     "use_qalora": "it pools the input of a quantised base; " + _MERGE,
 }
 
@@ -132,6 +134,9 @@ class Plan:
     dora: bool
     lora_bias: bool
     velora_groups: int  # 0: no VeLoRA
+    variant: Variant
+    tokens: Mapping[str, list[int]]  # module path: its trained rows
+    tied_tokens: bool  # the head's are the embedding's
 
 
 class Lora:
@@ -144,7 +149,9 @@ class Lora:
         for path, low in plan.wrapped.items():
             keys |= _module_expected(path, low, plan, shapes)
         biases = biases_expected(plan.biases, shapes)
-        return keys | biases | copies_expected(plan.wrapped, shapes, names) | saved_expected(plan.saved, shapes)
+        tokens: Expected = {_rows_key(p, plan, shapes): (len(i), shapes.hidden) for p, i in plan.tokens.items()}
+        copies, whole = copies_expected(plan.wrapped, shapes, names), saved_expected(plan.saved, shapes)
+        return keys | biases | tokens | copies | whole
 
     def load(self, spec: Spec, tensors: Mapping[str, Tensor], base: Base) -> Adapter:
         plan, take = resolve(spec.config, base.shapes, frozenset(tensors)), Taker(tensors)
@@ -156,6 +163,9 @@ class Lora:
             patches[path] = _module_patch(take, path, low, plan, base, weights.get(path))
         for path in plan.saved:
             patches[path] = saved_patch(take, path, base)
+        rows = {key: take(key) for key in dict.fromkeys(_rows_key(p, plan, base.shapes) for p in plan.tokens)}
+        for path, indices in plan.tokens.items():
+            patches[path] = with_rows(rows[_rows_key(path, plan, base.shapes)], path, indices, base)
         for path, key in plan.biases.items():
             if path not in plan.wrapped:
                 patches[path] = bias_patch(take(key), path, base)
@@ -177,13 +187,20 @@ def resolve(config: Config, shapes: Shapes, names: frozenset[str]) -> Plan:
     groups = integer(table(config, "velora_config"), "num_groups", 64) if config.get("velora_config") else 0
     mode = choice(config, "bias", "none", ("none", "all", "lora_only"))
     biases = trained_biases(mode, shapes, paths, saved)
-    return Plan(_lows(config, paths), tuple(saved), biases, dora, lora_bias, groups)
+    form = variant(config)
+    tokens, tied_tokens = _tokens(config, shapes)
+    refuse_overlap([*paths, *biases], tokens)
+    refuse_overlap(tokens, saved)
+    if form.subtracts and {shapes.embed, shapes.head} & set(paths):
+        raise AdapterRefused("adapter_config.json: this initialisation cannot be undone at the embedding or the head")
+    lows = _lows(config, paths)
+    return Plan(lows, tuple(saved), biases, dora, lora_bias, groups, form, tokens, tied_tokens)
 
 
 def _check_init(config: Config) -> None:
     """Initialisations that change the base leave a file that means nothing over the original base."""
     init = config.get("init_lora_weights", True)
-    if init is None or isinstance(init, bool) or init in PLAIN_INITS:
+    if init is None or isinstance(init, bool) or init in (*PLAIN_INITS, *SUBTRACTED):
         return
     raise AdapterRefused(
         f"adapter_config.json: 'init_lora_weights' is {str(init)[:40]!r}, which changed the base's weights; "
@@ -206,6 +223,20 @@ def _with_tied(config: Config, shapes: Shapes, names: frozenset[str], paths: lis
     return [*paths, other] if held or one.endswith(("embed_tokens", "lm_head")) else paths
 
 
+def _tokens(config: Config, shapes: Shapes) -> tuple[dict[str, list[int]], bool]:
+    """`trainable_token_indices`: {module: tokens}, and whether a tied head shares the embedding's."""
+    key, value = "trainable_token_indices", config.get("trainable_token_indices")
+    if value is None:
+        return {}, False
+    by_name = table(config, key) if isinstance(value, Mapping) else {shapes.embed: value}
+    ends = {path: name for name in by_name for path in shapes.modules if path.endswith(name)}
+    if not ends:
+        raise AdapterRefused(f"adapter_config.json: '{key}' matches no module of this base")
+    found = {path: token_indices(by_name[name], key, path, shapes) for path, name in ends.items()}
+    tied = shapes.tied and shapes.embed in found and found.get(shapes.head) in (None, found[shapes.embed])
+    return ({**found, shapes.head: found[shapes.embed]}, True) if tied else (found, False)
+
+
 def _lows(config: Config, paths: Iterable[str]) -> dict[str, Low]:
     rank = by_pattern(config, "rank_pattern", table(config, "rank_pattern"), config.get("r", 8))
     alpha = by_pattern(config, "alpha_pattern", table(config, "alpha_pattern"), config.get("lora_alpha", 8))
@@ -220,16 +251,22 @@ def _low(rank: int, alpha: float, root: bool) -> Low:
     return Low(rank, scaling)
 
 
+def _rows_key(path: str, plan: Plan, shapes: Shapes) -> str:
+    """Where the file has a module's trained rows: the embedding's, for a head that shares them."""
+    where = shapes.embed if plan.tied_tokens and path == shapes.head else path
+    return f"{ROOT}{where}.token_adapter.{ROWS}"
+
+
 def _module_expected(path: str, low: Low, plan: Plan, shapes: Shapes) -> Expected:
     shape, key = shapes.modules[path], f"{ROOT}{path}."
     magnitude: Expected = {key + "lora_magnitude_vector": (shape.out,)} if plan.dora else {}
     if shape.kind in LINEAR:
         bias: Expected = {key + "lora_B.bias": (shape.out,)} if plan.lora_bias else {}
-        a, b = (low.rank, shape.inp), (shape.out, low.rank)
+        factors = {key + name: s for name, s in plan.variant.expected(path, low.rank, shape).items()}
         width = -(-shape.inp // plan.velora_groups) if plan.velora_groups else 0
         velora: Expected = {key + "lora_velora_embed": (width,)} if width else {}
-        return {key + "lora_A.weight": a, key + "lora_B.weight": b} | bias | magnitude | velora
-    if shape.kind == "embedding" and not plan.lora_bias:
+        return factors | bias | magnitude | velora
+    if shape.kind == "embedding" and not plan.lora_bias and plan.variant.plain:
         a, b = (low.rank, shape.inp), (shape.out, low.rank)
         return {key + "lora_embedding_A": a, key + "lora_embedding_B": b} | magnitude
     raise AdapterRefused(f"adapter_config.json: 'target_modules' names {path}, which LoRA does not apply to")
@@ -239,7 +276,7 @@ def _module_patch(take: Taker, path: str, low: Low, plan: Plan, base: Base, weig
     if base.shapes.modules[path].kind == "embedding":
         return _embedding_patch(take, path, low, plan, base, weight)
     key = f"{ROOT}{path}."
-    A, B = take(key + "lora_A.weight"), take(key + "lora_B.weight") * low.scaling  # [r,in] [out,r]
+    A, B = plan.variant.factors(take, path, low.scaling, lambda: base.weight(path))  # [r,in] [out,r]
     bias = _bias(take, path, low, plan, base)
     if plan.velora_groups:
         take(key + "lora_velora_embed")  # only the backward pass reads it (PEFT `lora/velora.py`)
