@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import random
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from adapter_server.core import Spec
-from adapter_server.engine.lowrank import SMALL, Bank, arrange, rank_class
+from adapter_server.engine import native
+from adapter_server.engine.lowrank import SMALL, Banked, LowRank, rank_class
 from adapter_server.engine.routing import Routing, Step, Use, route, running
 from adapter_server.engine.site import LinearGroup, Placed
 from adapter_server.families.base import Adapter, Patch
@@ -35,12 +38,19 @@ def patch(kind: str, out: int, rank: int) -> Patch:
 class Case:
     """A group with a bias, and adapters that touch some of its members."""
 
-    def __init__(self, seed: int, outs: tuple[int, ...] = OUTS, kinds: tuple[str, ...] = KINDS, n: int = 9) -> None:
+    def __init__(
+        self,
+        seed: int,
+        outs: tuple[int, ...] = OUTS,
+        kinds: tuple[str, ...] = KINDS,
+        n: int = 9,
+        form: LowRank | None = None,
+    ) -> None:
         torch.manual_seed(seed)
         self.random = random.Random(seed)
         self.modules = {f"m{i}": nn.Linear(IN, out).requires_grad_(False) for i, out in enumerate(outs)}
-        self.banks: dict[int, Bank] = {}
-        self.group = LinearGroup(0, self.modules, self.banks, pack=False, head=False)
+        self.form = form or Banked()
+        self.group = LinearGroup(0, self.modules, self.form, pack=False, head=False)
         self.patches: dict[Placed, dict[str, Patch]] = {}
         for i in range(n):
             self.add(f"a{i}", kinds[i % len(kinds)])
@@ -65,7 +75,7 @@ class Case:
 
     def run(self, rows: list[tuple[int, tuple[Use, ...]]]) -> tuple[Tensor, Tensor]:
         """(what the group computes, what the formula says) for the rows in packed order."""
-        rows = [rows[i] for i in arrange(rows, self.banks)]
+        rows = [rows[i] for i in self.form.arrange(rows)]
         routing = route(rows, CPU)
         x = torch.randn(routing.tokens, IN)
         with running(Step(routing, Routing(1))):
@@ -90,35 +100,42 @@ def close(got: Tensor, want: Tensor) -> bool:
     return torch.allclose(got, want, atol=2e-4, rtol=2e-4)
 
 
+def forms() -> list[Callable[[], LowRank]]:
+    """Plain torch, and the kernel where this machine can build it."""
+    kernel = native.library()
+    return [Banked] if kernel is None else [Banked, functools.partial(native.Native, kernel)]
+
+
+@pytest.mark.parametrize("form", forms(), ids=["banked", "native"][: len(forms())])
 @pytest.mark.parametrize("composed", [False, True])
 @pytest.mark.parametrize("outs", [OUTS, (10,), (8, 8, 8)])
 @pytest.mark.parametrize("most", [1, 3, 3 * SMALL])
-def test_any_mix_is_the_formula(composed: bool, outs: tuple[int, ...], most: int) -> None:
+def test_any_mix_is_the_formula(form: Callable[[], LowRank], composed: bool, outs: tuple[int, ...], most: int) -> None:
     for seed in range(12):
-        case = Case(seed, outs)
+        case = Case(seed, outs, form=form())
         for _ in range(6):  # the banks live on from step to step
             assert close(*case.run(case.rows(most, composed))), seed
 
 
-def test_64_adapters_at_once_are_64_steps_of_one() -> None:
-    case = Case(0, kinds=("lora", "dora", "bias"), n=64)
+@pytest.mark.parametrize("form", forms(), ids=["banked", "native"][: len(forms())])
+def test_64_adapters_at_once_are_64_steps_of_one(form: Callable[[], LowRank]) -> None:
+    case = Case(0, kinds=("lora", "dora", "bias"), n=64, form=form())
     rows = [(1 + i % 3, ((placed, 1.0),)) for i, placed in enumerate(case.patches)]
     assert close(*case.run(rows))
-    assert sum(len(bank.slots) for bank in case.banks.values()) == 64
 
 
 def test_banks_follow_who_comes_and_goes() -> None:
-    case = Case(1, kinds=("lora",), n=12)
+    form = Banked()
+    case = Case(1, kinds=("lora",), n=12, form=form)
     for step in range(40):
         if step % 5 == 4:
             gone = case.random.choice(list(case.patches))
-            for bank in case.banks.values():
-                bank.drop(gone)
+            form.forget(gone)
             del case.patches[gone]
             case.add(f"new{step}", "lora")
         chosen = case.random.sample(list(case.patches), case.random.randint(1, 8))
         assert close(*case.run([(1, ((placed, 1.0),)) for placed in chosen])), step
-        assert all(len(bank.slots) <= 2 * 8 for bank in case.banks.values())
+        assert all(len(bank.slots) <= 2 * 8 for bank in form.banks.values())
 
 
 def test_a_step_of_one_snapshot_skips_the_base(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,6 @@ from adapter_server.config import EngineConfig
 from adapter_server.core import Event, Finished, FinishReason, Folded, Loaded, Request, Spec, Stats, Token
 from adapter_server.engine.dense import prepare
 from adapter_server.engine.kv import Chunk, KvPool, PagePool, SlotPool, bytes_per_token
-from adapter_server.engine.lowrank import arrange
 from adapter_server.engine.model import Model, context_length, load
 from adapter_server.engine.pool import Pool
 from adapter_server.engine.routing import Routing, Step, route
@@ -302,7 +301,7 @@ class Engine:
         if self._routing is not None and self._routing[0] == key:
             return [slices[i] for i in self._routing[1]], self._routing[2]
         rows = [(s.count, s.row.uses) for s in slices]
-        places = arrange(rows, self.model.banks)
+        places = self.model.lowrank.arrange(rows)
         routing = route([rows[i] for i in places], self.model.device)
         self._routing = key, places, routing
         return [slices[i] for i in places], routing

@@ -1,9 +1,9 @@
 """The low-rank products of all adapters of a step, y += w · B (A x), for the sites that read one input.
 
-Two forms, chosen per segment:
+    large   segments of many tokens: plain products on the adapter's own tensors
+    small   all the others together, in a form of the machine's: `Native` (C, `native.py`) or `Banked` (plain torch)
 
-    large   more than SMALL tokens: two plain products on the adapter's own tensors
-    small   all the others together: rows padded to the largest count, two batched products against a bank
+Banked pads rows to the largest count, for two batched products against a bank.
 
 A `Bank` holds the adapters in use side by side, by rank class, so that a step gathers no weights:
 
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -31,7 +31,10 @@ if TYPE_CHECKING:
     from adapter_server.engine.site import LinearGroup, Placed
 
 SMALL = 8  # tokens; below, dispatch costs more than padding
+FEW = 3  # adapters; below, the plain products cost no more, and need no copy in a bank
 MIN_RANK = 4
+
+PackedRow = tuple[int, tuple[Use, ...]]  # a row's tokens in the step, and the adapters on it
 
 
 def rank_class(rank: int) -> int:
@@ -48,12 +51,9 @@ class Bank:
         self._stacks: dict[int, Stack] = {}
 
     def assign(self, active: Sequence[Placed]) -> None:
-        """Give every active adapter a slot. Idle ones stay until a slot is wanted or most are idle."""
-        if len(self.slots) > 2 * len(active):
-            self.slots = []
-        held = set(self.slots)
+        """Give every active adapter a slot. Idle ones keep theirs until it is wanted: they may be back soon."""
+        held, wanted = set(self.slots), set(active)
         new = [p for p in active if p not in held]
-        wanted = set(active)
         for i, placed in enumerate(self.slots):
             if new and placed not in wanted:
                 self.slots[i] = new.pop(0)
@@ -85,7 +85,7 @@ class Stack:
         self.Bt: list[Tensor] = []
 
     def sync(self, slots: Sequence[Placed | None]) -> None:
-        if len(slots) > len(self.A) or len(slots) * 4 < len(self.A):
+        if len(slots) > len(self.A):
             self._allocate(1 << max(0, len(slots) - 1).bit_length())
         for i, placed in enumerate(slots):
             if self.filled[i] is not placed:
@@ -118,7 +118,8 @@ class Layout:
     """Where the small segments of one rank class stand. slots · count padded places, `span` the tokens they cover.
 
     `gather` [slots · count] picks a token for each place (None: the tokens stand in place order already);
-    `scatter` [tokens of the span] picks a place for each token; `weights` [slots, count, 1] or None.
+    `scatter` [tokens of the span] picks a place for each token, the one past the end where it is nobody's (`holes`);
+    `weights` [slots, count, 1] or None.
     """
 
     bank: Bank
@@ -127,58 +128,116 @@ class Layout:
     span: slice
     gather: Tensor | None
     scatter: Tensor | None
+    holes: bool
     weights: Tensor | None
 
 
-def layouts(routing: Routing, banks: dict[int, Bank], device: torch.device) -> tuple[list[Layout], list[Segment]]:
-    """The step's small segments by rank class, and the large ones. Made once a routing, shared by all groups."""
-    small: dict[int, list[Segment]] = {}
-    large: list[Segment] = []
-    for segment in routing.segments:
-        if not segment.placed.rank:
-            continue
-        rank = rank_class(segment.placed.rank)
-        slotted = rank in banks and segment.placed in banks[rank].slots
-        if slotted and segment.sole and segment.count <= SMALL and isinstance(segment.tokens, slice):
-            small.setdefault(rank, []).append(segment)
-        else:
-            large.append(segment)
-    return [_layout(banks[rank], segments, device) for rank, segments in small.items()], large
+class Adder(Protocol):
+    """The small segments of a routing at one group, ready to run."""
+
+    def add(self, y: Tensor, x: Tensor) -> None:
+        """y [T, outs] += w · B (A x)."""
 
 
-def arrange(rows: Sequence[tuple[int, tuple[Use, ...]]], banks: dict[int, Bank]) -> list[int]:
-    """The order in which rows are packed: adapter by adapter, small ones in the order of their slots.
+class LowRank(Protocol):
+    """A form in which small segments run."""
 
-    Rows are (tokens, adapters on them). Gives the adapters of small segments their slots.
-    """
-    counts: dict[Placed, int] = {}
-    for n, uses in rows:
+    def arrange(self, rows: Sequence[PackedRow]) -> list[int]:
+        """The order in which a step's rows are packed: adapter by adapter."""
+
+    def plan(
+        self, group: LinearGroup, routing: Routing, touching: Sequence[Segment]
+    ) -> tuple[Sequence[Adder], Sequence[Segment]]:
+        """Who runs small, and what is left to run large, of the segments with a low rank at this group."""
+
+    def forget(self, placed: Placed) -> None:
+        """An adapter has been evicted."""
+
+
+def by_adapter(rows: Sequence[PackedRow]) -> list[int]:
+    """The base's rows first, then adapter by adapter in order of appearance."""
+    first: dict[Placed, int] = {}
+    for _, uses in rows:
         for placed, _ in uses:
-            counts[placed] = counts.get(placed, 0) + n
-    small: dict[int, list[Placed]] = {}
-    for placed, n in counts.items():
-        if placed.rank:
-            small.setdefault(rank_class(placed.rank), []).extend([placed] if n <= SMALL else [])
-    for rank, active in small.items():
-        banks.setdefault(rank, Bank(rank)).assign(active)
-    place = {p: (rank, i) for rank, bank in banks.items() for i, p in enumerate(bank.slots) if p in counts}
-    first = {placed: i for i, placed in enumerate(counts)}
-
-    def key(i: int) -> tuple[int, int, int]:
-        uses = rows[i][1]
-        return (0, 0, 0) if not uses else (*place.get(uses[0][0], (1, 0)), first[uses[0][0]])
-
-    return sorted(range(len(rows)), key=key)
+            first.setdefault(placed, len(first))
+    return sorted(range(len(rows)), key=lambda i: first[rows[i][1][0][0]] if rows[i][1] else -1)
 
 
-def _layout(bank: Bank, segments: list[Segment], device: torch.device) -> Layout:
+class Banked:
+    """`LowRank` in plain torch: batched products against banks, by rank class."""
+
+    def __init__(self) -> None:
+        self.banks: dict[int, Bank] = {}
+
+    def arrange(self, rows: Sequence[PackedRow]) -> list[int]:
+        """Adapter by adapter, small ones in the order of their slots, which they are given here."""
+        counts: dict[Placed, int] = {}
+        for n, uses in rows:
+            for placed, _ in uses:
+                counts[placed] = counts.get(placed, 0) + n
+        small: dict[int, list[Placed]] = {}
+        for placed, n in counts.items():
+            if placed.rank and n <= SMALL:
+                small.setdefault(rank_class(placed.rank), []).append(placed)
+        for rank, active in small.items():
+            if len(active) >= FEW:
+                self.banks.setdefault(rank, Bank(rank)).assign(active)
+        place = {p: (rank, i) for rank, bank in self.banks.items() for i, p in enumerate(bank.slots)}
+        order = by_adapter(rows)
+        return sorted(order, key=lambda i: place.get(rows[i][1][0][0], (1, 0)) if rows[i][1] else (0, 0))
+
+    def plan(
+        self, group: LinearGroup, routing: Routing, touching: Sequence[Segment]
+    ) -> tuple[list[Adder], list[Segment]]:
+        if "layouts" not in routing.shared:
+            routing.shared["layouts"] = self._layouts(routing, group.device)
+        made, large = routing.shared["layouts"]
+        runs = [(layout, _touched(layout, group, touching)) for layout in made]
+        return [Small(layout, group, run) for layout, run in runs if run], [s for s in large if s in touching]
+
+    def forget(self, placed: Placed) -> None:
+        for bank in self.banks.values():
+            bank.drop(placed)
+
+    def _layouts(self, routing: Routing, device: torch.device) -> tuple[list[Layout], list[Segment]]:
+        """The step's small segments by rank class, and the large ones. Made once a routing, shared by all groups."""
+        small: dict[int, list[Segment]] = {}
+        large: list[Segment] = []
+        for segment in routing.segments:
+            rank = rank_class(segment.placed.rank)
+            if rank in self.banks and _is_small(segment) and segment.placed in self.banks[rank].slots:
+                small.setdefault(rank, []).append(segment)
+            elif rank:
+                large.append(segment)
+        made: list[Layout] = []
+        for rank, segments in small.items():
+            slots = 1 + max(self.banks[rank].slots.index(s.placed) for s in segments)
+            if len(segments) < FEW or len(segments) * 3 < slots:  # mostly idle: not worth reading
+                large += segments
+            else:
+                made.append(_layout(self.banks[rank], slots, segments, device))
+        return made, large
+
+
+def _is_small(segment: Segment) -> bool:
+    return segment.sole and segment.count <= SMALL and isinstance(segment.tokens, slice)
+
+
+def _touched(layout: Layout, group: LinearGroup, touching: Sequence[Segment]) -> list[int]:
+    """The runs of which some adapter of the layout touches a member."""
+    slots = set(layout.bank.slots)
+    pairs = [s.placed.groups[group.index].pairs for s in touching if s.placed in slots]
+    return [i for i, run in enumerate(group.runs) if any(pair[m] for pair in pairs for m in run)]
+
+
+def _layout(bank: Bank, slots: int, segments: list[Segment], device: torch.device) -> Layout:
     count = max(s.count for s in segments)
     slot_of = {placed: i for i, placed in enumerate(bank.slots)}
     starts = [s.tokens.start for s in segments if isinstance(s.tokens, slice)]
     span = slice(min(starts), max(start + s.count for start, s in zip(starts, segments, strict=True)))
-    gather = [0] * (len(bank.slots) * count)
-    scatter = [-1] * (span.stop - span.start)
-    weights = torch.ones(len(bank.slots), count, 1)
+    nobody = slots * count
+    gather, scatter = [0] * nobody, [nobody] * (span.stop - span.start)
+    weights = torch.ones(slots, count, 1)
     for start, segment in zip(starts, segments, strict=True):
         place = slot_of[segment.placed] * count
         for i in range(segment.count):
@@ -186,56 +245,50 @@ def _layout(bank: Bank, segments: list[Segment], device: torch.device) -> Layout
             scatter[start - span.start + i] = place + i
         if segment.weights is not None:
             weights[slot_of[segment.placed], : segment.count] = segment.weights.cpu()
-    weighted = bool((weights != 1).any())
-    if scatter == list(range(len(gather))):
-        return Layout(bank, len(bank.slots), count, span, None, None, weights.to(device) if weighted else None)
-    return _scattered(bank, count, span, gather, scatter, weights if weighted else None, device)
-
-
-def _scattered(
-    bank: Bank,
-    count: int,
-    span: slice,
-    gather: list[int],
-    scatter: list[int],
-    weights: Tensor | None,
-    device: torch.device,
-) -> Layout:
-    """Places that are not the tokens in order. A token of the span that is nobody's reads the last, zero place."""
-    nobody = len(gather)
-    scatter = [nobody if place < 0 else place for place in scatter]
+    ordered = scatter == list(range(nobody))
     return Layout(
         bank,
-        len(bank.slots),
+        slots,
         count,
         span,
-        torch.tensor(gather, device=device),
-        torch.tensor(scatter, device=device),
-        None if weights is None else weights.to(device),
+        None if ordered else torch.tensor(gather, device=device),
+        None if ordered else torch.tensor(scatter, device=device),
+        nobody in scatter,
+        weights.to(device) if bool((weights != 1).any()) else None,
     )
 
 
-def add_small(y: Tensor, x: Tensor, layout: Layout, group: LinearGroup, runs: Sequence[int]) -> None:
-    """y [T, outs] += w · B (A x) for the small segments of one rank class."""
-    stack, n, count = layout.bank.stack(group), layout.slots, layout.count
-    xs = x[layout.span]
-    xs = xs if layout.gather is None else xs.index_select(0, layout.gather)
-    s = torch.bmm(xs.view(n, count, -1), stack.A[:n].transpose(1, 2))
-    s = s if layout.weights is None else s * layout.weights
-    s = s.view(n, count, len(group.outs), -1).transpose(1, 2)  # [slots, members, count, rank]
-    for i in runs:
-        run, Bt = group.runs[i], stack.Bt[i][:n].flatten(0, 1)
-        d = torch.bmm(s[:, run.start : run.stop].reshape(-1, count, layout.bank.rank), Bt)
-        d = d.view(n, len(run), count, -1).transpose(1, 2)  # [slots, count, alike, out]
-        target = y[layout.span, group.columns[run.start].start : group.columns[run.stop - 1].stop]
-        if layout.scatter is None:
-            target.view(d.shape).add_(d)
-        else:
-            target.add_(_spread(d.reshape(n * count, -1), layout.scatter))
+class Small:
+    """The small segments of one rank class at one group: batched products, on views that are made once a routing."""
+
+    def __init__(self, layout: Layout, group: LinearGroup, runs: Sequence[int]) -> None:
+        stack, n = layout.bank.stack(group), layout.slots
+        self.layout, self.members = layout, len(group.outs)
+        self.A = stack.A[:n].transpose(1, 2)
+        self.runs = [(group.runs[i], group.span(group.runs[i]), stack.Bt[i][:n].flatten(0, 1)) for i in runs]
+
+    def add(self, y: Tensor, x: Tensor) -> None:
+        """y [T, outs] += w · B (A x)."""
+        layout, n, count = self.layout, self.layout.slots, self.layout.count
+        xs = x[layout.span]
+        xs = xs if layout.gather is None else xs.index_select(0, layout.gather)
+        s = torch.bmm(xs.view(n, count, -1), self.A)
+        s = s if layout.weights is None else s * layout.weights
+        s = s.view(n, count, self.members, -1).transpose(1, 2)  # [slots, members, count, rank]
+        for run, columns, Bt in self.runs:
+            d = torch.bmm(s[:, run.start : run.stop].reshape(-1, count, layout.bank.rank), Bt)
+            d = d.view(n, len(run), count, -1).transpose(1, 2)  # [slots, count, alike, out]
+            target = y[layout.span, columns]
+            if layout.scatter is None:
+                target.view(d.shape).add_(d)
+            else:
+                target.add_(_spread(d.reshape(n * count, -1), layout))
 
 
-def _spread(d: Tensor, scatter: Tensor) -> Tensor:
-    return torch.nn.functional.pad(d, (0, 0, 0, 1)).index_select(0, scatter)
+def _spread(d: Tensor, layout: Layout) -> Tensor:
+    """[places, width] → [tokens of the span, width], zeros for who is nobody's."""
+    d = torch.nn.functional.pad(d, (0, 0, 0, 1)) if layout.holes else d
+    return d.index_select(0, layout.scatter) if layout.scatter is not None else d
 
 
 def add_large(y: Tensor, x: Tensor, segment: Segment, group: LinearGroup) -> None:

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from adapter_server.engine import native
 from adapter_server.engine.attention import NAME, Probe, set_probe
 from adapter_server.engine.kv import LayerShape
-from adapter_server.engine.lowrank import Bank
+from adapter_server.engine.lowrank import Banked, LowRank
 from adapter_server.engine.routing import Routing, Step, current, running
 from adapter_server.engine.site import LinearGroup, ModuleSite, Placed, Prefix, group_by_input
 from adapter_server.errors import AdapterRefused, BaseNotSupported
@@ -49,7 +50,7 @@ class Model:
         self.module = module.eval().requires_grad_(False)
         self.device, self.dtype = module.device, module.dtype
         self.base = ModelBase(module)
-        self.banks: dict[int, Bank] = {}
+        self.lowrank = _form(self.device, self.dtype)
         self._modules = dict(module.named_modules())
         self._sites: dict[str, ModuleSite] = {}
         self._adopt()
@@ -102,7 +103,7 @@ class Model:
             for part in self._alike(list(dict.fromkeys(paths)), head):
                 modules = {p: self._modules[p] for p in part}
                 is_head = any(module is head for module in modules.values())
-                groups.append(LinearGroup(len(groups), modules, self.banks, pack, is_head))
+                groups.append(LinearGroup(len(groups), modules, self.lowrank, pack, is_head))
                 groups[-1].install(modules)
         return groups
 
@@ -142,8 +143,7 @@ class Model:
                 self._sites[path] = ModuleSite(path, self._modules[path], self._axes[path])
 
     def forget(self, placed: Placed) -> None:
-        for bank in self.banks.values():
-            bank.drop(placed)
+        self.lowrank.forget(placed)
 
     def split(self, counts: list[int]) -> list[list[int]]:
         """Which of a step's rows, by their counts of tokens, run in one forward: here all of them."""
@@ -177,6 +177,12 @@ class Model:
             sha.update(name.encode())
             sha.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
         return sha.hexdigest()
+
+
+def _form(device: torch.device, dtype: torch.dtype) -> LowRank:
+    """The fastest form of the low-rank products that this machine has."""
+    kernel = native.library() if device.type == "cpu" and dtype == torch.float32 else None
+    return Banked() if kernel is None else native.Native(kernel)
 
 
 def _as_seen(shapes: Shapes, layers: Mapping[int, LayerShape]) -> Shapes:

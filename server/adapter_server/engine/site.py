@@ -11,6 +11,7 @@ A `Site` replaces a module's `forward` (never the module) and holds no adapter. 
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adapter_server.engine.lowrank import Bank, Layout, add_large, add_small, layouts
+from adapter_server.engine.lowrank import Adder, LowRank, add_large
 from adapter_server.engine.routing import Routing, Segment, current
 from adapter_server.families.base import Adapter, AnyPatch, Patch, linear_params
 
@@ -48,7 +49,7 @@ class Product:
         return own * (1 if self.packed is None else 2) + (0 if self.bias is None else self.bias.nbytes)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class GroupPatch:
     """An adapter's patches at one group, laid out for the run.
 
@@ -61,6 +62,13 @@ class GroupPatch:
     add: Tensor | None = None  # [outs]
     shift: Tensor | None = None  # [in], in_scale − 1: x + shift ⊙ x
     product: Product | None = None  # replaces the base's, and all the above
+
+    @functools.cached_property
+    def addresses(self) -> tuple[int, ...]:
+        """A and R, and per member Bt and its rank, as `lowrank.c` takes them; 0 for none."""
+        pairs = [(0, 0) if pair is None else (pair[1].data_ptr(), pair[1].shape[0]) for pair in self.pairs]
+        A = (0, 0) if self.A is None else (self.A.data_ptr(), self.A.shape[0])
+        return (*A, *(value for pair in pairs for value in pair))
 
     @property
     def bytes(self) -> int:
@@ -109,7 +117,7 @@ class Plan:
     in_scale: Tensor | None = None  # [uses, in]
     mul: Tensor | None = None  # [uses, outs]
     add: Tensor | None = None  # [uses, outs]
-    small: Sequence[tuple[Layout, tuple[int, ...]]] = ()  # with the runs that are touched
+    small: Sequence[Adder] = ()
     large: Sequence[Segment] = ()
     replaced: Sequence[tuple[Segment, Product]] = ()
 
@@ -117,10 +125,8 @@ class Plan:
 class LinearGroup:
     """Linears that read the same input. `columns[m]` is where member m's outputs stand in the group's [T, outs]."""
 
-    def __init__(
-        self, index: int, modules: Mapping[str, nn.Module], banks: dict[int, Bank], pack: bool, head: bool
-    ) -> None:
-        self.index, self.banks, self.pack, self.head = index, banks, pack, head
+    def __init__(self, index: int, modules: Mapping[str, nn.Module], lowrank: LowRank, pack: bool, head: bool) -> None:
+        self.index, self.lowrank, self.pack, self.head = index, lowrank, pack, head
         self.paths = tuple(modules)
         params = [linear_params(module) for module in modules.values()]
         self.outs = tuple(weight.shape[0] for weight, _ in params)
@@ -176,8 +182,8 @@ class LinearGroup:
             y.addcmul_(plain, plan.mul[use_of])
         if plan.add is not None:
             y.add_(plan.add[use_of])
-        for layout, runs in plan.small:
-            add_small(y, x, layout, self, runs)
+        for small in plan.small:
+            small.add(y, x)
         for segment in plan.large:
             add_large(y, x, segment, self)
         for segment, product in plan.replaced:
@@ -201,27 +207,19 @@ class LinearGroup:
         replaced = [(s, patch.product) for s, patch in here if patch.product is not None]
         if len(replaced) == 1 and replaced[0][0].count == routing.tokens and _is_alone(replaced[0][0]):
             return Plan(whole=replaced[0][1])
-        small, large = self._layouts(routing)
-        touched = {s.placed for s, patch in here if patch.A is not None}
+        small, large = self.lowrank.plan(self, routing, [s for s, patch in here if patch.A is not None])
         return Plan(
             in_scale=None if (shift := self._vectors(routing, "shift")) is None else shift + 1,
             mul=self._vectors(routing, "mul"),
             add=self._vectors(routing, "add"),
-            small=[(layout, runs) for layout in small if (runs := self._runs(layout, touched))],
-            large=[s for s in large if s.placed in touched],
+            small=small,
+            large=large,
             replaced=replaced,
         )
 
-    def _layouts(self, routing: Routing) -> tuple[list[Layout], list[Segment]]:
-        if "layouts" not in routing.shared:
-            routing.shared["layouts"] = layouts(routing, self.banks, self.device)
-        made: tuple[list[Layout], list[Segment]] = routing.shared["layouts"]
-        return made
-
-    def _runs(self, layout: Layout, touched: set[Placed]) -> tuple[int, ...]:
-        """The runs of which some adapter of the layout touches a member."""
-        pairs = [p.groups[self.index].pairs for p in layout.bank.slots if p is not None and p in touched]
-        return tuple(i for i, run in enumerate(self.runs) if any(pair[m] for pair in pairs for m in run))
+    def span(self, run: range) -> slice:
+        """Where the outputs of neighbouring members stand."""
+        return slice(self.columns[run.start].start, self.columns[run.stop - 1].stop)
 
     def _vectors(self, routing: Routing, name: str) -> Tensor | None:
         """[uses, width]: Σ wᵢ vᵢ for each distinct set of adapters; None where no adapter of the step has one."""

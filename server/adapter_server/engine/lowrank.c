@@ -1,0 +1,125 @@
+/* The low-rank products of a step's segments at one site group, in one call, float32:
+ *
+ *     y[t, columns of m] += w[t] * Bt_m^T (A_m x[t])        for every token t of every segment, every member m
+ *
+ * A segment is `count` neighbouring tokens of one adapter; its tensors are read where they stand, once per TILE tokens.
+ * Rows of A and columns of y are shared out among the threads, and each number is computed whole by one of them in one
+ * order, so that the result depends neither on how many there are nor on what else is in the step.
+ *
+ * Build: cc -O3 -march=native -fopenmp (native.py). Layout of `segments`, int64 per segment:
+ *     start, count, weights, A, R, then per member: Bt, rank           pointers as integers, 0 for none
+ * A is [R, in] with the members' rows one after another, Bt [rank, out], weights [count].
+ */
+#include <stdint.h>
+
+enum { START, COUNT, WEIGHTS, A, RANKS, MEMBERS };
+enum { TILE = 4 }; /* tokens, rows of A, and vectors of columns that are held in registers together */
+#ifdef __AVX512F__
+enum { LANES = 16 };
+#else
+enum { LANES = 8 };
+#endif
+enum { CHUNK = TILE * LANES };
+
+typedef float vector __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float))));
+typedef int64_t i64;
+
+static inline float *at(i64 pointer) { return (float *)(intptr_t)pointer; }
+
+static inline i64 least(i64 a, i64 b) { return a < b ? a : b; }
+
+/* s[c][r] for `rows` rows of A and `tokens` of x: both constants where this is called. */
+static inline __attribute__((always_inline)) void dots(const float *a, const float *x, i64 in, float *s, i64 ranks,
+                                                       const int rows, const int tokens) {
+    vector sum[TILE][TILE] = {0};
+    i64 k = 0;
+    for (; k + LANES <= in; k += LANES)
+        for (int r = 0; r < rows; r++)
+            for (int c = 0; c < tokens; c++)
+                sum[r][c] += *(const vector *)(a + r * in + k) * *(const vector *)(x + c * in + k);
+    for (int r = 0; r < rows; r++)
+        for (int c = 0; c < tokens; c++) {
+            float total = 0;
+            for (int i = 0; i < LANES; i++) total += sum[r][c][i];
+            for (i64 j = k; j < in; j++) total += a[r * in + j] * x[c * in + j];
+            s[c * ranks + r] = total;
+        }
+}
+
+/* Up to TILE rows of A from row r, all tokens of the segment. */
+static void shrink(const i64 *seg, const float *x, i64 in, float *s, i64 r) {
+    const i64 rows = least(TILE, seg[RANKS] - r), count = seg[COUNT];
+    const float *a = at(seg[A]) + r * in, *from = x + seg[START] * in;
+    i64 c = 0;
+    if (rows == TILE)
+        for (; c + TILE <= count; c += TILE) dots(a, from + c * in, in, s + c * seg[RANKS] + r, seg[RANKS], TILE, TILE);
+    for (; c < count; c++) {
+        if (rows == TILE)
+            dots(a, from + c * in, in, s + c * seg[RANKS] + r, seg[RANKS], TILE, 1);
+        else
+            for (i64 i = 0; i < rows; i++)
+                dots(a + i * in, from + c * in, in, s + c * seg[RANKS] + r + i, seg[RANKS], 1, 1);
+    }
+    if (seg[WEIGHTS])
+        for (c = 0; c < count; c++)
+            for (i64 i = 0; i < rows; i++) s[c * seg[RANKS] + r + i] *= at(seg[WEIGHTS])[c];
+}
+
+/* y[c][CHUNK columns] += s[c] Bt for `tokens` tokens, a constant where this is called. */
+static inline __attribute__((always_inline)) void combine(const float *s, i64 ranks, const float *bt, i64 rank, i64 out,
+                                                          float *y, i64 width, const int tokens) {
+    vector sum[TILE][TILE] = {0};
+    for (i64 r = 0; r < rank; r++)
+        for (int v = 0; v < TILE; v++)
+            for (int c = 0; c < tokens; c++)
+                sum[c][v] += s[c * ranks + r] * *(const vector *)(bt + r * out + v * LANES);
+    for (int c = 0; c < tokens; c++)
+        for (int v = 0; v < TILE; v++) *(vector *)(y + c * width + v * LANES) += sum[c][v];
+}
+
+static void expand(const i64 *seg, const float *s, const float *bt, i64 rank, i64 out, float *y, i64 width, i64 from) {
+    float *to = y + seg[START] * width + from;
+    const i64 ranks = seg[RANKS], count = seg[COUNT];
+    bt += from;
+    if (out - from < CHUNK) { /* the last columns */
+        for (i64 c = 0; c < count; c++)
+            for (i64 k = 0; k < out - from; k++) {
+                float sum = 0;
+                for (i64 r = 0; r < rank; r++) sum += s[c * ranks + r] * bt[r * out + k];
+                to[c * width + k] += sum;
+            }
+        return;
+    }
+    i64 c = 0;
+    for (; c + TILE <= count; c += TILE)
+        combine(s + c * ranks, ranks, bt, rank, out, to + c * width, width, TILE);
+    for (; c + 2 <= count; c += 2) combine(s + c * ranks, ranks, bt, rank, out, to + c * width, width, 2);
+    for (; c < count; c++) combine(s + c * ranks, ranks, bt, rank, out, to + c * width, width, 1);
+}
+
+/* scratch holds the shrunk tokens: offsets[i] is where segment i's begin. most is the largest R of all segments. */
+void lowrank_add(float *y, i64 width, const float *x, i64 in, const i64 *segments, i64 n, const i64 *outs, i64 members,
+                 i64 most, float *scratch, const i64 *offsets, int threads) {
+    const i64 stride = MEMBERS + 2 * members;
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for collapse(2) schedule(dynamic, 2)
+        for (i64 i = 0; i < n; i++)
+            for (i64 r = 0; r < most; r += TILE)
+                if (r < segments[i * stride + RANKS]) shrink(segments + i * stride, x, in, scratch + offsets[i], r);
+        i64 column = 0;
+        for (i64 m = 0; m < members; m++) {
+#pragma omp for collapse(2) schedule(dynamic, 4) nowait
+            for (i64 i = 0; i < n; i++)
+                for (i64 from = 0; from < outs[m]; from += CHUNK) {
+                    const i64 *seg = segments + i * stride, *member = seg + MEMBERS;
+                    i64 row = 0;
+                    for (i64 before = 0; before < m; before++) row += member[2 * before + 1];
+                    if (member[2 * m])
+                        expand(seg, scratch + offsets[i] + row, at(member[2 * m]), member[2 * m + 1], outs[m],
+                               y + column, width, from);
+                }
+            column += outs[m];
+        }
+    }
+}
