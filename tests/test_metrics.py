@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from prometheus_client.parser import text_string_to_metric_families
 
 from adapter_server.core import Finished, Folded, Loaded, Member, Request, Resident, Spec, Stats, Token
@@ -117,3 +119,27 @@ def test_a_late_admission_of_a_removed_adapter_is_forgotten_when_read() -> None:
     metrics = Metrics()
     ask(metrics, "r", Member(Spec("gone", "000000000000", "", "LORA", {}, 0)))
     assert not [labels for _, labels in samples(metrics) if "gone" in labels]
+
+
+def test_a_gateway_reads_one_sample_of_each_name_it_knows() -> None:
+    metrics = Metrics(gateway=True)
+    held = (
+        Resident("shout", "2", "ready", "LORA"),
+        Resident("shout", "1", "loading", "LORA"),
+        Resident("a", "1", "ready", "LORA", waiting=1),
+        Resident("c", "1", "loading", "LORA"),
+    )
+    samples(metrics)
+    found = samples(metrics, Stats(running=3, waiting=2, kv_used_tokens=5, kv_total_tokens=20, residents=held))
+    ours = {name: (labels, value) for (name, labels), value in found.items() if name.startswith("vllm:")}
+    assert ours["vllm:num_requests_running"] == ((), 3)
+    assert ours["vllm:num_requests_waiting"] == ((), 2)
+    assert ours["vllm:kv_cache_usage_perc"] == ((), 0.25)
+    labels, when = ours["vllm:lora_requests_info"]
+    assert labels == ("3", "a,shout", "c")
+    assert abs(when - time.time()) < 60
+    assert len(ours) == len([name for name, _ in found if name.startswith("vllm:")]) == 4
+
+
+def test_a_gateways_names_are_off_unless_asked_for() -> None:
+    assert not [name for name, _ in samples(Metrics()) if name.startswith("vllm:")]

@@ -64,6 +64,9 @@ HELP = {
     "request_timeout_s": "Longest time for one request, in seconds",
     "drain_timeout_s": "Time that running requests get after SIGTERM, in seconds",
     "insecure": "Listen on an address that others can reach, without keys",
+    "api_key": "Key that may ask, sent as Authorization: Bearer; may be repeated",
+    "admin_key": "Key that may also change adapters; may be repeated",
+    "gateway_metrics": "Also report metrics by the names that LoRA-aware gateways read",
     "log_level": "How much the log says",
 }
 
@@ -134,7 +137,10 @@ def _names(kind: type[Any]) -> list[str]:
 
 
 def _take(kind: type[Any], given: dict[str, Any]) -> Any:
-    return kind(**{name: given.pop(name) for name in _names(kind) if name in given})
+    """The flags that were given, or have a default; a repeated one is a tuple."""
+    taken = {name: given.pop(name) for name in _names(kind) if name in given}
+    settings = {name: value for name, value in taken.items() if value is not None}
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()})
 
 
 def _flag(kind: type[Any], name: str) -> inspect.Parameter:
@@ -143,6 +149,9 @@ def _flag(kind: type[Any], name: str) -> inspect.Parameter:
     limits: dict[str, Any] = {"min": 0 if name in MAY_BE_0 else 1} if kind_of_value is int else {}
     if name.endswith("_bytes"):
         limits = {"parser": parse_bytes, "metavar": "<bytes>"}
+    if kind_of_value == tuple[str, ...]:
+        default, kind_of_value = None, list[str] | None
+        limits = {"metavar": "<key>"}
     option = typer.Option(envvar=ENV + name.upper(), help=HELP[name], **limits)
     hint = Annotated[kind_of_value, option]  # type: ignore[valid-type]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
@@ -179,7 +188,8 @@ def _welcome(store: Store, address: str) -> None:
 
 
 def _serve(model: str, engine: EngineConfig, server: ServerConfig, announce: Callable[[Store, str], None]) -> None:
-    from adapter_server.api.server import Server, check_host, configure_logs
+    from adapter_server.api.access import check_host
+    from adapter_server.api.server import Server, configure_logs
 
     check_host(server)
     configure_logs(server.log_level)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 GIB = 1 << 30
@@ -14,7 +14,7 @@ class EngineConfig:
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "auto"  # "auto", "cpu", "cuda", "cuda:1"
-    max_model_len: int = 0  # tokens of context per row; 0: the base's own
+    max_model_len: int = 0  # tokens of context per row; 0: the base's own, or what leaves --kv-bytes room for 16 rows
     max_rows: int = 64  # rows that run at once
     max_step_tokens: int = 512  # token budget of one step, prefill chunks and decodes together
     max_waiting: int = 1024  # requests in the queue before 429
@@ -39,4 +39,7 @@ class ServerConfig:
     request_timeout_s: float = 600.0
     drain_timeout_s: float = 30.0
     insecure: bool = False
+    api_key: tuple[str, ...] = field(default=(), repr=False)  # any of them may ask; none: everybody may
+    admin_key: tuple[str, ...] = field(default=(), repr=False)  # for the adapters' routes
+    gateway_metrics: bool = True
     log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -2,6 +2,8 @@
 
 AdapterServerError
 ├── InvalidRequest      422  a field of the request is wrong: `param` names it
+├── Unauthorized        401  no key, or one that is not known
+├── Forbidden           403  a key without the right, or a Host header that is not this machine's
 ├── PromptTooLong       413  prompt and new tokens do not fit the context
 ├── AdapterNotFound     404  no adapter, or no version, of that name
 ├── AdapterRefused      424  the adapter's files break a rule
@@ -35,6 +37,14 @@ class AdapterServerError(Exception):
 
 class InvalidRequest(AdapterServerError):
     status, code = 422, "invalid_request"
+
+
+class Unauthorized(AdapterServerError):
+    status, code = 401, "unauthorized"
+
+
+class Forbidden(AdapterServerError):
+    status, code = 403, "forbidden"
 
 
 class PromptTooLong(AdapterServerError):

@@ -7,11 +7,13 @@ counts for each of its members.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector, generate_latest
+from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.registry import Collector
 
 from adapter_server.core import Event, Finished, Folded, Loaded, Request, Resident, Spec, Stats, Token
 
@@ -37,11 +39,47 @@ class _Live:
     last: float | None = None
 
 
+class Gateway(Collector):
+    """What LoRA-aware gateways read, by the names that they know from vLLM: one sample of each, whatever comes.
+
+    They prefer a server that holds an adapter already, so `running` are those in memory and ready. Room is counted in
+    bytes here, not in adapters: `max_lora` is as many as there are, since any of them can be made room for.
+    """
+
+    def __init__(self) -> None:
+        self.stats = Stats()
+        self.registered = 0
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        stats = self.stats
+        yield GaugeMetricFamily("vllm:num_requests_running", "Rows that run", stats.running)
+        yield GaugeMetricFamily("vllm:num_requests_waiting", "Requests that wait", stats.waiting)
+        used = stats.kv_used_tokens / max(1, stats.kv_total_tokens)
+        yield GaugeMetricFamily("vllm:kv_cache_usage_perc", "Share of the keys' and values' memory, 0 to 1", used)
+        yield self._adapters()
+
+    def _adapters(self) -> GaugeMetricFamily:
+        held = {resident.name for resident in self.stats.residents if resident.state == "ready"}
+        coming = {r.name for r in self.stats.residents if r.waiting or r.state == "loading"} - held
+        labels = {
+            "max_lora": str(max(self.registered, len(held | coming))),
+            "running_lora_adapters": ",".join(sorted(held)),
+            "waiting_lora_adapters": ",".join(sorted(coming)),
+        }
+        about = "Adapters in memory and on their way; the value is the time of this look"
+        family = GaugeMetricFamily("vllm:lora_requests_info", about, labels=list(labels))
+        family.add_metric(list(labels.values()), time.time())
+        return family
+
+
 class Metrics:
     """Listens to requests and to the engine's events; the gauges are set when somebody reads them."""
 
-    def __init__(self) -> None:
+    def __init__(self, gateway: bool = False) -> None:
         self.registry = CollectorRegistry()
+        self._gateway = Gateway()
+        if gateway:
+            self.registry.register(self._gateway)
         ProcessCollector(namespace=NAMESPACE, registry=self.registry)
         self.build = Info("build", "Version, model, device and dtype", namespace=NAMESPACE, registry=self.registry)
         self._histograms()
@@ -118,6 +156,7 @@ class Metrics:
         for name in self._forgettable.keys() - adapters.keys() - {BASE}:
             self.forget(name)
         specs = [spec for spec in adapters.values() if spec is not None]
+        self._gateway.stats, self._gateway.registered = stats, len(specs)
         self._set_engine(stats)
         self._set_adapters(stats.residents, specs, len(adapters) - len(specs))
         return generate_latest(self.registry)

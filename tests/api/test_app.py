@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from adapter_server import __version__
-from adapter_server.api.server import check_host
+from adapter_server.api.access import check_host
 from adapter_server.config import ServerConfig
 from adapter_server.errors import InvalidRequest
 from serving import Served

@@ -99,7 +99,7 @@ def test_adapters_are_moved_by_hand(http: httpx.Client, operation: str) -> None:
 
 def test_who_goes_away_frees_the_row(http: httpx.Client) -> None:
     body = json.dumps({"prompt": "x" * 50, "max_new_tokens": 200, "ignore_eos": True, "adapter": "one"}).encode()
-    head = f"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    head = f"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n".encode()
     before = ended(http, "cancelled")
     with socket.create_connection((http.base_url.host, http.base_url.port or 0)) as client:
         client.sendall(head + body)

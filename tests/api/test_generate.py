@@ -274,7 +274,7 @@ def test_who_goes_away_frees_the_place(served: Served, stream: bool, wait: float
     served.worker.step_s = 0.05
     url = served.http.base_url
     body = json.dumps({"prompt": "x" * 200, "stream": stream}).encode()
-    head = f"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    head = f"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n".encode()
     with socket.create_connection((url.host, url.port or 0)) as client:
         client.sendall(head + body)
         wait_until(lambda: bool(served.worker.rows))

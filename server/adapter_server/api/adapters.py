@@ -6,10 +6,11 @@ import asyncio
 from collections.abc import Iterable
 from typing import Any, cast, get_args
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 
+from adapter_server.api import access
 from adapter_server.api.bridge import Operation, Usage
 from adapter_server.api.service import Service, note, service_of
 from adapter_server.core import Resident, Spec
@@ -26,7 +27,7 @@ FORM = {
 }
 HOW = f"send both files as multipart/form-data: curl -X PUT {' '.join(f'-F {file}=@{file}' for file in FILES)}"
 UPLOAD = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": FORM}}}}
-router = APIRouter(prefix="/adapters")
+router = APIRouter(prefix="/adapters", dependencies=[Depends(access.admin)])
 
 
 @router.get("", summary="Every adapter and its state")
@@ -92,8 +93,9 @@ async def operate(request: Request, name: str, operation: str) -> dict[str, Any]
     try:
         await asyncio.wrap_future(service.worker.call(cast(Operation, operation), spec))
     except NotMergeable as error:
-        error.status = 409
-        raise
+        conflict = NotMergeable(error.message, param=error.param)  # a copy: requests may wait for the same fold
+        conflict.status = 409
+        raise conflict from error
     return await _show(service, spec.name)
 
 

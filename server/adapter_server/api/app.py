@@ -8,10 +8,10 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import structlog
-from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
 
 from adapter_server import __version__
-from adapter_server.api import adapters, generate, lorax, openai, refusals
+from adapter_server.api import access, adapters, generate, lorax, openai, refusals
 from adapter_server.api.bridge import Bridge, Worker
 from adapter_server.api.envelope import Envelope
 from adapter_server.api.resolve import Info, prompt_ids
@@ -27,7 +27,8 @@ from adapter_server.text import Text
 
 Connect = Callable[[Callable[[list[Event]], None]], Worker]
 PULSE_S = 0.2  # how often the engine is felt for life
-router = APIRouter()
+probes = APIRouter()  # for whoever keeps the process running, without a key
+router = APIRouter(dependencies=[Depends(access.inference)])
 log = structlog.get_logger()
 
 
@@ -40,16 +41,19 @@ def create_app(
     on_death: Callable[[], None] | None = None,
 ) -> FastAPI:
     """`connect` is given where to deliver events and gives the worker; `on_death` is called if the engine dies."""
-    metrics = Metrics()
+    metrics = Metrics(config.gateway_metrics)
     metrics.build.info({"version": __version__, "model": info.model, "device": info.device, "dtype": info.dtype})
     bridge = Bridge(metrics)
     bridge.worker = connect(bridge.deliver)
     service = Service(bridge.worker, bridge, store, text, info, config, metrics)
     app = FastAPI(title="adapter-server", version=__version__, lifespan=_lifespan(service, on_death))
     app.state.service = service
-    for part in (router, generate.router, openai.router, lorax.router, adapters.router):
+    app.state.keys = access.Keys(config)
+    for part in (probes, router, generate.router, openai.router, lorax.router, adapters.router):
         app.include_router(part)
     refusals.install(app)
+    if access.guards_host(config):
+        app.add_middleware(access.HostGuard, own=config.host)
     app.add_middleware(Envelope, max_body_bytes=config.max_body_bytes)
     return app
 
@@ -123,7 +127,7 @@ async def _logged(work: Coroutine[Any, Any, None], name: str) -> None:
         log.warning("an old version stays in memory", adapter=name, reason=error.message)
 
 
-@router.get("/livez", summary="Is the engine's loop alive?")
+@probes.get("/livez", summary="Is the engine's loop alive?")
 async def livez(request: Request) -> Response:
     """503 once the engine has died."""
     if service_of(request).worker.alive:
@@ -131,8 +135,8 @@ async def livez(request: Request) -> Response:
     return refusals.answer(Unavailable("the engine is not running", retry_after=5))
 
 
-@router.get("/readyz", summary="Are requests taken?")
-@router.get("/health", summary="The same as /readyz")
+@probes.get("/readyz", summary="Are requests taken?")
+@probes.get("/health", summary="The same as /readyz")
 async def readyz(request: Request) -> Response:
     """503 while draining, and once the engine has died."""
     try:
@@ -142,7 +146,7 @@ async def readyz(request: Request) -> Response:
     return Response('{"status":"ok"}', media_type="application/json")
 
 
-@router.get("/version", summary="The server's version")
+@probes.get("/version", summary="The server's version")
 async def version() -> dict[str, str]:
     """As in the package."""
     return {"version": __version__}

@@ -6,9 +6,9 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 
-from adapter_server.api import lorax
+from adapter_server.api import access, lorax
 from adapter_server.api.answer import Answer, Piece, begin, finite, logprob_of
 from adapter_server.api.refusals import error_shape
 from adapter_server.api.schemas import GenerateBody, document, parse
@@ -17,7 +17,7 @@ from adapter_server.api.sse import EventStream, data, reply
 from adapter_server.core import Token
 from adapter_server.errors import AdapterServerError
 
-router = APIRouter()
+router = APIRouter(dependencies=[Depends(access.inference)])
 
 
 @router.post(

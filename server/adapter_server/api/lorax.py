@@ -14,6 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from fastapi import APIRouter, Depends, Request, Response
 from pydantic import Field, field_validator
 
+from adapter_server.api import access
 from adapter_server.api.answer import Answer, Piece, begin, encode, finite, logprob_of
 from adapter_server.api.refusals import speak
 from adapter_server.api.resolve import Info
@@ -61,7 +62,7 @@ async def _speak(request: Request) -> None:
     speak(request, worded)
 
 
-router = APIRouter(dependencies=[Depends(_speak)])
+router = APIRouter(dependencies=[Depends(_speak), Depends(access.inference)])
 
 
 class MergedAdapters(Lenient):

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from fastapi import APIRouter, Depends, Request, Response
 
-from adapter_server.api import resolve
+from adapter_server.api import access, resolve
 from adapter_server.api.answer import LONG_TEXT, Answer, Piece, begin_all, encode, finite, logprob_of
 from adapter_server.api.openai_bodies import ChatBody, CompletionBody, adapter_of
 from adapter_server.api.refusals import shape, speak
@@ -44,7 +44,7 @@ async def _speak(request: Request) -> None:
     speak(request, worded)
 
 
-router = APIRouter(prefix="/v1", dependencies=[Depends(_speak)])
+router = APIRouter(prefix="/v1", dependencies=[Depends(_speak), Depends(access.inference)])
 
 
 # Models

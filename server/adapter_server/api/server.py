@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 import signal
 import socket
@@ -17,7 +16,6 @@ import uvicorn
 from adapter_server.api.app import Connect, create_app
 from adapter_server.api.resolve import Info
 from adapter_server.config import ServerConfig
-from adapter_server.errors import InvalidRequest
 from adapter_server.registry.store import Store
 from adapter_server.text import Text
 
@@ -92,24 +90,6 @@ class Server(uvicorn.Server):
     def _die(self) -> None:
         self.exit_code = 1
         self.should_exit = True
-
-
-def check_host(config: ServerConfig) -> None:
-    """Without keys only this machine may ask, unless somebody says otherwise."""
-    if config.insecure or _is_loopback(config.host):
-        return
-    raise InvalidRequest(
-        f"{config.host} is not a loopback address and anybody who reaches it could use this server: "
-        "listen on 127.0.0.1, or add --insecure if the network is trusted",
-        param="host",
-    )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def configure_logs(level: str) -> None:
