@@ -9,11 +9,11 @@ from typing import Protocol
 from adapter_server.api.schemas import GenerateBody
 from adapter_server.core import Member, Mode, Request, Resident, Sampling, Spec
 from adapter_server.errors import InvalidRequest, PromptTooLong
+from adapter_server.families import before_the_prompt
 from adapter_server.registry.store import Store
 from adapter_server.text import Text
 
 TASKED = "MULTITASK_PROMPT_TUNING"
-PROMPT_KINDS = frozenset({"PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", TASKED})
 _numbers = itertools.count()
 
 
@@ -99,7 +99,7 @@ def adapter_refs(body: GenerateBody, info: Info) -> list[tuple[str, float]]:
 
 def check_members(body: GenerateBody, members: Sequence[Member]) -> None:
     """Weights, scale and task must have a meaning for these adapters."""
-    prompts = [member for member in members if member.spec.family in PROMPT_KINDS]
+    prompts = [member for member in members if before_the_prompt(member.spec.family)]
     if len(prompts) > 1:
         raise InvalidRequest("at most one prefix or soft prompt fits into a composition", param="adapter")
     if not members and body.scale != 1:
@@ -176,5 +176,5 @@ def sampling(body: GenerateBody, prompt: Sequence[int], members: Sequence[Member
 
 def _virtual_tokens(spec: Spec) -> int:
     """Positions that a prefix or soft prompt takes before the prompt's."""
-    count = spec.config.get("num_virtual_tokens") if spec.family in PROMPT_KINDS else 0
+    count = spec.config.get("num_virtual_tokens") if before_the_prompt(spec.family) else 0
     return count if isinstance(count, int) else 0

@@ -47,6 +47,11 @@ def slow(spec: Spec) -> bool:
     return family.slow or any(config.get(key) for key in READS_BASE) or config.get("init_lora_weights") in SUBTRACTED
 
 
+def before_the_prompt(peft_type: str) -> bool:
+    """Whether what it adds stands before the prompt (prefixes, soft prompts): then no weight and no fold has a meaning."""
+    return getattr(_families().get(peft_type), "before_the_prompt", False)
+
+
 def known() -> list[str]:
     """The kinds that are served, sorted."""
     return sorted(_families())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -24,6 +25,7 @@ class Prefix:
     name: str
     known: frozenset[str]
     slow: bool = False
+    before_the_prompt: ClassVar[bool] = True
 
     def expected(self, config: Config, shapes: Shapes, names: frozenset[str]) -> Expected:
         check_virtual(config, self.known)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -50,6 +51,7 @@ class SoftPrompt:
     name: str
     known: frozenset[str]
     slow: bool = False
+    before_the_prompt: ClassVar[bool] = True
 
     def expected(self, config: Config, shapes: Shapes, names: frozenset[str]) -> Expected:
         check_virtual(config, self.known)
@@ -66,6 +68,7 @@ class SoftPrompt:
 class Multitask:
     name = "MULTITASK_PROMPT_TUNING"
     slow = False
+    before_the_prompt = True
 
     def expected(self, config: Config, shapes: Shapes, names: frozenset[str]) -> Expected:
         check_virtual(config, VIRTUAL | MULTITASK)
