@@ -85,6 +85,7 @@ UNAVOIDABLE = (
     "`lora_bias=True` was passed but the targeted layer",
     "Model has `tie_word_embeddings=True`",
     "You have requested `ensure_weight_tying`",
+    "Position ids are not supported",  # for every soft prompt
     r"The following (rank|alpha)_pattern keys did not match",  # PEFT's own, for models with experts
     "Detected that the base layer has no bias term",  # BEFT
     "Unsupported layer type",  # LN tuning, of every norm
@@ -353,6 +354,7 @@ ADAPTERS: dict[str, Case] = {
     "randlora": Case(wraps(peft.RandLoraConfig, r=5, randlora_alpha=5), BOTH),
     "frod": Case(wraps(peft.FrodConfig, progressbar=False, sparse_rate=0.05), BOTH),
     "hira": Case(wraps(peft.HiraConfig, r=4), BOTH),
+    "hira_head": Case(wraps(peft.HiraConfig, r=4, target_modules=["lm_head", "q_proj"]), ("llama", "gemma2")),
     "shira": Case(wraps(peft.ShiraConfig, r=2), LINEAR),
     "supertuning": Case(wraps(peft.SupertuningConfig, sparsity=0.9, r=2, lora_alpha=1), LINEAR),
     "supertuning_found": Case(

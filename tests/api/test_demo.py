@@ -14,9 +14,9 @@ from threading import Thread
 import httpx
 import pytest
 import torch
-import zoo
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import zoo
 from adapter_server.api.server import Server
 from adapter_server.cli import DEMO_BASE
 from adapter_server.config import EngineConfig, ServerConfig

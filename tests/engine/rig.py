@@ -6,7 +6,6 @@ import functools
 import shutil
 import tempfile
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -126,8 +125,7 @@ def peft_alone(arch: str, name: str | None, prompt: tuple[int, ...], new: int = 
     """PEFT with this one adapter, batch 1, float32, greedy: (tokens, logprobs [new, vocab])."""
     model = peft_model(arch, name)
     options = {"task_ids": torch.tensor([1])} if name == "multitask" else {}
-    with torch.inference_mode(), zoo.quiet(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Position ids are not supported")  # PEFT's, for every soft prompt
+    with torch.inference_mode(), zoo.quiet():
         out = model.generate(
             input_ids=torch.tensor([prompt]),
             attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
