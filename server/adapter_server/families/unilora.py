@@ -11,11 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from adapter_server.errors import AdapterRefused
 from adapter_server.families.base import Family, Patch
 from adapter_server.families.options import Config, flag, integer
 from adapter_server.families.parts import Expected, Integers, Taker
 from adapter_server.families.vera import seed
 from adapter_server.families.wrapping import TARGETS, Reader, Wrapped, Wrapping
+
+MAX_NUMBERS = 1 << 27  # of all factors: each is drawn from one list of this length
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +44,9 @@ class UniLora(Wrapping):
         return indices | {"unilora_scales_A": a, "unilora_scales_B": b}
 
     def shared(self, config: Config, wrapped: list[Wrapped]) -> Expected:
-        _shapes(wrapped[0])
+        count = sum(r * n for at in wrapped for r, n in _shapes(at))
+        if count > MAX_NUMBERS:
+            raise AdapterRefused(f"adapter_config.json: 'r' makes {count:,} numbers, allowed are {MAX_NUMBERS:,}")
         return {"base_model.unilora_theta_d": (_length(config),)}
 
     def common(self, config: Config, wrapped: list[Wrapped], take: Taker) -> Shared:
