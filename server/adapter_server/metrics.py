@@ -49,6 +49,7 @@ class Gateway(Collector):
     def __init__(self) -> None:
         self.stats = Stats()
         self.registered = 0
+        self.aliases: Mapping[str, str] = {}  # other names that adapters are asked for by
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         stats = self.stats
@@ -59,8 +60,8 @@ class Gateway(Collector):
         yield self._adapters()
 
     def _adapters(self) -> GaugeMetricFamily:
-        held = {resident.name for resident in self.stats.residents if resident.state == "ready"}
-        coming = {r.name for r in self.stats.residents if r.waiting or r.state == "loading"} - held
+        held = self._named({r.name for r in self.stats.residents if r.state == "ready"})
+        coming = self._named({r.name for r in self.stats.residents if r.waiting or r.state == "loading"}) - held
         labels = {
             "max_lora": str(max(self.registered, len(held | coming))),
             "running_lora_adapters": ",".join(sorted(held)),
@@ -71,15 +72,19 @@ class Gateway(Collector):
         family.add_metric(list(labels.values()), time.time())
         return family
 
+    def _named(self, names: set[str]) -> set[str]:
+        """With what else they are called."""
+        return names | {alias for alias, name in self.aliases.items() if name in names}
+
 
 class Metrics:
     """Listens to requests and to the engine's events; the gauges are set when somebody reads them."""
 
     def __init__(self, gateway: bool = False) -> None:
         self.registry = CollectorRegistry()
-        self._gateway = Gateway()
+        self.gateway = Gateway()
         if gateway:
-            self.registry.register(self._gateway)
+            self.registry.register(self.gateway)
         ProcessCollector(namespace=NAMESPACE, registry=self.registry)
         self.build = Info("build", "Version, model, device and dtype", namespace=NAMESPACE, registry=self.registry)
         self._histograms()
@@ -156,7 +161,7 @@ class Metrics:
         for name in self._forgettable.keys() - adapters.keys() - {BASE}:
             self.forget(name)
         specs = [spec for spec in adapters.values() if spec is not None]
-        self._gateway.stats, self._gateway.registered = stats, len(specs)
+        self.gateway.stats, self.gateway.registered = stats, len(specs)
         self._set_engine(stats)
         self._set_adapters(stats.residents, specs, len(adapters) - len(specs))
         return generate_latest(self.registry)

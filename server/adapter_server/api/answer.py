@@ -153,6 +153,7 @@ class Answer:
 async def begin(service: Service, body: GenerateBody, http: Request) -> Answer:
     """An answer whose first event is here. An adapter that was replaced meanwhile is resolved again."""
     service.check_open()
+    body = _by_own_names(service, body)
     arrived = time.monotonic()
     deadline = arrived + _timeout(service, body)
     prompt = await encode(service, body.prompt)
@@ -201,6 +202,16 @@ def logprob_of(token: Token) -> float:
 
 def finite(logprob: float) -> float:
     return max(logprob, LOWEST_LOGPROB)
+
+
+def _by_own_names(service: Service, body: GenerateBody) -> GenerateBody:
+    asked = body.adapter
+    if not asked or not service.aliases:
+        return body
+    if isinstance(asked, str):
+        return body.model_copy(update={"adapter": service.own_name(asked)})
+    members = [member.model_copy(update={"name": service.own_name(member.name)}) for member in asked]
+    return body.model_copy(update={"adapter": members})
 
 
 def _timeout(service: Service, body: GenerateBody) -> float:

@@ -11,7 +11,7 @@ import structlog
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 
 from adapter_server import __version__
-from adapter_server.api import access, adapters, generate, lorax, openai, refusals
+from adapter_server.api import access, adapters, generate, lorax, openai, refusals, vllm
 from adapter_server.api.bridge import Bridge, Worker
 from adapter_server.api.envelope import Envelope
 from adapter_server.api.resolve import Info, prompt_ids
@@ -47,9 +47,10 @@ def create_app(
     bridge.worker = connect(bridge.deliver)
     service = Service(bridge.worker, bridge, store, text, info, config, metrics)
     app = FastAPI(title="adapter-server", version=__version__, lifespan=_lifespan(service, on_death))
+    metrics.gateway.aliases = service.aliases
     app.state.service = service
     app.state.keys = access.Keys(config)
-    for part in (probes, router, generate.router, openai.router, lorax.router, adapters.router):
+    for part in (probes, router, generate.router, openai.router, lorax.router, vllm.router, adapters.router):
         app.include_router(part)
     refusals.install(app)
     if access.guards_host(config):

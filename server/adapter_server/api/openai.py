@@ -55,7 +55,7 @@ async def list_models(request: Request) -> Json:
     """The base first. An adapter's `parent` is the base; no `root` is a path."""
     service = service_of(request)
     entries = await asyncio.to_thread(service.store.entries)
-    names = [entry.name for entry in entries if entry.spec]
+    names = dict.fromkeys([*(entry.name for entry in entries if entry.spec), *service.aliases])
     return {"object": "list", "data": [_card(service), *(_card(service, name) for name in names)]}
 
 
@@ -66,8 +66,8 @@ async def show_model(request: Request, model: str) -> Json:
     name = adapter_of(model, service.info.model) or ""
     if name in ("", service.info.model):
         return _card(service)
-    spec = await asyncio.to_thread(service.store.resolve, name)
-    return _card(service, spec.name)
+    spec = await asyncio.to_thread(service.store.resolve, service.own_name(name))
+    return _card(service, name if name in service.aliases else spec.name)
 
 
 def _card(service: Service, name: str | None = None) -> Json:

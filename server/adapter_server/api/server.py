@@ -99,10 +99,13 @@ def configure_logs(level: str) -> None:
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
+    console = structlog.dev.ConsoleRenderer(
+        exception_formatter=structlog.dev.RichTracebackFormatter(show_locals=False)  # locals hold prompts and keys
+    )
     last: list[structlog.typing.Processor] = [
         structlog.stdlib.ProcessorFormatter.remove_processors_meta,
         *([] if terminal else [structlog.processors.format_exc_info]),
-        structlog.dev.ConsoleRenderer() if terminal else structlog.processors.JSONRenderer(),
+        console if terminal else structlog.processors.JSONRenderer(),
     ]
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(structlog.stdlib.ProcessorFormatter(foreign_pre_chain=shared, processors=last))

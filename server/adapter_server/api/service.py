@@ -28,8 +28,14 @@ class Service:
     info: Info
     config: ServerConfig
     metrics: Metrics
+    aliases: dict[str, str] = field(default_factory=dict)  # names that callers gave, and the adapters' own
     draining: bool = False
     started: float = field(default_factory=time.time)  # in seconds since 1970
+
+    def own_name(self, ref: str) -> str:
+        """A reference by the adapter's own name, where it is by an alias."""
+        name, at, version = ref.partition("@")
+        return self.aliases.get(name, name) + at + version
 
     def check_open(self) -> None:
         """Raises Unavailable where new work is not taken."""
