@@ -294,7 +294,9 @@ def by_command(live: Live, name: str, monkeypatch: pytest.MonkeyPatch) -> str:
         result = CliRunner().invoke(cli.app, ["adapters", "check", name, "--model", BASE, "--adapters", str(live.root)])
     assert result.exit_code == 1, result.output
     live.forget(name)
-    return result.output.strip().removeprefix("refused ").removeprefix(f"{name}: ")
+    first, *rules = result.output.splitlines()
+    assert [line.split()[1] for line in rules] == ["name", "files", "config", "header", "keys", "finite"]
+    return first.removeprefix("refused ").removeprefix(f"{name}: ")
 
 
 def reason(message: str, name: str) -> str:

@@ -26,10 +26,11 @@ from rich.table import Table
 from adapter_server import __version__
 from adapter_server.config import EngineConfig, ServerConfig
 from adapter_server.core import Event, Finished, Token
-from adapter_server.errors import AdapterServerError, InvalidRequest, RequestFailed
+from adapter_server.errors import AdapterRefused, AdapterServerError, InvalidRequest, RequestFailed
 
 if TYPE_CHECKING:
     from adapter_server.engine import Engine, Worker
+    from adapter_server.registry.guard import Expect
     from adapter_server.registry.publish import Publisher
     from adapter_server.registry.store import Entry, Store
     from adapter_server.text import Text
@@ -337,31 +338,44 @@ def adapters_check(
     adapters: Folder = ADAPTERS,
     model: Annotated[str | None, typer.Option(help="Also load each over this base")] = None,
 ) -> None:
-    """Read adapters to the last byte, and say which are sound. Exit status 1 if one is not."""
+    """Read adapters to the last byte, and say which are sound; of the others, what each rule says. Status 1 if any."""
     if model is None:
         store = _store(adapters)
         good = _check(store, name, lambda ref: store.read(store.resolve(ref)))
     else:
         store, built, _ = _build(model, EngineConfig(), adapters)
         with _running(built) as (worker, _):
-            good = _check(store, name, lambda ref: worker.call("load", store.resolve(ref)).result())
+            good = _check(
+                store, name, lambda ref: worker.call("load", store.resolve(ref)).result(), built.pool.expected
+            )
     raise typer.Exit(0 if good else 1)
 
 
-def _check(store: Store, name: str | None, check: Callable[[str], object]) -> bool:
+def _check(store: Store, name: str | None, check: Callable[[str], object], expected: Expect | None = None) -> bool:
     entries: list[Entry] = store.entries()
     names = [name] if name else [entry.name for entry in entries]
-    return not [each for each in names if not _sound(each, check)]
+    return not [each for each in names if not _sound(store, each, check, expected)]
 
 
-def _sound(name: str, check: Callable[[str], object]) -> bool:
+def _sound(store: Store, name: str, check: Callable[[str], object], expected: Expect | None) -> bool:
     try:
         check(name)
     except AdapterServerError as error:
         out.print(f"[red]refused[/] {_plain(name)}: {_plain(error.message)}", highlight=False)
+        if isinstance(error, AdapterRefused):
+            _print_rules(store.root / name.partition("@")[0], expected)
         return False
     out.print(f"[green]ok[/]      {_plain(name)}", highlight=False)
     return True
+
+
+def _print_rules(folder: Path, expected: Expect | None) -> None:
+    from adapter_server.registry import guard
+
+    for finding in guard.report(folder, expected):
+        mark = {True: "[green]ok[/]", False: "[red]no[/]", None: "–"}[finding.ok]
+        said = "" if finding.ok else f"  {_plain(finding.message)}"
+        out.print(f"  {mark}  {finding.rule}{said}", highlight=False)
 
 
 @adapters_app.command("add")

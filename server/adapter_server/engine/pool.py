@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import queue
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -252,6 +253,10 @@ class Pool:
             waiting=waiting,
             error=shown.error.message if shown.error else None,
         )
+
+    def expected(self, config: Mapping[str, Any], names: frozenset[str]) -> guard.Expected:
+        """The tensors that a family expects of this config over this base."""
+        return find(str(config["peft_type"]).upper()).expected(config, self.model.base.shapes, names)
 
     def judge(self, spec: Spec, blob: Blob) -> None:
         """Refuses what a load would refuse. On any thread: nothing is kept."""

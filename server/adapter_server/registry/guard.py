@@ -67,6 +67,7 @@ class Span(NamedTuple):
 
 Header = Mapping[str, Span]
 Expected = Mapping[str, tuple[int, ...]]
+Expect = Callable[[Mapping[str, Any], frozenset[str]], Expected]  # (config, tensor names) → keys, over some base
 Buffer = bytes | bytearray | memoryview
 T = TypeVar("T")
 
@@ -378,9 +379,7 @@ class Finding:
     message: str
 
 
-def report(
-    folder: Path, expected: Callable[[Mapping[str, Any], frozenset[str]], Expected] | None = None
-) -> list[Finding]:
+def report(folder: Path, expected: Expect | None = None) -> list[Finding]:
     """Every rule on one folder. `expected` is what the family expects of a config and tensor names over some base."""
     found: list[Finding] = []
     folder = folder.absolute()
