@@ -15,6 +15,7 @@ from queue import SimpleQueue
 from typing import Any
 
 import httpx
+import openai
 import pytest
 
 import files
@@ -144,3 +145,45 @@ def wait_for(http: httpx.Client, name: str) -> None:
     while http.post(f"/adapters/{name}/load").status_code != 200:
         assert time.monotonic() < until, "a new folder answers within two seconds"
         time.sleep(0.05)
+
+
+# Dialects
+
+
+@pytest.fixture(scope="module")
+def sdk(http: httpx.Client) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{http.base_url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+@pytest.mark.parametrize("adapter", ["one", "three"])
+def test_every_dialect_gives_the_same_answer(http: httpx.Client, sdk: openai.OpenAI, adapter: str) -> None:
+    own = ask(http, adapter)["text"]
+    more = {"ignore_eos": True}
+    fields: Any = {"model": adapter, "prompt": "red cat>", "max_tokens": 12, "temperature": 0, "extra_body": more}
+    assert sdk.completions.create(**fields).choices[0].text == own
+    assert "".join(chunk.choices[0].text for chunk in sdk.completions.create(stream=True, **fields)) == own
+    parameters = {"adapter_id": adapter, "max_new_tokens": 12, "ignore_eos_token": True, "details": True}
+    body = {"inputs": "red cat>", "parameters": parameters}
+    assert http.post("/", json=body).json()[0]["generated_text"] == own
+    with http.stream("POST", "/generate_stream", json=body) as response:
+        events = [json.loads(line.removeprefix("data: ")) for line in response.iter_lines() if line]
+    assert events[-1]["generated_text"] == own
+    assert (len(events), events[-1]["details"]["finish_reason"]) == (12, "length")
+
+
+def test_choices_differ_and_come_again_with_their_seed(sdk: openai.OpenAI) -> None:
+    fields: Any = {"model": "two", "prompt": ["red cat>", "blue"], "n": 4, "seed": 5, "max_tokens": 12}
+    first, again = (sdk.completions.create(**fields) for _ in range(2))
+    texts = [choice.text for choice in first.choices]
+    assert len(set(texts)) == len(texts) == 8
+    assert [choice.text for choice in again.choices] == texts
+
+
+def test_a_merge_in_loraxs_words_is_our_composition(http: httpx.Client) -> None:
+    weights = [0.3, 0.7]
+    own = ask(http, [{"name": n, "weight": w} for n, w in zip(("one", "two"), weights, strict=True)])  # type: ignore[arg-type]
+    merged = {"ids": ["one", "two"], "weights": weights, "merge_strategy": "linear"}
+    parameters = {"merged_adapters": merged, "max_new_tokens": 12, "ignore_eos_token": True}
+    answer = http.post("/generate", json={"inputs": "red cat>", "parameters": parameters})
+    assert answer.json() == {"generated_text": own["text"]}

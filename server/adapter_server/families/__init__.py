@@ -48,8 +48,8 @@ def slow(spec: Spec) -> bool:
 
 
 def before_the_prompt(peft_type: str) -> bool:
-    """Whether what it adds stands before the prompt (prefixes, soft prompts): then no weight and no fold has a meaning."""
-    return getattr(_families().get(peft_type), "before_the_prompt", False)
+    """Whether what it adds stands before the prompt (prefixes, soft prompts): then weights and folds mean nothing."""
+    return bool(getattr(_families().get(peft_type), "before_the_prompt", False))
 
 
 def known() -> list[str]:

@@ -148,8 +148,8 @@ class Publisher:
             yield
         finally:
             with contextlib.suppress(OSError):
-                self._prune(name, shelf)
                 self._tidy(name, shelf)
+                self._prune(name, shelf)
             with contextlib.suppress(OSError):
                 self.disk.rmdir(shelf)  # refused while there is a version on it
 
@@ -206,11 +206,11 @@ class Publisher:
     # Sweeping up
 
     def _prune(self, name: str, shelf: Path) -> None:
-        """Versions beyond the last `keep` lose their manifests, and so are versions no more."""
+        """The last `keep` versions stay, and the current one, and those in use."""
         current, used = versions.linked(self.root, name), self.in_use(name)
         for version in versions.listed(self.root, name)[: -self.keep]:
             if version.id != current and version.id not in used:
-                self.disk.unlink(shelf / version.id / versions.MANIFEST)
+                self._discard(shelf / version.id, used=False)
 
     def _tidy(self, name: str, shelf: Path) -> None:
         """Leaves nothing but versions on the shelf; of a name that is gone, nothing but what is in use."""
