@@ -6,6 +6,7 @@ import functools
 import io
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -69,7 +70,7 @@ def say(ref: str, mode: str) -> list[int]:
 
 def settle(done: Future[None]) -> None:
     while not done.done():
-        engine().step()
+        engine().step() or time.sleep(0.0002)  # the loader needs the lock too
     done.result()
 
 
