@@ -1,5 +1,8 @@
 """Every kind and option on every architecture: the compiled adapter equals PEFT's own layers, module by module."""
 
+import functools
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -13,10 +16,26 @@ VIRTUAL = ("prefix", "prefix_projected", "cartridge", "prompt", "ptuning", "cpt"
 AT_MODULES = [(arch, case) for arch, case in zoo.PAIRS if case not in VIRTUAL]
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The matrices are tiny: threads only get in each other's way."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@functools.cache
+def made(arch: str, case: str) -> Path:
+    """A folder with the adapter, made once a test run."""
+    folder = Path(tempfile.mkdtemp(prefix="adapter-"))
+    zoo.save_adapter(lambda: zoo.tiny_base(arch), zoo.ADAPTERS[case](zoo.tiny_base(arch)), folder)
+    return folder
+
+
 def saved(arch: str, case: str, folder: Path):
-    base = zoo.tiny_base(arch)
-    zoo.save_adapter(lambda: zoo.tiny_base(arch), zoo.ADAPTERS[case](base), folder)
-    return base, *zoo.read(folder)
+    shutil.copytree(made(arch, case), folder, dirs_exist_ok=True)
+    return zoo.tiny_base(arch), *zoo.read(folder)
 
 
 @pytest.mark.parametrize(("arch", "case"), zoo.PAIRS)
