@@ -31,6 +31,7 @@ DOORS = {  # library: the files (or folders) that may import it
     "matplotlib": ("bench/plots.py",),
     "httpx": ("bench/",),
     "watchfiles": ("registry/watch.py",),
+    "bitsandbytes": ("families/quantised.py",),
     "re2": ("families/targets.py",),
     "threading": ("engine/worker.py", "engine/pool.py", "engine/routing.py", "registry/store.py"),
     "concurrent": ("engine/", "api/"),

@@ -45,6 +45,7 @@ UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 MAY_BE_0 = ("max_model_len", "threads", "port")
 HELP = {
     "dtype": "Number format of the base; auto: float32 on the CPU, the checkpoint's own elsewhere",
+    "quantize": "Hold the base's Linears in fewer bits, by bitsandbytes: nf4, fp4 or int8",
     "device": "auto, cpu, cuda, or one of several such as cuda:1",
     "max_model_len": "Tokens of context per request; 0: the base's own",
     "max_rows": "Requests that run at once",

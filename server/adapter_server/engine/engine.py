@@ -63,7 +63,7 @@ def build(model: str | Path, config: EngineConfig, store: Store, name: str | Non
         torch.set_num_threads(config.threads)
     device = torch.device(_device(config.device))
     name = name or (Path(model).resolve().name if Path(model).exists() else str(model))
-    return Engine(load(model, config.dtype, device), config, store, name)
+    return Engine(load(model, config.dtype, device, config.quantize), config, store, name)
 
 
 def _device(wanted: str) -> str:

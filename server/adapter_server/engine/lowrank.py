@@ -18,6 +18,7 @@ steps in which the set of adapters changes.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -95,9 +96,10 @@ class Stack:
         self.filled = [None if p is placed else p for p in self.filled]
 
     def _allocate(self, slots: int) -> None:
-        group, like = self.group, self.group.base.weight
-        self.A = like.new_zeros(slots, len(group.outs) * self.rank, group.inp)
-        self.Bt = [like.new_zeros(slots, len(run), self.rank, group.outs[run[0]]) for run in group.runs]
+        group = self.group
+        zeros = functools.partial(torch.zeros, dtype=group.dtype, device=group.device)
+        self.A = zeros((slots, len(group.outs) * self.rank, group.inp))
+        self.Bt = [zeros((slots, len(run), self.rank, group.outs[run[0]])) for run in group.runs]
         self.filled = [None] * slots
 
     def _fill(self, slot: int, placed: Placed | None) -> None:

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers.utils import is_bitsandbytes_available
 
 from adapter_server.engine import native
 from adapter_server.engine.attention import NAME, Probe, set_probe
@@ -26,19 +27,40 @@ from adapter_server.engine.site import LinearGroup, ModuleSite, Placed, Prefix, 
 from adapter_server.errors import AdapterRefused, BaseNotSupported
 from adapter_server.families.base import Adapter, Patch, Shapes
 from adapter_server.families.facts import ModelBase
+from adapter_server.families.quantised import is_quantised
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def load(source: str | Path, dtype: str, device: torch.device) -> PreTrainedModel:
+def load(source: str | Path, dtype: str, device: torch.device, quantize: str = "none") -> PreTrainedModel:
     """The base from a hub id or a local folder. "auto": float32 on the CPU, the checkpoint's own dtype elsewhere."""
+    wanted: Any = DTYPES.get(dtype, torch.float32 if device.type == "cpu" else "auto")
+    extra: dict[str, Any] = {}
+    if quantize != "none":
+        extra = {"quantization_config": _bitsandbytes(quantize, wanted), "device_map": {"": device}}
     try:
         config = AutoConfig.from_pretrained(source)
-        wanted: Any = DTYPES.get(dtype, torch.float32 if device.type == "cpu" else "auto")
-        model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=wanted)
+        model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=wanted, **extra)
     except (OSError, ValueError) as error:
         raise BaseNotSupported(f"{source}: {error}") from error
-    return model.to(device).eval()
+    return _plain(model) if extra else model.to(device).eval()
+
+
+def _plain(model: PreTrainedModel) -> PreTrainedModel:
+    """Keeps bitsandbytes from packing 4-bit weights anew for some processors, in place: a base is not written."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model.eval()
+
+
+def _bitsandbytes(kind: str, dtype: Any) -> BitsAndBytesConfig:
+    if not is_bitsandbytes_available():
+        raise BaseNotSupported('--quantize needs bitsandbytes: pip install "adapter-server[quantized]"')
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    compute = dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_compute_dtype=compute)
 
 
 class Model:
@@ -103,7 +125,7 @@ class Model:
             for part in self._alike(list(dict.fromkeys(paths)), head):
                 modules = {p: self._modules[p] for p in part}
                 is_head = any(module is head for module in modules.values())
-                groups.append(LinearGroup(len(groups), modules, self.lowrank, pack, is_head))
+                groups.append(LinearGroup(len(groups), modules, self.lowrank, pack, is_head, self.dtype))
                 groups[-1].install(modules)
         return groups
 
@@ -175,7 +197,7 @@ class Model:
         sha = hashlib.sha256()
         for name, tensor in sorted(self.module.state_dict().items()):
             sha.update(name.encode())
-            sha.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+            sha.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
         return sha.hexdigest()
 
 
@@ -196,6 +218,8 @@ def _as_seen(shapes: Shapes, layers: Mapping[int, LayerShape]) -> Shapes:
 
 def _is_linear(module: nn.Module) -> bool:
     """A Conv1D, or a Linear by nature too: a subclass with another forward is tried out (some routers are none)."""
+    if is_quantised(module):
+        return True
     if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
         return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
     weight = module.weight

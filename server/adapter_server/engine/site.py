@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from adapter_server.engine.lowrank import Adder, LowRank, add_large
 from adapter_server.engine.routing import Routing, Segment, current
 from adapter_server.families.base import Adapter, AnyPatch, Patch, linear_params
+from adapter_server.families.quantised import is_quantised
 
 
 class Product:
@@ -47,6 +48,27 @@ class Product:
     def bytes(self) -> int:
         own = self.weight.numel() * self.weight.element_size()
         return own * (1 if self.packed is None else 2) + (0 if self.bias is None else self.bias.nbytes)
+
+
+class Separate:
+    """A quantised group's base: each member's own product, side by side. Its weights are read where one is replaced."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self._modules = tuple(modules)
+        self._forwards = tuple(module.forward for module in modules)  # before they become sites
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [T, in] → y [T, outs], a new tensor."""
+        return torch.cat([forward(x) for forward in self._forwards], -1)
+
+    @property
+    def weight(self) -> Tensor:
+        return torch.cat([linear_params(module)[0] for module in self._modules])
+
+    @property
+    def bias(self) -> Tensor | None:
+        params = [linear_params(module) for module in self._modules]
+        return _joined_biases([b for _, b in params], [w for w, _ in params])
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,16 +147,29 @@ class Plan:
 class LinearGroup:
     """Linears that read the same input. `columns[m]` is where member m's outputs stand in the group's [T, outs]."""
 
-    def __init__(self, index: int, modules: Mapping[str, nn.Module], lowrank: LowRank, pack: bool, head: bool) -> None:
-        self.index, self.lowrank, self.pack, self.head = index, lowrank, pack, head
+    def __init__(
+        self,
+        index: int,
+        modules: Mapping[str, nn.Module],
+        lowrank: LowRank,
+        pack: bool,
+        head: bool,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.index, self.lowrank, self.pack, self.head, self.dtype = index, lowrank, pack, head, dtype
         self.paths = tuple(modules)
         params = [linear_params(module) for module in modules.values()]
         self.outs = tuple(weight.shape[0] for weight, _ in params)
-        self.inp, self.dtype, self.device = params[0][0].shape[1], params[0][0].dtype, params[0][0].device
+        self.inp, self.device = params[0][0].shape[1], params[0][0].device
         ends = torch.tensor(self.outs).cumsum(0).tolist()
         self.columns = tuple(slice(end - out, end) for end, out in zip(ends, self.outs, strict=True))
         self.runs = _runs_alike(self.outs)
-        self.base = Product(*_joined(modules, params), pack=pack)
+        self.biases = tuple(bias for _, bias in params)
+        self.base: Product | Separate
+        if any(is_quantised(module) for module in modules.values()):
+            self.base = Separate(list(modules.values()))
+        else:
+            self.base = Product(*_joined(modules, params), pack=pack)
         self._input: Tensor | None = None
         self._outputs: list[Tensor | None] = []
 
@@ -246,7 +281,9 @@ class LinearGroup:
             A=A,
             pairs=pairs,
             mul=self._joined_vectors([None if p is None else _mul(p) for p in mine]),
-            add=self._joined_vectors([None if p is None else self._add(m, p) for m, p in enumerate(mine)]),
+            add=self._joined_vectors(
+                [None if p is None else self._add(b, p) for b, p in zip(self.biases, mine, strict=True)]
+            ),
             shift=next((self._cast(p.in_scale - 1) for p in mine if p and p.in_scale is not None), None),
         )
 
@@ -259,15 +296,16 @@ class LinearGroup:
 
     def _override(self, mine: Sequence[Patch | None]) -> Product:
         weights, biases = [], []
+        weight, bias = self.base.weight, self.base.bias
         for columns, patch in zip(self.columns, mine, strict=True):
-            params = {"weight": self.base.weight[columns].float()}
-            if self.base.bias is not None:
-                params["bias"] = self.base.bias[columns].float()
+            params = {"weight": weight[columns].float()}
+            if bias is not None:
+                params["bias"] = bias[columns].float()
             params = params if patch is None else patch.fold(params)
             weights.append(params["weight"])
             biases.append(params.get("bias"))
-        bias = _joined_biases(biases, weights)
-        return Product(self._cast(torch.cat(weights)), None if bias is None else self._cast(bias), self.pack)
+        joined = _joined_biases(biases, weights)
+        return Product(self._cast(torch.cat(weights)), None if joined is None else self._cast(joined), self.pack)
 
     def _low_rank(self, mine: Sequence[Patch | None]) -> tuple[Tensor | None, tuple[tuple[Tensor, Tensor] | None, ...]]:
         """A [Σ r, in] of all members, and per member (its rows of A, Bt [r, out])."""
@@ -285,9 +323,9 @@ class LinearGroup:
             at += p.rank
         return A, tuple(pairs)
 
-    def _add(self, m: int, patch: Patch) -> Tensor | None:
+    def _add(self, base_bias: Tensor | None, patch: Patch) -> Tensor | None:
         """y = out_scale (gain W x + … + b + bias) = (1 + mul) (W x + b) + … + add."""
-        b = None if self.base.bias is None else self.base.bias[self.columns[m]].float().cpu()
+        b = None if base_bias is None else base_bias.float().cpu()
         bias = patch.bias
         if patch.gain is not None and b is not None:
             bias = (0 if bias is None else bias) + b * (1 - patch.gain)

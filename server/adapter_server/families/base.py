@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adapter_server.core import Spec
+from adapter_server.families.quantised import dequantised, is_quantised
 
 Kind = Literal["linear", "conv1d", "embedding", "other"]
 
@@ -263,7 +264,9 @@ class Family(Protocol):
 
 
 def linear_params(module: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """A Linear's or Conv1D's weight as [out, in] (a view) and its bias."""
+    """A Linear's or Conv1D's weight as [out, in] (a view; of a quantised one a float32 copy) and its bias."""
+    if is_quantised(module):
+        return dequantised(module), getattr(module, "bias", None)
     weight = module.get_parameter("weight")
     bias = getattr(module, "bias", None)
     return (weight.T if type(module).__name__ == "Conv1D" else weight), bias
