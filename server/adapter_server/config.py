@@ -24,7 +24,7 @@ class EngineConfig:
     page_tokens: int = 16
     adapter_bytes: int = 2 * GIB  # device memory for adapters and snapshots together
     pack_weights: bool = True  # CPU float32: oneDNN-packed copies of the base's weights, faster and larger
-    threads: int = 0  # torch threads on the CPU; 0: torch's own choice
+    threads: int = 0  # torch threads on the CPU; 0: torch's own choice, one for a base under 8M parameters
 
 
 @dataclass(frozen=True, slots=True)
