@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -42,7 +43,7 @@ class Run:
 
     @property
     def ms_per_token(self) -> float:
-        return 1e3 * statistics.median(self.steps)
+        return 1e3 * statistics.median(self.steps) if self.steps else math.nan
 
     @property
     def tokens_per_s(self) -> float:
