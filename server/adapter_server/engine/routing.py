@@ -46,6 +46,7 @@ class Routing:
     segments: tuple[Segment, ...] = ()
     uses: tuple[tuple[Use, ...], ...] = ()  # the distinct sets of adapters; index 0 is the base's, ()
     use_of: Tensor | None = None  # [T] index into `uses`
+    sole_use: int | None = None  # where it is one for all tokens
     composed: bool = False
     plans: dict[int, Any] = field(default_factory=dict)
     shared: dict[Hashable, Any] = field(default_factory=dict)  # what the plans of several groups have in common
@@ -53,6 +54,12 @@ class Routing:
     @property
     def plain(self) -> bool:
         return not self.segments
+
+    def by_token(self, rows: Tensor) -> Tensor:
+        """Rows [uses, width] → [T, width]; [1, width] where all tokens are of one use."""
+        if self.sole_use is not None:
+            return rows[self.sole_use : self.sole_use + 1]
+        return rows if self.use_of is None else rows.index_select(0, self.use_of)
 
 
 def route(rows: Sequence[tuple[int, tuple[Use, ...]]], device: torch.device) -> Routing:
@@ -70,7 +77,8 @@ def route(rows: Sequence[tuple[int, tuple[Use, ...]]], device: torch.device) -> 
             spans.setdefault(placed, []).append((start, start + n, weight, len(uses) == 1))
     segments = tuple(_segment(placed, parts, device) for placed, parts in spans.items())
     composed = any(len(uses) > 1 for uses in distinct)
-    return Routing(total, segments, tuple(distinct), torch.tensor(use_of, device=device), composed)
+    sole = use_of[0] if len(set(use_of)) == 1 else None
+    return Routing(total, segments, tuple(distinct), torch.tensor(use_of, device=device), sole, composed)
 
 
 def _segment(placed: Placed, spans: list[tuple[int, int, float, bool]], device: torch.device) -> Segment:

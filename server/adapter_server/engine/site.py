@@ -210,13 +210,12 @@ class LinearGroup:
         return plan.whole(x) if plan.whole else self._mixed(x, plan, routing)
 
     def _mixed(self, x: Tensor, plan: Plan, routing: Routing) -> Tensor:
-        use_of = routing.use_of
-        y = self.base(x if plan.in_scale is None else x * plan.in_scale[use_of])
+        y = self.base(x if plan.in_scale is None else x * routing.by_token(plan.in_scale))
         if plan.mul is not None:
             plain = self.base(x) if routing.composed and plan.in_scale is not None else y
-            y.addcmul_(plain, plan.mul[use_of])
+            y.addcmul_(plain, routing.by_token(plan.mul))
         if plan.add is not None:
-            y.add_(plan.add[use_of])
+            y.add_(routing.by_token(plan.add))
         for small in plan.small:
             small.add(y, x)
         for segment in plan.large:
