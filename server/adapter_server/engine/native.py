@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from adapter_server.engine.site import LinearGroup, Placed
 
 SOURCE = Path(__file__).with_name("lowrank.c")
+SERIAL = 250_000  # multiplications; below, waking a second thread costs more than it saves
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-c")
 
 
@@ -110,6 +111,8 @@ class NativeSmall:
         self._table, self._outs = _array(table), _array(group.outs)
         self._offsets = _array([0, *ends[:-1]])
         self._call = kernel.lowrank_add
+        work = sum(s.count * patch.numbers for s, patch in zip(segments, patches, strict=True))
+        self._threads = 1 if work < SERIAL else torch.get_num_threads()
         self._width, self._inp, self._counts = sum(group.outs), group.inp, (len(segments), len(group.outs), max(ranks))
 
     def add(self, y: Tensor, x: Tensor) -> None:
@@ -127,7 +130,7 @@ class NativeSmall:
             ctypes.c_int64(most),
             ctypes.c_void_p(self._scratch.data_ptr()),
             self._offsets,
-            ctypes.c_int(torch.get_num_threads()),
+            ctypes.c_int(self._threads),
         )
 
 

@@ -92,6 +92,11 @@ class GroupPatch:
         A = (0, 0) if self.A is None else (self.A.data_ptr(), self.A.shape[0])
         return (*A, *(value for pair in pairs for value in pair))
 
+    @functools.cached_property
+    def numbers(self) -> int:
+        """In A and all Bt: the multiplications of one token."""
+        return sum(t.numel() for t in (self.A, *(pair[1] for pair in self.pairs if pair)) if t is not None)
+
     @property
     def bytes(self) -> int:
         vectors = (self.A, self.mul, self.add, self.shift, *(pair[1] for pair in self.pairs if pair))
