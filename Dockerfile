@@ -4,13 +4,13 @@
 #     serve Qwen/Qwen3-0.6B --adapters /adapters --host 0.0.0.0 --insecure
 
 FROM python:3.12-slim AS build
-# The CPU's wheels of torch. For CUDA: --build-arg TORCH_INDEX=https://pypi.org/simple
-ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# Where torch comes from: pip's own index, which has CUDA's wheels, unless --build-arg TORCH_INDEX=URL names another
+ARG TORCH_INDEX=
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN python -m venv /venv
 WORKDIR /src
 COPY constraints.txt ./
-RUN /venv/bin/pip install --constraint constraints.txt --index-url ${TORCH_INDEX} torch
+RUN /venv/bin/pip install --constraint constraints.txt ${TORCH_INDEX:+--index-url ${TORCH_INDEX}} torch
 COPY . .
 RUN /venv/bin/pip install --constraint constraints.txt .
 

@@ -157,3 +157,16 @@ def test_tokens_that_are_not_the_steps_are_refused() -> None:
 @pytest.mark.parametrize(("rank", "padded"), [(1, 4), (4, 4), (5, 8), (8, 8), (24, 32), (64, 64), (65, 128), (0, 0)])
 def test_rank_classes(rank: int, padded: int) -> None:
     assert rank_class(rank) == padded
+
+
+@pytest.mark.parametrize("form", forms(), ids=["banked", "native"][: len(forms())])
+def test_an_input_that_is_a_part_of_a_wider_tensor(form: Callable[[], LowRank]) -> None:
+    case = Case(4, kinds=("lora", "dora"), n=5, form=form())
+    rows = [(1 + i, ((placed, 1.0),)) for i, placed in enumerate(case.patches)]
+    rows = [rows[i] for i in case.form.arrange(rows)]
+    routing = route(rows, CPU)
+    x = torch.randn(routing.tokens, 3 * IN)[:, IN : 2 * IN]
+    with running(Step(routing, Routing(1))):
+        got = case.group.run(x)
+    want = torch.cat([case.formula(part, uses) for part, (_, uses) in zip(_split(x, rows), rows, strict=True)])
+    assert close(got, want)

@@ -212,7 +212,7 @@ class LinearGroup:
         plan = routing.plans.get(self.index)
         if plan is None:
             plan = routing.plans[self.index] = self.plan(routing, x.shape[0])
-        return plan.whole(x) if plan.whole else self._mixed(x, plan, routing)
+        return plan.whole(x) if plan.whole else self._mixed(x.contiguous(), plan, routing)
 
     def _mixed(self, x: Tensor, plan: Plan, routing: Routing) -> Tensor:
         y = self.base(x if plan.in_scale is None else x * routing.by_token(plan.in_scale))
