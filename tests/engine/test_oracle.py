@@ -55,3 +55,8 @@ def test_every_kind_in_one_batch(arch: str) -> None:
 @pytest.mark.parametrize("arch", zoo.ARCHS)
 def test_merged_is_unmerged(arch: str) -> None:
     hold(arch, foldable(arch), "merged", stagger=0)
+
+
+def test_every_kind_in_one_batch_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("adapter_server.engine.native.library", lambda: None)
+    hold("llama", kinds("llama"), "unmerged", stagger=1, max_step_tokens=48)
