@@ -21,7 +21,7 @@ from typer.testing import CliRunner, Result
 
 import files
 import tiny
-from adapter_server import __version__, cli
+from adapter_server import __version__, cli, config
 from adapter_server.config import EngineConfig, ServerConfig
 
 FIELDS = [field for kind in (EngineConfig, ServerConfig) for field in fields(kind)]
@@ -79,8 +79,8 @@ def test_the_demo_serves_what_comes_with_the_package(caught: dict[str, object]) 
     assert run("demo", "--port", 0).exit_code == 0
     server = caught["server"]
     assert isinstance(server, ServerConfig)
-    assert caught["model"] == str(cli.DEMO_BASE)
-    assert Path(server.adapters) in cli.DEMO_ADAPTERS
+    assert caught["model"] == str(config.DEMO_BASE)
+    assert Path(server.adapters) in config.DEMO_ADAPTERS
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_serve_answers_logs_no_prompt_and_leaves_cleanly(root: Path) -> None:
     assert "SECRET" not in log
 
 
-@pytest.mark.skipif(not cli.DEMO_BASE.is_dir(), reason="this tree has no demo base")
+@pytest.mark.skipif(not config.DEMO_BASE.is_dir(), reason="this tree has no demo base")
 def test_the_demo_prints_a_curl_line_that_works() -> None:
     with started("demo") as process:
         assert process.stdout

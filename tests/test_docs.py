@@ -23,7 +23,7 @@ import typer
 from fastapi import FastAPI
 from prometheus_client.metrics import MetricWrapperBase
 
-from adapter_server import cli
+from adapter_server import cli, config
 from adapter_server.api import openai_bodies, refusals, schemas
 from adapter_server.api.app import create_app
 from adapter_server.api.bridge import Operation
@@ -270,7 +270,7 @@ def file_tree() -> dict[Path, str]:
 def test_the_file_tree_is_the_tree() -> None:
     tree = file_tree()
     assert [path for path in tree if not path.exists()] == []
-    package = {path for path in cli.PACKAGE.rglob("*.py") if path.name != "__init__.py"}
+    package = {path for path in config.PACKAGE.rglob("*.py") if path.name != "__init__.py"}
     scripts = {path for folder in ("examples", "benchmarks") for path in (ROOT / folder).glob("*.py")}
     kinds = {Path(module.__file__) for module in modules()}  # these are in the table of kinds
     assert (package | scripts) - kinds - tree.keys() == set()

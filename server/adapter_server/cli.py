@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from adapter_server import __version__
-from adapter_server.config import EngineConfig, ServerConfig
+from adapter_server.config import DEMO_BASE, EngineConfig, ServerConfig, demo_adapters
 from adapter_server.core import Event, Finished, Token
 from adapter_server.errors import AdapterRefused, AdapterServerError, InvalidRequest, RequestFailed
 
@@ -36,10 +36,7 @@ if TYPE_CHECKING:
     from adapter_server.text import Text
 
 ENV = "ADAPTER_SERVER_"
-PACKAGE = Path(__file__).parent
-DEMO_BASE = PACKAGE / "demo" / "base"
 DEMO_NAME = "adapter-server-demo"  # the demo base's id
-DEMO_ADAPTERS = (PACKAGE.parents[1] / "adapters", PACKAGE / "demo" / "adapters")  # a source tree, a wheel
 DEMO_ADAPTER, DEMO_PROMPT = "shout", "red cat>"
 UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 MAY_BE_0 = ("max_model_len", "threads", "port")
@@ -178,7 +175,7 @@ def serve(engine: EngineConfig, server: ServerConfig, model: Model = str(DEMO_BA
 @with_settings(EngineConfig, ServerConfig, without=("adapters",))
 def demo(engine: EngineConfig, server: ServerConfig) -> None:
     """Serve the small base that comes with the package, and its adapters."""
-    _serve(str(DEMO_BASE), engine, replace(server, adapters=str(_demo_adapters())), _welcome)
+    _serve(str(DEMO_BASE), engine, replace(server, adapters=str(demo_adapters())), _welcome)
 
 
 def _welcome(store: Store, address: str) -> None:
@@ -260,13 +257,9 @@ def generate(
     asked |= {"temperature": temperature, "seed": seed, "scale": scale, "stop": stop or None}
     given = {name: value for name, value in asked.items() if value is not None}
     body = parse(GenerateBody, json.dumps(given).encode())
-    store, built, text = _build(model, engine, adapters or _demo_adapters())
+    store, built, text = _build(model, engine, adapters or demo_adapters())
     with _running(built) as (worker, events):
         _answer(body, store, text, worker, events)
-
-
-def _demo_adapters() -> Path:
-    return next((folder for folder in DEMO_ADAPTERS if folder.is_dir()), DEMO_ADAPTERS[-1])
 
 
 @contextmanager

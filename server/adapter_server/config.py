@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 GIB = 1 << 30
+PACKAGE = Path(__file__).parent
+DEMO_BASE = PACKAGE / "demo" / "base"
+DEMO_ADAPTERS = (PACKAGE.parents[1] / "adapters", PACKAGE / "demo" / "adapters")  # a source tree, a wheel
+
+
+def demo_adapters() -> Path:
+    """The folder of the demo's adapters, wherever this package runs from."""
+    return next((folder for folder in DEMO_ADAPTERS if folder.is_dir()), DEMO_ADAPTERS[-1])
 
 
 @dataclass(frozen=True, slots=True)

@@ -100,8 +100,7 @@ def test_moving_an_adapter_keeps_its_parts_and_halves_its_bytes():
     assert moved.patches["b"].scale == 5.65625  # what a scaled embedding in bfloat16 multiplies by
 
 
-def test_what_stands_before_the_prompt_is_neither_folded_nor_scaled():
+def test_what_stands_before_the_prompt_is_not_folded():
     assert Adapter(SPEC, {"a": Patch()}).foldable
     for adapter in (Adapter(SPEC, embeds=torch.zeros(1, 2)), Adapter(SPEC, prefix=()), Adapter(SPEC, tasks=SUBSETS)):
         assert not adapter.foldable
-        assert not adapter.scalable

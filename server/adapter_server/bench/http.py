@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 from adapter_server.api.server import Server, configure_logs
 from adapter_server.bench.client import Reply
 from adapter_server.bench.drive import Ask, Run
-from adapter_server.bench.workloads import PACKAGE, Workload
-from adapter_server.config import ServerConfig
+from adapter_server.bench.workloads import Workload
+from adapter_server.config import PACKAGE, ServerConfig
 from adapter_server.engine import Engine, Worker
 from adapter_server.errors import RequestFailed
 from adapter_server.text import Text

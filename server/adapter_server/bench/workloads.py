@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from adapter_server.config import DEMO_BASE, demo_adapters
 from adapter_server.errors import InvalidRequest
 
 Popularity = Literal["identical", "distinct", "uniform", "skewed"]
@@ -29,10 +30,6 @@ ZIPF = 1.5  # Punica's skew (arXiv 2310.18547)
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 VIRTUAL_TOKENS = 16
 FIRST_TOKEN = 3  # prompts leave out the ids below, which are special in most vocabularies
-
-PACKAGE = Path(__file__).parents[1]
-DEMO_BASE = PACKAGE / "demo" / "base"
-DEMO_ADAPTERS = (PACKAGE.parents[1] / "adapters", PACKAGE / "demo" / "adapters")  # a source tree, a wheel
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +172,7 @@ def _random(name: str, fresh: torch.Tensor, generator: torch.Generator) -> torch
 
 
 def _demo() -> Workload:
-    adapters = next((folder for folder in DEMO_ADAPTERS if folder.is_dir()), DEMO_ADAPTERS[-1])
+    adapters = demo_adapters()
     if not DEMO_BASE.is_dir():
         raise InvalidRequest(f"the demo's base is not installed: choose a --size of {', '.join(SHAPES)}")
     return Workload("demo", DEMO_BASE, adapters, demo_kinds(adapters), Shape.read(DEMO_BASE))

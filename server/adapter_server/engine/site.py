@@ -231,7 +231,7 @@ class LinearGroup:
 
     def _replace(self, y: Tensor, x: Tensor, segment: Segment, product: Product) -> None:
         part = product(x[segment.tokens])
-        if segment.sole and segment.weights is None:
+        if _is_alone(segment):
             y[segment.tokens] = part
             return
         delta = part - self.base(x[segment.tokens])

@@ -219,11 +219,6 @@ class Adapter:
         """A prefix or a soft prompt is no weight: it has no merged form."""
         return self.prefix is None and self.embeds is None and not self.tasks
 
-    @property
-    def scalable(self) -> bool:
-        """Whether a request's `scale` has a meaning: not for what stands before the prompt."""
-        return self.foldable
-
     def tensors(self) -> Iterator[Tensor]:
         for patch in self.patches.values():
             yield from patch.tensors()
