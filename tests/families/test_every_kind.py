@@ -5,6 +5,7 @@ import dataclasses
 import peft
 import pytest
 
+import beyond
 import zoo
 from adapter_server.errors import AdapterRefused
 from adapter_server.families import REFUSED, find, known
@@ -22,12 +23,13 @@ def fields(kind: str) -> set[str]:
 
 def test_every_kind_of_peft_is_served_or_refused_with_a_reason():
     assert KINDS - set(known()) == set(REFUSED)
+    assert set(known()) - KINDS == set(beyond.KINDS)
     assert not set(known()) & set(REFUSED)
 
 
 def test_every_served_kind_has_a_case():
     served = {case(zoo.tiny_base(case.archs[0])).peft_type for case in zoo.ADAPTERS.values()}
-    assert {str(kind.value) for kind in served} == set(known())
+    assert {str(kind.value) for kind in served} == set(known()) - set(beyond.KINDS)
 
 
 @pytest.mark.parametrize("kind", REFUSED)
