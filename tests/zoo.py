@@ -264,6 +264,7 @@ ADAPTERS: dict[str, Case] = {
         ),
         LINEAR,
     ),
+    "alora": Case(lora(alora_invocation_tokens=[9], lora_bias=True)),
     "lora_tokens": Case(lora(trainable_token_indices=[5, 9, 13, 40]), (*BOTH, "gemma2")),
     "lora_tokens_head": Case(lora(trainable_token_indices={"embed_tokens": [5, 9], "lm_head": [13, 40, 7]}), ONE),
     "lora_tokens_apart": Case(lora(trainable_token_indices={"wte": [5, 9], "lm_head": [13, 40, 7]}), ("gpt2",)),
@@ -380,6 +381,11 @@ ADAPTERS: dict[str, Case] = {
         lambda base: MultitaskPromptTuningConfig(num_virtual_tokens=5, num_tasks=3, num_ranks=2, task_type="CAUSAL_LM")
     ),
 }
+
+UNFOLDABLE = (
+    *("prefix", "prefix_projected", "cartridge", "prompt", "ptuning", "cpt", "multitask"),  # before the prompt
+    "alora",  # on some of its tokens
+)
 
 PAIRS = [(arch, name) for name, case in ADAPTERS.items() for arch in ARCHS if arch in case.archs]
 

@@ -7,7 +7,6 @@ import torch
 
 import rig
 import zoo
-from adapter_server.families import before_the_prompt
 
 TOLERANCE = {torch.float32: 1e-4}
 
@@ -17,8 +16,7 @@ def kinds(arch: str) -> tuple[str, ...]:
 
 
 def foldable(arch: str) -> tuple[str, ...]:
-    base = zoo.tiny_base(arch)
-    return tuple(n for n in kinds(arch) if not before_the_prompt(zoo.ADAPTERS[n](base).peft_type.value))
+    return tuple(name for name in kinds(arch) if name not in zoo.UNFOLDABLE)
 
 
 def cases(names: tuple[str, ...]) -> list[tuple[str | None, tuple[int, ...]]]:

@@ -95,6 +95,16 @@ def test_shapes_follow_the_base():
         ({"target_modules": ["embed_tokens"], "lora_bias": True}, "which LoRA does not apply to"),
         ({"target_modules": ["q_proj"], "modules_to_save": ["_proj"]}, "both in 'target_modules' and"),
         ({"velora_config": 5}, "'velora_config' must be an object"),
+        ({"alora_invocation_tokens": []}, "must be a list of 1 to 256 token ids"),
+        ({"alora_invocation_tokens": [5] * 257}, "must be a list of 1 to 256 token ids"),
+        ({"alora_invocation_tokens": "[5]"}, "must be a list of 1 to 256 token ids"),
+        ({"alora_invocation_tokens": [zoo.VOCAB]}, r"must be an integer in 0\.\.96"),
+        ({"alora_invocation_tokens": [-1]}, r"must be an integer in 0\.\.96"),
+        ({"alora_invocation_tokens": [5], "use_dora": True}, "together with 'use_dora' is not defined"),
+        ({"alora_invocation_tokens": [5], "bias": "all"}, "together with 'bias' is not defined"),
+        ({"alora_invocation_tokens": [5], "modules_to_save": ["lm_head"]}, "together with 'modules_to_save'"),
+        ({"alora_invocation_tokens": [5], "init_lora_weights": "pissa"}, "together with 'init_lora_weights'"),
+        ({"alora_invocation_tokens": [5], "target_modules": ["embed_tokens"]}, "which aLoRA does not apply to"),
     ],
 )
 def test_a_config_that_makes_no_sense_is_refused(options, reason):

@@ -12,8 +12,7 @@ import zoo
 from adapter_server.families import find
 from adapter_server.families.facts import ModelBase, describe
 
-VIRTUAL = ("prefix", "prefix_projected", "cartridge", "prompt", "ptuning", "cpt", "multitask")
-AT_MODULES = [(arch, case) for arch, case in zoo.PAIRS if case not in VIRTUAL]
+AT_MODULES = [(arch, case) for arch, case in zoo.PAIRS if case not in zoo.UNFOLDABLE]
 
 
 @pytest.fixture(autouse=True)

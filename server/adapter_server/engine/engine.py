@@ -87,7 +87,7 @@ class Engine:
         self.steps = 0
         self._rows: dict[str, Row] = {}
         self._doomed: list[tuple[Row, AdapterServerError]] = []
-        self._routing: tuple[tuple[tuple[Row, int], ...], list[int], Routing] | None = None  # key, order, routing
+        self._routing: tuple[tuple[tuple[Row, int, int], ...], list[int], Routing] | None = None  # key, order, routing
 
     def _kv(self) -> tuple[KvPool, int]:
         """The pool that the budget allows, and the context length: the base's own, or what leaves room for rows."""
@@ -223,7 +223,10 @@ class Engine:
         request = row.request
         placed = [h.placed for h in row.held if h.placed is not None]
         weights = [m.weight for m in request.members]
-        row.uses = tuple((p, w) for p, w in zip(placed, weights, strict=True) if p.groups or p.others)
+        started = [(p, w, p.adapter.start(request.prompt)) for p, w in zip(placed, weights, strict=True)]
+        acting = [(p, w, start) for p, w, start in started if start is not None and (p.groups or p.others)]
+        row.uses = tuple((p, w) for p, w, _ in acting)
+        row.starts = tuple(start for *_, start in acting) if any(start for *_, start in acting) else ()
         before = [p for p in placed if p.prefixes or p.adapter.embeds is not None or p.adapter.tasks]
         if len(before) > 1:
             raise InvalidRequest("a request carries at most one prefix or soft prompt", param="adapter")
@@ -299,12 +302,12 @@ class Engine:
 
     def _routed(self, slices: list[Slice]) -> tuple[list[Slice], Routing]:
         """The slices adapter by adapter, and their routing: last step's, while the same rows do the same."""
-        key = tuple((s.row, s.count) for s in slices)
+        key = tuple((s.row, s.count, s.row.border) for s in slices)
         if self._routing is not None and self._routing[0] == key:
             return [slices[i] for i in self._routing[1]], self._routing[2]
-        rows = [(s.count, s.row.uses) for s in slices]
-        places = self.model.lowrank.arrange(rows)
-        routing = route([rows[i] for i in places], self.model.device)
+        runs = [s.routed for s in slices]
+        places = self.model.lowrank.arrange([(s.count, r[-1][1]) for s, r in zip(slices, runs, strict=True)])
+        routing = route([run for i in places for run in runs[i]], self.model.device)
         self._routing = key, places, routing
         return [slices[i] for i in places], routing
 
@@ -312,7 +315,7 @@ class Engine:
         """lm_head sees one token of each row that samples."""
         if len(slices) == routing.tokens and all(s.last for s in slices):
             return routing
-        return route([(1, s.row.uses) for s in slices if s.last] or [(1, ())], self.model.device)
+        return route([(1, s.routed[-1][1]) for s in slices if s.last] or [(1, ())], self.model.device)
 
     def _advance(self, slices: Sequence[Slice], chosen: Sequence[Chosen]) -> list[Event]:
         now, events, answers = time.monotonic(), [], iter(chosen)

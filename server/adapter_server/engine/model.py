@@ -146,7 +146,7 @@ class Model:
         others = {
             path: p.to(self.device, self.dtype) for path, p in adapter.patches.items() if not isinstance(p, Patch)
         }
-        before = Adapter(adapter.spec, {}, adapter.prefix, adapter.embeds, adapter.tasks).to(self.device, self.dtype)
+        before = replace(adapter, patches={}).to(self.device, self.dtype)
         prefixes: dict[int | None, Prefix] = {} if before.prefix is None else {None: Prefix(before.prefix)}
         return Placed(before, groups, others, prefixes)
 

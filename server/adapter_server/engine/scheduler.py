@@ -8,6 +8,7 @@ When pages run out, the row admitted last gives its place back and is computed a
 
 from __future__ import annotations
 
+import itertools
 import secrets
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -29,6 +30,7 @@ class Row:
     tokens: list[int]
     seed: int
     uses: tuple[Use, ...] = ()
+    starts: tuple[int, ...] = ()  # aLoRA among them: per use, the first of `tokens` that it acts on
     prefix: Prefix | None = None
     held: list[Holding] = field(default_factory=list)
     lease: Lease | None = None
@@ -57,6 +59,21 @@ class Row:
         return len(self.tokens) - len(self.request.prompt)
 
     @property
+    def border(self) -> int:
+        """How many of `tokens` are done that stand before the last adapter's start."""
+        return min(self.done, max(self.starts, default=0))
+
+    def routed(self, start: int, stop: int) -> list[tuple[int, tuple[Use, ...]]]:
+        """Tokens start..stop−1 in runs of one set of adapters: (how many, which)."""
+        if not self.starts:
+            return [(stop - start, self.uses)]
+        cuts = sorted({start, stop, *(s for s in self.starts if start < s < stop)})
+        return [(b - a, self._at(a)) for a, b in itertools.pairwise(cuts)]
+
+    def _at(self, token: int) -> tuple[Use, ...]:
+        return tuple(use for use, start in zip(self.uses, self.starts, strict=True) if start <= token)
+
+    @property
     def draw(self) -> Draw:
         return Draw(self.request.sampling, self.seed, self.tokens, len(self.request.prompt))
 
@@ -71,6 +88,10 @@ class Slice:
     @property
     def last(self) -> bool:
         return self.count == self.row.pending
+
+    @property
+    def routed(self) -> list[tuple[int, tuple[Use, ...]]]:
+        return self.row.routed(self.row.done, self.row.done + self.count)
 
 
 @dataclass(slots=True)

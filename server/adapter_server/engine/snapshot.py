@@ -21,11 +21,10 @@ from adapter_server.registry.store import Store
 
 
 def check_foldable(adapter: Adapter) -> None:
-    """Raises NotMergeable for what stands before the prompt: it is no weight."""
-    if not adapter.foldable:
+    """Raises NotMergeable for what no weights can do, as what stands before the prompt."""
+    if why := adapter.unfoldable:
         raise NotMergeable(
-            f"adapter {adapter.spec.name!r} ({adapter.spec.family}) has no merged form: what it adds stands before the "
-            "prompt and is no weight. Use mode 'unmerged'",
+            f"adapter {adapter.spec.name!r} ({adapter.spec.family}) has no merged form: {why}. Use mode 'unmerged'",
             param="mode",
         )
 

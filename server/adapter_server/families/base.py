@@ -11,8 +11,8 @@ The normal form, for every kind that PEFT has at a Linear (shapes per module, to
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -209,15 +209,29 @@ class Adapter:
     prefix: tuple[tuple[Tensor, Tensor], ...] | None = None  # per layer K, V, each [n, kv_heads, head_dim]
     embeds: Tensor | None = None  # [n, hidden]
     tasks: tuple[Tensor, ...] = ()  # kinds with tasks: one `embeds` per task id
+    invocation: tuple[int, ...] = ()  # aLoRA: the patches act from these tokens' last occurrence in the prompt on
 
     @property
     def rank(self) -> int | None:
         return max((getattr(p, "rank", 0) for p in self.patches.values()), default=0) or None
 
     @property
+    def unfoldable(self) -> str:
+        """Why it has no merged form; empty where it has one."""
+        if self.prefix is not None or self.embeds is not None or self.tasks:
+            return "what it adds stands before the prompt and is no weight"
+        return "it acts on the tokens from its invocation on and on none before" if self.invocation else ""
+
+    @property
     def foldable(self) -> bool:
-        """A prefix or a soft prompt is no weight: it has no merged form."""
-        return self.prefix is None and self.embeds is None and not self.tasks
+        return not self.unfoldable
+
+    def start(self, prompt: Sequence[int]) -> int | None:
+        """The first token that the patches act on; None where the prompt lacks the invocation (PEFT `variants.py`)."""
+        if not self.invocation:
+            return 0
+        n, tokens = len(self.invocation), tuple(prompt)
+        return next((i for i in range(len(tokens) - n, -1, -1) if tokens[i : i + n] == self.invocation), None)
 
     def tensors(self) -> Iterator[Tensor]:
         for patch in self.patches.values():
@@ -235,7 +249,8 @@ class Adapter:
         move = {path: patch.to(device, dtype) for path, patch in self.patches.items()}
         pairs = self.prefix and tuple((k.to(device, dtype), v.to(device, dtype)) for k, v in self.prefix)
         embeds = None if self.embeds is None else self.embeds.to(device, dtype)
-        return Adapter(self.spec, move, pairs, embeds, tuple(t.to(device, dtype) for t in self.tasks))
+        tasks = tuple(t.to(device, dtype) for t in self.tasks)
+        return replace(self, patches=move, prefix=pairs, embeds=embeds, tasks=tasks)
 
 
 class Family(Protocol):

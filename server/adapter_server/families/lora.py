@@ -55,10 +55,13 @@ from adapter_server.families.targets import by_pattern, saved_modules, targeted
 from adapter_server.families.trainable_tokens import ROWS, token_indices, with_rows
 
 MAX_SCALING = 1e4
+MAX_INVOCATION = 256  # tokens
+ALORA = "alora_invocation_tokens"
 
 # Served: these decide the tensors and the formula.
 SERVED = frozenset(
     {
+        "alora_invocation_tokens",
         "alpha_pattern",
         "bias",
         "ensure_weight_tying",
@@ -102,9 +105,7 @@ HARMLESS = frozenset(
 )
 
 _MERGE = "merge it into a base of its own with PEFT's merge_and_unload"
-_RETRAIN = "train it again without this option"
 REFUSED: Mapping[str, str] = {
-    "alora_invocation_tokens": "its place of activation depends on the prompt; " + _RETRAIN,
     "arrow_config": "it routes among other adapters; publish those and name them in the request",
     "enable_lora": "it splits a fused projection; " + _MERGE,
     "layer_replication": "it changes the base's depth for everybody; " + _MERGE,
@@ -137,6 +138,7 @@ class Plan:
     variant: Variant
     tokens: Mapping[str, list[int]]  # module path: its trained rows
     tied_tokens: bool  # the head's are the embedding's
+    invocation: tuple[int, ...]  # aLoRA's; empty: none
 
 
 class Lora:
@@ -170,7 +172,9 @@ class Lora:
             if path not in plan.wrapped:
                 patches[path] = bias_patch(take(key), path, base)
         take.done()
-        return Adapter(spec, patches)
+        if plan.invocation and weights:
+            raise AdapterRefused(f"adapter_config.json: '{ALORA}' together with a changed embedding is not defined")
+        return Adapter(spec, patches, invocation=plan.invocation)
 
 
 def resolve(config: Config, shapes: Shapes, names: frozenset[str]) -> Plan:
@@ -193,8 +197,32 @@ def resolve(config: Config, shapes: Shapes, names: frozenset[str]) -> Plan:
     refuse_overlap(tokens, saved)
     if form.subtracts and {shapes.embed, shapes.head} & set(paths):
         raise AdapterRefused("adapter_config.json: this initialisation cannot be undone at the embedding or the head")
-    lows = _lows(config, paths)
-    return Plan(lows, tuple(saved), biases, dora, lora_bias, groups, form, tokens, tied_tokens)
+    lows, invocation = _lows(config, paths), _invocation(config, shapes)
+    if invocation:
+        _check_alora(config, shapes, paths, form)
+    return Plan(lows, tuple(saved), biases, dora, lora_bias, groups, form, tokens, tied_tokens, invocation)
+
+
+def _invocation(config: Config, shapes: Shapes) -> tuple[int, ...]:
+    """aLoRA's tokens; empty where this is none."""
+    value = config.get(ALORA)
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not 0 < len(value) <= MAX_INVOCATION:
+        raise AdapterRefused(f"adapter_config.json: '{ALORA}' must be a list of 1 to {MAX_INVOCATION} token ids")
+    return tuple(as_integer(token, ALORA, 0, shapes.vocab - 1) for token in value)
+
+
+def _check_alora(config: Config, shapes: Shapes, paths: list[str], form: Variant) -> None:
+    """Only low ranks at Linears have a place in the prompt where they begin; the rest would act on all tokens."""
+    rest = [key for key in ("modules_to_save", "trainable_token_indices") if config.get(key)]
+    rest += ["bias"] if config.get("bias", "none") != "none" else []
+    rest += ["init_lora_weights"] if form.init else []
+    if rest:
+        raise AdapterRefused(f"adapter_config.json: '{ALORA}' together with '{rest[0]}' is not defined; set one")
+    wrong = next((path for path in paths if shapes.modules[path].kind not in LINEAR), None)
+    if wrong is not None:
+        raise AdapterRefused(f"adapter_config.json: 'target_modules' names {wrong}, which aLoRA does not apply to")
 
 
 def _check_init(config: Config) -> None:

@@ -24,7 +24,7 @@ SUBTRACTED = ("olora", "pissa")  # inits that take from the base, in a way that 
 BLOCKS = ("match_strict", "nblocks", "target_modules_bd_a", "target_modules_bd_b")
 KASA = ("beta", "gamma")
 MONTE = ("buffer_size", "dirichlet_prior", "kl_loss_weight", "num_samples", "sample_scaler", "use_entropy")
-EXCLUSIVE = ("kasa_config", "monteclora_config", "use_bdlora", "use_dora", "velora_config")
+EXCLUSIVE = ("alora_invocation_tokens", "kasa_config", "monteclora_config", "use_bdlora", "use_dora", "velora_config")
 
 
 @dataclass(frozen=True, slots=True)
