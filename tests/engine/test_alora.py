@@ -21,6 +21,7 @@ from adapter_server.errors import NotMergeable
 from adapter_server.registry.store import Store
 
 CALL = [60, 61]
+NAMES = ("a", "b", "plain", None)
 PROMPTS = {
     "in the middle": (5, 9, 13, 60, 61, 7, 8),
     "at once": (60, 61, 5, 9),
@@ -73,9 +74,9 @@ def generated(model: torch.nn.Module, prompt: Sequence[int]) -> tuple[list[int],
 
 def hold(folder: Path, engine: Engine, stagger: int = 1) -> None:
     digest = engine.model.digest()
-    asked: list[tuple[str | None, tuple[int, ...]]] = list(itertools.product(("a", "b", "plain", None), PROMPTS.values()))
+    asked = list(itertools.product(NAMES, PROMPTS.values()))
     answers = rig.run(engine, [rig.ask(engine, name, prompt) for name, prompt in asked], stagger=stagger)
-    models = {name: alone(folder, name) for name in ("a", "b", "plain", None)}
+    models = {name: alone(folder, name) for name in NAMES}
     for (name, prompt), answer in zip(asked, answers, strict=True):
         assert answer.end is not None
         assert answer.end.error is None, answer.end.error.__cause__
@@ -117,7 +118,8 @@ def test_scaled_and_composed_it_still_begins_at_its_invocation(folder: Path) -> 
         plain, call = (rig.ask(served, name, prompt, weight=w, id=id) for name, w in (("plain", 1.0), ("a", weight)))
         return Request(id, prompt, plain.sampling, (*plain.members, *call.members), "unmerged")
 
-    asked = [both(never, 1, "x"), both(there, 0, "y"), both(there, 1, "z"), *(rig.ask(served, "plain", p) for p in (never, there))]
+    composed = [both(never, 1, "x"), both(there, 0, "y"), both(there, 1, "z")]
+    asked = [*composed, *(rig.ask(served, "plain", prompt) for prompt in (never, there))]
     absent, zero, full, plain_never, plain_there = rig.run(served, asked)
     assert torch.allclose(absent.matrix(), plain_never.matrix(), atol=1e-5)
     assert torch.allclose(zero.matrix(), plain_there.matrix(), atol=1e-5)
