@@ -82,7 +82,9 @@ class Live:
                 self.worker.call("unload", Spec(name, version, "", "", {}, 0)).result(20)
 
     def held(self) -> set[tuple[str, str, bool]]:
-        return set(self.engine.pool.holdings)
+        """On the device and its way there, and in the host tier."""
+        pool = self.engine.pool
+        return set(pool.holdings) | {(*key, False) for key in pool.host.held()}
 
     def state(self) -> tuple[str, object, set[tuple[str, str, bool]]]:
         return self.engine.model.digest(), self.say("good", None), self.held()

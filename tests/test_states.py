@@ -19,6 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 import rig
 import zoo
 from adapter_server.config import EngineConfig
+from adapter_server.core import Spec
 from adapter_server.engine import Engine
 from adapter_server.errors import AdapterNotFound, AdapterRefused, VersionConflict
 from adapter_server.registry import guard, versions
@@ -43,6 +44,7 @@ def content(seed: int) -> tuple[bytes, bytes]:
 def engine() -> Engine:
     made = Engine(zoo.tiny_base("llama"), EngineConfig(kv_bytes=8 << 20), Store(Path("nowhere"), settle_s=0))
     made.pool.budget = 200_000  # a few of them: others make room
+    made.pool.host.budget = 250_000
     return made
 
 
@@ -74,6 +76,11 @@ def settle(done: Future[None]) -> None:
     done.result()
 
 
+def forget_all() -> None:
+    for resident in engine().stats().residents:
+        settle(engine().call("unload", Spec(resident.name, resident.version, "", resident.family, {}, 0)))
+
+
 class Registry(RuleBasedStateMachine):
     """`served`: what each name stands for, and whether by hand; `history`: the versions of each, oldest first."""
 
@@ -87,9 +94,8 @@ class Registry(RuleBasedStateMachine):
         self.history: dict[str, list[int]] = {"a": [], "b": []}
 
     def teardown(self) -> None:
-        for spec in {holding.spec for holding in engine().pool.holdings.values()}:
-            settle(engine().call("unload", spec))
-        assert engine().pool.used == 0
+        forget_all()
+        assert (engine().pool.used, engine().pool.host.used) == (0, 0)
         shutil.rmtree(self.root)
 
     def _becomes(self, name: str, seed: int) -> None:
@@ -203,6 +209,8 @@ class Registry(RuleBasedStateMachine):
     def nothing_leaks(self) -> None:
         pool = engine().pool
         assert pool.used == sum(h.bytes for h in pool.holdings.values() if h.live) <= pool.budget
+        assert pool.host.used == sum(map(pool.host.bytes_of, pool.host.held())) <= pool.host.budget
+        assert not [h for h in pool.holdings.values() if h.files or h.adapter or h.wanted or h.rows]
         assert not engine().busy
 
 
@@ -211,8 +219,7 @@ def begun() -> Iterator[str]:
     """The base's digest at the beginning, what each content says alone being known."""
     for seed in range(len(KINDS)):
         alone(seed)
-    for spec in {holding.spec for holding in engine().pool.holdings.values()}:
-        settle(engine().call("unload", spec))
+    forget_all()
     yield engine().model.digest()
     engine().close()
 

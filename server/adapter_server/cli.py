@@ -52,6 +52,7 @@ HELP = {
     "kv_layout": "How keys and values lie in memory; auto: slots on the CPU, pages on CUDA",
     "page_tokens": "Tokens of one page of keys and values",
     "adapter_bytes": "Memory for adapters and merged snapshots together, such as 512M",
+    "host_bytes": "Main memory for compiled adapters, so that one evicted from the device comes back quickly",
     "pack_weights": "Keep packed copies of the base's weights on the CPU: faster, larger",
     "threads": "Threads of torch on the CPU; 0: torch's own choice, one for a tiny base",
     "host": "Address to listen on",

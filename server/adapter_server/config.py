@@ -32,6 +32,7 @@ class EngineConfig:
     kv_layout: Literal["auto", "slots", "pages"] = "auto"  # auto: slots on the CPU, pages on CUDA
     page_tokens: int = 16
     adapter_bytes: int = 2 * GIB  # device memory for adapters and snapshots together
+    host_bytes: int = 2 * GIB  # main memory for compiled adapters, on the device or evicted from it
     pack_weights: bool = True  # CPU float32: oneDNN-packed copies of the base's weights, faster and larger
     threads: int = 0  # torch threads on the CPU; 0: torch's own choice, one for a base under 8M parameters
 

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from adapter_server.errors import AdapterServerError
 
 Mode = Literal["base", "unmerged", "merged"]
 FinishReason = Literal["stop", "length", "eos", "cancelled", "timeout", "error"]
-ResidentState = Literal["loading", "ready", "failed"]
+ResidentState = Literal["registered", "loading", "ready", "failed"]  # registered: in the host tier alone
+Tier = Literal["disk", "host", "device"]
+TIERS: tuple[Tier, ...] = get_args(Tier)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +127,7 @@ Event = Token | Finished | Loaded | Folded
 
 @dataclass(frozen=True, slots=True)
 class Resident:
-    """What the engine holds of one adapter version. Bytes are of the device tier."""
+    """What the engine holds of one adapter version. Bytes are of the device tier, `host_bytes` of the host's."""
 
     name: str
     version: str
@@ -134,6 +136,7 @@ class Resident:
     rank: int | None = None
     bytes: int = 0
     snapshot_bytes: int = 0  # 0: no merged snapshot
+    host_bytes: int = 0  # compiled; 0: not in the host tier
     pinned: bool = False
     foldable: bool = True
     running: int = 0
@@ -152,3 +155,4 @@ class Stats:
     preemptions: int = 0
     steps: int = 0
     residents: tuple[Resident, ...] = ()
+    hits: Mapping[Tier, int] = field(default_factory=dict)  # where queued requests found their adapters

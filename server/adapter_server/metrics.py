@@ -107,6 +107,7 @@ class Metrics:
         self.tokens = self._counter("tokens", "Tokens read (prompt) and written (generated)", "adapter", "kind")
         self.refused = self._counter("refused", "Requests that were refused, by the code of the refusal", "code")
         self.preemptions = self._counter("preemptions", "Rows put back because memory ran out")
+        self.hits = self._counter("adapter_hits", "Where admitted requests found their adapters", "tier")
         self.steps = self._counter("steps", "Forward passes of the engine")
 
     def _gauges(self) -> None:
@@ -206,6 +207,8 @@ class Metrics:
         self.kv_total.set(stats.kv_total_tokens)
         self.preemptions.inc(max(0, stats.preemptions - self._seen.preemptions))
         self.steps.inc(max(0, stats.steps - self._seen.steps))
+        for tier, hits in stats.hits.items():
+            self.hits.labels(tier).inc(max(0, hits - self._seen.hits.get(tier, 0)))
         self._seen = stats
 
     def _set_adapters(self, residents: Sequence[Resident], specs: Sequence[Spec], refused: int) -> None:
@@ -213,7 +216,9 @@ class Metrics:
         self.adapters.labels("disk", "refused").set(refused)
         for state in ("loading", "ready", "failed"):
             self.adapters.labels("device", state).set(sum(resident.state == state for resident in residents))
+        self.adapters.labels("host", "ready").set(sum(resident.host_bytes > 0 for resident in residents))
         self.adapters.labels("snapshot", "ready").set(sum(resident.snapshot_bytes > 0 for resident in residents))
         self.bytes.labels("disk").set(sum(spec.bytes for spec in specs))
+        self.bytes.labels("host").set(sum(resident.host_bytes for resident in residents))
         self.bytes.labels("device").set(sum(resident.bytes for resident in residents))
         self.bytes.labels("snapshot").set(sum(resident.snapshot_bytes for resident in residents))

@@ -38,11 +38,19 @@ def test_the_list_has_every_adapter_sound_or_broken(served: Served) -> None:
 
 def test_one_adapter_is_joined_with_what_the_engine_holds(served: Served) -> None:
     version = served.generate(adapter="shout").json()["adapter_version"]
-    now = Resident("shout", version, "ready", "LORA", rank=8, bytes=64, snapshot_bytes=9, pinned=True, running=2)
+    now = Resident(
+        "shout", version, "ready", "LORA", rank=8, bytes=64, snapshot_bytes=9, host_bytes=32, pinned=True, running=2
+    )
     served.worker.residents = (now, Resident("shout", "0" * 12, "ready", "LORA", running=1))
     shout = served.http.get("/adapters/shout").json()
     assert (shout["version"], shout["rank"], shout["device_bytes"], shout["snapshot_bytes"]) == (version, 8, 64, 9)
-    assert (shout["pinned"], shout["merged"], shout["running"], shout["tiers"]) == (True, True, 3, ["disk", "device"])
+    assert (shout["pinned"], shout["merged"], shout["running"], shout["tiers"]) == (
+        True,
+        True,
+        3,
+        ["disk", "host", "device"],
+    )
+    assert shout["host_bytes"] == 32
     assert shout["versions"] == [
         {"version": version, "current": True, "state": "ready"},
         {"version": "0" * 12, "current": False, "state": "ready"},

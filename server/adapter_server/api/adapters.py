@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from adapter_server.api import access
 from adapter_server.api.bridge import Operation, Usage
 from adapter_server.api.service import Service, note, service_of
-from adapter_server.core import Resident, Spec
+from adapter_server.core import TIERS, Resident, Spec, Tier
 from adapter_server.errors import AdapterRefused, InvalidRequest, NotMergeable
 from adapter_server.registry import guard, versions
 from adapter_server.registry.publish import Publisher
@@ -164,7 +164,8 @@ def _view(service: Service, entry: Entry, held: list[Resident]) -> dict[str, Any
         "bytes": spec.bytes if spec else 0,
         "device_bytes": now.bytes if now else 0,
         "snapshot_bytes": now.snapshot_bytes if now else 0,
-        "tiers": ["disk", "device"] if now and now.state == "ready" else ["disk"],
+        "host_bytes": now.host_bytes if now else 0,
+        "tiers": _tiers(now),
         "pinned": bool(now and now.pinned),
         "merged": bool(now and now.snapshot_bytes),
         "lane": service.info.lane,
@@ -173,6 +174,11 @@ def _view(service: Service, entry: Entry, held: list[Resident]) -> dict[str, Any
         "served": usage.served,
         "last_used": usage.last_used,
     }
+
+
+def _tiers(now: Resident | None) -> list[Tier]:
+    held: dict[Tier, object] = {"disk": True, "host": now and now.host_bytes, "device": now and now.state == "ready"}
+    return [tier for tier in TIERS if held[tier]]
 
 
 def _state(entry: Entry, now: Resident | None) -> str:

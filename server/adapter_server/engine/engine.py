@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from adapter_server.config import EngineConfig
 from adapter_server.core import Event, Finished, FinishReason, Folded, Loaded, Request, Spec, Stats, Token
 from adapter_server.engine.dense import prepare
+from adapter_server.engine.host import Host
 from adapter_server.engine.kv import Chunk, KvPool, PagePool, SlotPool, bytes_per_token
 from adapter_server.engine.model import Model, context_length, load
 from adapter_server.engine.pool import Pool
@@ -81,7 +82,8 @@ class Engine:
         self.model = prepare(module, config.pack_weights)
         self.kv, length = self._kv()
         self.info = _info(module, self.model, name, length)
-        self.pool = Pool(self.model, store, config.adapter_bytes)
+        lock = torch.Tensor.pin_memory if self.model.device.type == "cuda" else None
+        self.pool = Pool(self.model, store, config.adapter_bytes, Host(config.host_bytes, lock))
         self.pool.on_evict = self._evicted
         self.scheduler = Scheduler(self.kv, config.max_rows, config.max_step_tokens, self._admit, self._starved)
         self.steps = 0
@@ -118,7 +120,7 @@ class Engine:
         row = Row.of(request)
         self._rows[request.id] = row
         self.scheduler.waiting.append(row)
-        row.held = [self.pool.want(m.spec, request.mode == "merged") for m in request.members]
+        row.held = [self.pool.claim(m.spec, request.mode == "merged") for m in request.members]
         row.loading = None if all(h.live for h in row.held) else time.monotonic()
 
     def _check(self, request: Request, offset: int) -> None:
@@ -197,8 +199,7 @@ class Engine:
         """Whether a waiting row's adapters are on the device; if so, lay them on the row."""
         if row.started is not None:
             return True
-        merged = row.request.mode == "merged"
-        row.held = [h if not h.gone else self.pool.want(h.spec, merged) for h in row.held]
+        row.held = [self.pool.renew(h) for h in row.held]
         now = time.monotonic()
         if not all(h.live for h in row.held):
             row.loading = row.loading or now
@@ -346,9 +347,8 @@ class Engine:
         now, request = time.monotonic(), row.request
         del self._rows[request.id]
         self.scheduler.release(row, scrub)
-        if row.started is not None:
-            for holding in row.held:
-                self.pool.let_go(holding)
+        for holding in row.held:
+            self.pool.let_go(holding, ran=row.started is not None)
         if reason == "timeout" and row.first is None:
             error = DeadlineExceeded("the deadline passed before the first token; ask for more time or try later")
         return Finished(
@@ -376,6 +376,7 @@ class Engine:
             preemptions=self.scheduler.preemptions,
             steps=self.steps,
             residents=self.pool.residents(waiting),
+            hits=dict(self.pool.hits),
         )
 
     def on_wake(self, wake: Callable[[], None]) -> None:

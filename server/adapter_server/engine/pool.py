@@ -1,9 +1,10 @@
 """The adapters in memory: loaded beside the engine, evicted by bytes, least recently used first.
 
-    disk ── read, guard ──> host (compiled: `Adapter`) ── place ──> device (`Placed`) ──> rows
+    disk ── read, guard ──> host (compiled: `Adapter`, `host.py`) ── place ──> device (`Placed`) ──> rows
 
 A load or a fold runs on a loader's thread and ends in a queue that the engine looks at between steps; everything else
-here is called by the engine alone. A failed load fails the requests that waited for it and nothing else.
+here is called by the engine alone. A failed load fails the requests that waited for it and nothing else. What is
+evicted from the device stays in the host tier as long as that has room; what is unloaded leaves both.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapter_server.core import Event, Folded, Loaded, Resident, Spec
+from adapter_server.core import TIERS, Event, Folded, Loaded, Resident, ResidentState, Spec, Tier
+from adapter_server.engine.host import Host
 from adapter_server.engine.model import Model
 from adapter_server.engine.site import Placed
 from adapter_server.engine.snapshot import check_foldable, fold
@@ -26,9 +28,10 @@ from adapter_server.errors import AdapterServerError, AdapterUnavailable
 from adapter_server.families import find, slow
 from adapter_server.families.base import Adapter, Base
 from adapter_server.registry import guard
-from adapter_server.registry.store import Blob, Store
+from adapter_server.registry.store import Blob, Held, Store
 
 Key = tuple[str, str, bool]  # name, version, merged
+MOST_HELD = 64  # loads under way whose files are open: descriptors are few
 
 _DTYPES = {
     **{"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
@@ -43,16 +46,22 @@ class Holding:
     spec: Spec
     merged: bool
     since: float
-    adapter: Adapter | None = None
+    files: Held | None = None  # open until they are read, so that nobody can take them away
+    adapter: Adapter | None = None  # compiled, on its way to the host tier
     placed: Placed | None = None
     bytes: int = 0
+    rank: int | None = None
+    foldable: bool = True
     live: bool = False  # on the device, and counted
-    gone: bool = False  # out of the books: who wants it loads it again
+    reserved: bool = False  # counted, and being laid out again
+    gone: bool = False  # out of the books: who comes anew loads it again
     error: AdapterServerError | None = None
     pinned: bool = False
     rows: int = 0  # running
+    wanted: int = 0  # rows that run or wait
     used: float = 0.0
-    waiters: list[Future[None]] = field(default_factory=list)
+    waiters: list[Future[None]] = field(default_factory=list)  # for the load
+    leavers: list[Future[None]] = field(default_factory=list)  # for the end of it
 
     @property
     def key(self) -> Key:
@@ -62,29 +71,82 @@ class Holding:
 class Pool:
     """Adapters and snapshots by (name, version, merged), within a budget of device bytes."""
 
-    def __init__(self, model: Model, store: Store, budget: int, wake: Callable[[], None] = lambda: None) -> None:
-        self.model, self.store, self.budget, self.wake = model, store, budget, wake
+    def __init__(
+        self, model: Model, store: Store, budget: int, host: Host, wake: Callable[[], None] = lambda: None
+    ) -> None:
+        self.model, self.store, self.budget, self.host, self.wake = model, store, budget, host, wake
         self.holdings: dict[Key, Holding] = {}
+        self.hits: dict[Tier, int] = dict.fromkeys(TIERS, 0)
         self.on_evict: Callable[[Placed], None] = lambda placed: None
-        self._leaving: list[Holding] = []  # unloaded while rows of theirs still run
+        self._leaving: list[Holding] = []  # unloaded while rows still want them
+        self._unloaded: set[tuple[str, str]] = set()  # to leave the host tier too, with the last such row
         self._ended: queue.SimpleQueue[Holding] = queue.SimpleQueue()
-        self._placed: list[Holding] = []  # loaded, and waiting for room
+        self._parked: list[Holding] = []  # loaded once, and waiting for room
         self._quick = ThreadPoolExecutor(1, "adapter-loader")
         self._slow = ThreadPoolExecutor(1, "adapter-folder")
 
+    # What rows ask
+
+    def claim(self, spec: Spec, merged: bool) -> Holding:
+        """A row is queued that wants this version, until `let_go`."""
+        self.hits[self._tier(spec, merged)] += 1
+        holding = self.want(spec, merged)
+        holding.wanted += 1
+        return holding
+
+    def renew(self, holding: Holding) -> Holding:
+        """The same for a waiting row, or another holding of the version where this one made room for others."""
+        if not holding.gone or holding in self._leaving:
+            return holding
+        again = self.want(holding.spec, holding.merged)
+        again.wanted += 1
+        return again
+
+    def hold(self, holding: Holding) -> None:
+        """A row begins to run on it."""
+        holding.rows += 1
+
+    def let_go(self, holding: Holding, ran: bool) -> None:
+        """A row ended."""
+        holding.wanted -= 1
+        holding.rows -= ran
+        holding.used = time.monotonic()
+        self.host.touch(holding.spec.key)
+        if holding in self._leaving and not holding.wanted:
+            self._leaving.remove(holding)
+            self._drop(holding)
+            self._clear_host(holding.spec.key)
+
+    def _tier(self, spec: Spec, merged: bool) -> Tier:
+        """Where a version is found now."""
+        holding = self.holdings.get((*spec.key, merged))
+        if holding is not None and holding.live:
+            return "device"
+        return "disk" if self.host.get(spec.key) is None else "host"
+
+    # Loading
+
     def want(self, spec: Spec, merged: bool = False, waiter: Future[None] | None = None) -> Holding:
         """The holding of this version, whose load begins now if it had not."""
+        self._unloaded.discard(spec.key)
         holding = self.holdings.get((*spec.key, merged))
         if holding is None or holding.error is not None:
             holding = Holding(spec, merged, time.monotonic(), used=time.monotonic())
             if previous := self.holdings.get(holding.key):
                 holding.pinned = previous.pinned
             self.holdings[holding.key] = holding
-            lane = self._slow if merged or _is_slow(spec) else self._quick
-            lane.submit(self._load, holding)
+            self._begin(holding)
         if waiter is not None:
             self._notify(holding, waiter)
         return holding
+
+    def _begin(self, holding: Holding) -> None:
+        """Queue a load. The files are opened at once: whatever becomes of the folder, they can be read."""
+        compiled = self.host.get(holding.spec.key) is not None
+        if not compiled and sum(h.files is not None for h in self._all()) < MOST_HELD:
+            holding.files = self.store.hold(holding.spec)
+        lane = self._slow if holding.merged or (not compiled and _is_slow(holding.spec)) else self._quick
+        lane.submit(self._load, holding)
 
     def _notify(self, holding: Holding, waiter: Future[None]) -> None:
         if holding.live:
@@ -93,49 +155,73 @@ class Pool:
             holding.waiters.append(waiter)
 
     def _load(self, holding: Holding) -> None:
-        """On a loader's thread: disk to device layout, or the reason why not."""
+        """On a loader's thread: disk or host to device layout, or the reason why not."""
         try:
-            adapter = self._compiled(holding.spec)
-            holding.adapter = fold(adapter, self.model.base) if holding.merged else adapter
-            holding.placed = self.model.place(holding.adapter)
-            holding.bytes = holding.placed.bytes
-            if holding.merged:
-                holding.adapter = None  # the placed weights are all that a snapshot is for
+            adapter = self._compiled(holding)
+            holding.placed = self.model.place(fold(adapter, self.model.base) if holding.merged else adapter)
+            holding.adapter, holding.bytes = adapter, holding.placed.bytes
+            holding.rank, holding.foldable = adapter.rank, adapter.foldable
         except AdapterServerError as error:
             holding.error = error
         except Exception as error:  # whatever a file made the loader do, it ends here
             holding.error = AdapterUnavailable(f"loading {holding.spec.name!r} failed: {error!r}")
             holding.error.__cause__ = error
+        finally:
+            _close(holding)
         self._ended.put(holding)
         self.wake()
 
-    def _compiled(self, spec: Spec) -> Adapter:
-        plain = self.holdings.get((*spec.key, False))
-        if plain is not None and plain.adapter is not None:
-            return plain.adapter
-        return compile_adapter(spec, self.store, self.model.base)
+    def _compiled(self, holding: Holding) -> Adapter:
+        kept = self.host.get(holding.spec.key)
+        if kept is not None:
+            return kept
+        return self.host.prepare(compile_adapter(holding.spec, self.store, self.model.base, holding.files))
 
     def poll(self) -> list[Event]:
         """Open what has been loaded to rows, as far as there is room. Called between steps."""
-        ended = self._placed
-        self._placed = []
+        events: list[Event | None] = []
         while not self._ended.empty():
-            ended.append(self._ended.get())
-        return [event for holding in ended if (event := self._settle(holding))]
+            events.append(self._settle(self._ended.get()))
+        parked, self._parked = self._parked, []
+        events += [self._again(holding) for holding in parked]
+        return [event for event in events if event]
 
     def _settle(self, holding: Holding) -> Event | None:
         """Ready, failed, or (None) still waiting for room."""
-        if holding.gone:
+        reserved, holding.reserved = holding.reserved, False
+        if self._is_over(holding):
             return None
-        if holding.error is None and not self._make_room(holding):
-            self._placed.append(holding)
+        if holding.adapter is not None:
+            self.host.put(holding.adapter)
+            holding.adapter = None
+        if holding.error is None and not reserved and not self._make_room(holding):
+            holding.placed = None  # the device has no bytes for it now, nor while it waits
+            self._parked.append(holding)
             return None
         if holding.error is None and holding.placed is not None:
             self.model.install_sites(holding.placed)
             holding.live = True
-        for waiter in holding.waiters:
-            _resolve(waiter, holding.error)
-        holding.waiters.clear()
+        return self._told(holding)
+
+    def _again(self, holding: Holding) -> Event | None:
+        """A holding that found no room tries anew; its bytes are taken before it is laid out again."""
+        if self._is_over(holding):
+            return None
+        if not self._make_room(holding):
+            self._parked.append(holding)
+            return None
+        if holding.error is not None:
+            return self._told(holding)
+        holding.reserved = True
+        self._begin(holding)
+        return None
+
+    def _is_over(self, holding: Holding) -> bool:
+        """Whether nobody waits for this load any more."""
+        return holding.gone and holding not in self._leaving
+
+    def _told(self, holding: Holding) -> Event:
+        _resolve(holding.waiters, holding.error)
         kind = Folded if holding.merged else Loaded
         error = None if holding.error is None else holding.error.message
         return kind(holding.spec.name, holding.spec.version, time.monotonic() - holding.since, error)
@@ -148,110 +234,119 @@ class Pool:
                 "raise --adapter-bytes"
             )
             return True
-        idle = sorted(
-            (h for h in self.holdings.values() if h.live and not h.rows and not h.pinned), key=lambda h: h.used
-        )
-        for victim in idle:
+        idle = [h for h in self.holdings.values() if h.live and not h.rows and not h.pinned]
+        for victim in sorted(idle, key=lambda h: (h.wanted > 0, h.used)):
             if self.used + holding.bytes <= self.budget:
                 break
-            self.evict(victim)
-        if self.used + holding.bytes > self.budget and not any(h.rows for h in self.holdings.values() if not h.pinned):
+            self._strike(victim)
+            self._drop(victim)
+        if self.used + holding.bytes > self.budget and not self._is_room_coming():
             holding.error = AdapterUnavailable(f"no room for {holding.spec.name!r}: everything loaded is pinned")
         return holding.error is not None or self.used + holding.bytes <= self.budget
 
+    def _is_room_coming(self) -> bool:
+        return bool(self._leaving) or any((h.rows or h.reserved) and not h.pinned for h in self.holdings.values())
+
     def is_crowded_out(self, holding: Holding) -> bool:
-        """Whether it is loaded and waits for room."""
-        return holding in self._placed
+        """Whether it was loaded and waits for room."""
+        return holding.reserved or holding in self._parked
 
     @property
     def used(self) -> int:
         """Bytes on the device."""
-        return sum(h.bytes for h in (*self.holdings.values(), *self._leaving) if h.live)
+        return sum(h.bytes for h in self._all() if h.live or h.reserved)
+
+    def _all(self) -> list[Holding]:
+        return [*self.holdings.values(), *self._leaving]
 
     def recount(self, holding: Holding) -> None:
         """A soft prompt's keys and values came into being after the load: count them."""
         if holding.placed is not None:
             holding.bytes = holding.placed.bytes
 
+    # Letting go
+
     def evict(self, holding: Holding, waiter: Future[None] | None = None) -> None:
-        """Out of the books now; off the device when its last row has ended, which resolves the waiter."""
-        if self.holdings.get(holding.key) is holding:
-            del self.holdings[holding.key]
-        holding.gone = True
+        """Out of the books now; off the device when the last row that wants it has ended, which resolves the waiter."""
+        self._strike(holding)
         if waiter is not None:
-            holding.waiters.append(waiter)
-        if holding.rows:
+            holding.leavers.append(waiter)
+        if holding.wanted:
             self._leaving.append(holding)
         else:
             self._drop(holding)
 
+    def _strike(self, holding: Holding) -> None:
+        if self.holdings.get(holding.key) is holding:
+            del self.holdings[holding.key]
+        holding.gone = True
+
     def _drop(self, holding: Holding) -> None:
-        holding.live = False
+        holding.live = holding.reserved = False
         if holding.placed is not None:
             self.model.forget(holding.placed)
             self.on_evict(holding.placed)
-        for waiter in holding.waiters:
-            _resolve(waiter, None)
-        holding.waiters.clear()
-
-    def hold(self, holding: Holding) -> None:
-        """A row begins to run on it."""
-        holding.rows += 1
-
-    def let_go(self, holding: Holding) -> None:
-        """A row ended."""
-        holding.rows -= 1
-        holding.used = time.monotonic()
-        if holding.gone and not holding.rows:
-            self._leaving.remove(holding)
-            self._drop(holding)
+        _resolve(holding.waiters, None)
+        _resolve(holding.leavers, None)
 
     def unload(self, spec: Spec, waiter: Future[None]) -> None:
-        """Let go of an adapter and its snapshot; done when their last rows have ended."""
+        """Let go of an adapter and its snapshot, on device and host; done when the last rows of it have ended."""
         self.unmerge(spec)
         if holding := self.holdings.get((*spec.key, False)):
             self.evict(holding, waiter)
         else:
             waiter.set_result(None)
+        self._unloaded.add(spec.key)
+        self._clear_host(spec.key)
+
+    def _clear_host(self, key: tuple[str, str]) -> None:
+        """The host tier's part of an unload, once no row wants this version any more."""
+        if key in self._unloaded and all(h.spec.key != key for h in self._leaving):
+            self._unloaded.discard(key)
+            self.host.drop(key)
 
     def unmerge(self, spec: Spec) -> None:
         if holding := self.holdings.get((*spec.key, True)):
             self.evict(holding)
 
     def pin(self, spec: Spec, pinned: bool) -> None:
-        """Pinned adapters are never evicted to make room."""
+        """Pinned adapters are never evicted to make room, on device or host."""
         holding = self.want(spec) if pinned else self.holdings.get((*spec.key, False))
         if holding is not None:
             holding.pinned = pinned
+        (self.host.pinned.add if pinned else self.host.pinned.discard)(spec.key)
 
     def check_mergeable(self, spec: Spec) -> None:
         """As much as is known before a load."""
         plain = self.holdings.get((*spec.key, False))
-        if plain is not None and plain.adapter is not None:
-            check_foldable(plain.adapter)
+        known = plain.placed.adapter if plain is not None and plain.placed is not None else self.host.get(spec.key)
+        if known is not None:
+            check_foldable(known)
 
     def residents(self, waiting: dict[tuple[str, str], int]) -> tuple[Resident, ...]:
-        """One entry per version; `waiting` counts the queued rows of each."""
-        keys = dict.fromkeys(h.spec.key for h in self.holdings.values())
+        """One entry per version, on device or host; `waiting` counts the queued rows of each."""
+        keys = dict.fromkeys([*(h.spec.key for h in self._all()), *self.host.held()])
         return tuple(self._resident(key, waiting.get(key, 0)) for key in keys)
 
     def _resident(self, key: tuple[str, str], waiting: int) -> Resident:
+        mine = [h for h in self._all() if h.spec.key == key]
         plain, snapshot = self.holdings.get((*key, False)), self.holdings.get((*key, True))
-        shown = plain or snapshot
-        assert shown is not None
+        shown = plain or snapshot or next(iter(mine), None)
+        compiled = self.host.get(key)
         return Resident(
             name=key[0],
             version=key[1],
-            state="failed" if shown.error else "ready" if shown.live else "loading",
-            family=shown.spec.family,
-            rank=plain.adapter.rank if plain and plain.adapter else None,
-            bytes=plain.bytes if plain and plain.live else 0,
-            snapshot_bytes=snapshot.bytes if snapshot and snapshot.live else 0,
+            state=_state(shown),
+            family=compiled.spec.family if shown is None and compiled else shown.spec.family if shown else "",
+            rank=plain.rank if plain else compiled.rank if compiled else None,
+            bytes=sum(h.bytes for h in mine if h.live and not h.merged),
+            snapshot_bytes=sum(h.bytes for h in mine if h.live and h.merged),
+            host_bytes=self.host.bytes_of(key),
             pinned=bool(plain and plain.pinned),
-            foldable=plain.adapter.foldable if plain and plain.adapter else True,
-            running=sum(h.rows for h in (plain, snapshot) if h),
+            foldable=plain.foldable if plain else compiled.foldable if compiled else True,
+            running=sum(h.rows for h in mine),
             waiting=waiting,
-            error=shown.error.message if shown.error else None,
+            error=shown.error.message if shown and shown.error else None,
         )
 
     def expected(self, config: Mapping[str, Any], names: frozenset[str]) -> guard.Expected:
@@ -265,12 +360,14 @@ class Pool:
     def close(self) -> None:
         self._quick.shutdown(cancel_futures=True)
         self._slow.shutdown(cancel_futures=True)
+        for holding in self._all():
+            _close(holding)
 
 
-def compile_adapter(spec: Spec, store: Store, base: Base) -> Adapter:
+def compile_adapter(spec: Spec, store: Store, base: Base, files: Held | None = None) -> Adapter:
     """Read, check and compile one version. Raises AdapterRefused, VersionGone."""
     find(spec.family)  # an unknown kind is not read
-    return compile_blob(spec, store.read(spec), base)
+    return compile_blob(spec, store.read(spec, files), base)
 
 
 def compile_blob(spec: Spec, blob: Blob, base: Base) -> Adapter:
@@ -292,11 +389,26 @@ def tensors_of(blob: Blob) -> dict[str, Tensor]:
     return tensors
 
 
-def _resolve(waiter: Future[None], error: AdapterServerError | None) -> None:
-    if error is None:
-        waiter.set_result(None)
-    else:
-        waiter.set_exception(error)
+def _resolve(waiters: list[Future[None]], error: AdapterServerError | None) -> None:
+    for waiter in waiters:
+        if error is None:
+            waiter.set_result(None)
+        else:
+            waiter.set_exception(error)
+    waiters.clear()
+
+
+def _close(holding: Holding) -> None:
+    files, holding.files = holding.files, None
+    if files is not None:
+        files.close()
+
+
+def _state(holding: Holding | None) -> ResidentState:
+    """None: in the host tier alone."""
+    if holding is None:
+        return "registered"
+    return "failed" if holding.error else "ready" if holding.live else "loading"
 
 
 def _is_slow(spec: Spec) -> bool:

@@ -316,14 +316,14 @@ class LinearGroup:
         parts = [p.A for p in mine if p is not None and p.A is not None]
         if not parts:
             return None, (None,) * len(mine)
-        A, at = self._cast(torch.cat(parts)), 0
+        A, at = torch.cat([self._cast(part) for part in parts]), 0
         pairs: list[tuple[Tensor, Tensor] | None] = []
         for p in mine:
             if p is None or p.A is None or p.B is None:
                 pairs.append(None)
                 continue
             B = p.B if p.out_scale is None else p.B * p.out_scale[:, None]
-            pairs.append((A[at : at + p.rank], self._cast(B.T)))
+            pairs.append((A[at : at + p.rank], self._cast(B).T.contiguous()))
             at += p.rank
         return A, tuple(pairs)
 

@@ -345,12 +345,17 @@ def check_size(file: str, size: int, most: int) -> None:
 def read_private(path: Path, root: Path, most: int) -> bytearray:
     """The whole file in one buffer of our own: never mapped, so that nobody can change it after it was checked."""
     with open_regular(path, root) as file:
-        size = os.fstat(file.fileno()).st_size
-        check_size(path.name, size, most)
-        data = bytearray(size)
-        fill(file, memoryview(data), path.name)
-        if file.read(1):
-            raise Incomplete(f"{path.name}: grew while it was read")
+        return read_open(file, path.name, most)
+
+
+def read_open(file: io.FileIO, name: str, most: int) -> bytearray:
+    """The same of a file that is open, whatever its name stands for by now."""
+    size = os.fstat(file.fileno()).st_size
+    check_size(name, size, most)
+    data = bytearray(size)
+    fill(file, memoryview(data), name)
+    if file.read(1):
+        raise Incomplete(f"{name}: grew while it was read")
     return data
 
 

@@ -81,6 +81,18 @@ class Blob:
     header: guard.Header
 
 
+@dataclass(frozen=True, slots=True)
+class Held:
+    """An adapter's two files, open: they can be read although the folder be deleted or replaced."""
+
+    config: io.FileIO
+    weights: io.FileIO
+
+    def close(self) -> None:
+        self.config.close()
+        self.weights.close()
+
+
 Judge = Callable[[Spec, Blob], None]  # refuses what does not fit the base; set by whoever has one
 
 
@@ -197,12 +209,23 @@ class Store:
         if fault := self._name_fault(name):
             raise AdapterRefused(fault, param="name")
 
-    def read(self, spec: Spec) -> Blob:
-        """The bytes of exactly this version, checked. Raises VersionGone when the files are no longer these."""
+    def hold(self, spec: Spec) -> Held | None:
+        """Opens a version's files for a later `read`. None where they cannot be opened: `read` says why."""
         folder = Path(spec.path)
         try:
-            config = guard.read_private(folder / guard.CONFIG, self.root, guard.MAX_CONFIG_BYTES)
-            weights = guard.read_private(folder / guard.WEIGHTS, self.root, self.max_bytes)
+            config = guard.open_regular(folder / guard.CONFIG, self.root)
+        except AdapterRefused:
+            return None
+        try:
+            return Held(config, guard.open_regular(folder / guard.WEIGHTS, self.root))
+        except AdapterRefused:
+            config.close()
+            return None
+
+    def read(self, spec: Spec, held: Held | None = None) -> Blob:
+        """The bytes of exactly this version, checked. Raises VersionGone when the files are no longer these."""
+        try:
+            config, weights = self._both(spec, held)
         except guard.Unreadable as refused:
             raise _refusal(spec.name, refused.message) from refused
         except AdapterRefused as refused:
@@ -210,6 +233,14 @@ class Store:
         if versions.digest(config, weights)[:VERSION_DIGITS] != spec.version:
             raise self._gone(spec)
         return self._checked(spec, weights)
+
+    def _both(self, spec: Spec, held: Held | None) -> tuple[bytearray, bytearray]:
+        if held is None:  # opened by name, for the reason why that fails
+            folder = Path(spec.path)
+            config = guard.read_private(folder / guard.CONFIG, self.root, guard.MAX_CONFIG_BYTES)
+            return config, guard.read_private(folder / guard.WEIGHTS, self.root, self.max_bytes)
+        config = guard.read_open(held.config, guard.CONFIG, guard.MAX_CONFIG_BYTES)
+        return config, guard.read_open(held.weights, guard.WEIGHTS, self.max_bytes)
 
     def _gone(self, spec: Spec) -> VersionGone:
         """Whoever reads a version does not hold it: one that is gone from the disk is answered no more."""

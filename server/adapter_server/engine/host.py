@@ -1,0 +1,77 @@
+"""The host tier: compiled adapters in main memory, so that a reload needs neither disk nor compiler.
+
+What leaves the device stays here while the budget of bytes lasts; then the least recently used goes, and is on disk
+only. Changed by the engine's thread alone; loaders look things up.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+
+from torch import Tensor
+
+from adapter_server.families.base import Adapter
+
+Key = tuple[str, str]  # name, version
+Lock = Callable[[Tensor], Tensor]  # a tensor in page-locked memory, from which a device copies at its full speed
+
+
+class Host:
+    """Compiled adapters by (name, version), at most `budget` bytes of them."""
+
+    def __init__(self, budget: int, lock: Lock | None = None) -> None:
+        self.budget, self.lock = budget, lock
+        self.pinned: set[Key] = set()
+        self._kept: OrderedDict[Key, tuple[Adapter, int]] = OrderedDict()  # least recently used first
+
+    def get(self, key: Key) -> Adapter | None:
+        kept = self._kept.get(key)
+        return None if kept is None else kept[0]
+
+    def prepare(self, adapter: Adapter) -> Adapter:
+        """The same adapter in page-locked memory, where there is a device that gains from it. On a loader's thread."""
+        if self.lock is not None:
+            for tensor in adapter.tensors():
+                tensor.data = self.lock(tensor)
+        return adapter
+
+    def put(self, adapter: Adapter) -> None:
+        """Keep an adapter if there is room for it, once others that are less recently used have gone."""
+        key, size = adapter.spec.key, held_bytes(adapter)
+        self._kept.pop(key, None)
+        idle = [k for k in self._kept if k not in self.pinned]
+        if self.used - sum(map(self.bytes_of, idle)) + size > self.budget:
+            return
+        for other in idle:
+            if self.used + size <= self.budget:
+                break
+            del self._kept[other]
+        self._kept[key] = adapter, size
+
+    def touch(self, key: Key) -> None:
+        """It was used just now."""
+        if key in self._kept:
+            self._kept.move_to_end(key)
+
+    def drop(self, key: Key) -> None:
+        self.pinned.discard(key)
+        self._kept.pop(key, None)
+
+    def held(self) -> list[Key]:
+        return list(self._kept)
+
+    def bytes_of(self, key: Key) -> int:
+        """0 where it is not kept."""
+        return self._kept[key][1] if key in self._kept else 0
+
+    @property
+    def used(self) -> int:
+        """Bytes kept."""
+        return sum(size for _, size in self._kept.values())
+
+
+def held_bytes(adapter: Adapter) -> int:
+    """Bytes of the memory behind its tensors; what several share counts once."""
+    storages = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in adapter.tensors())}
+    return sum(storages.values())
