@@ -30,7 +30,8 @@ class EngineConfig:
     max_waiting: int = 1024  # requests in the queue before 429
     kv_bytes: int = 2 * GIB  # memory for keys and values
     kv_layout: Literal["auto", "slots", "pages"] = "auto"  # auto: slots on the CPU, pages on CUDA
-    page_tokens: int = 16
+    page_tokens: int = 16  # also the blocks in which beginnings of prompts are kept
+    prefix_cache_bytes: int = GIB // 4  # for beginnings computed before: beside --kv-bytes, or 0: keep none
     adapter_bytes: int = 2 * GIB  # device memory for adapters and snapshots together
     host_bytes: int = 2 * GIB  # main memory for compiled adapters, on the device or evicted from it
     pack_weights: bool = True  # CPU float32: oneDNN-packed copies of the base's weights, faster and larger

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from adapter_server.engine.kv import Chunk, KvPool, PagePool, SlotPool, bytes_per_token
+from adapter_server.core import Member, Request, Spec
+from adapter_server.engine.blocks import BlockCache, Chain
+from adapter_server.engine.kv import Chunk, KvPool, Lease, PagePool, SlotPool, bytes_per_token
 from adapter_server.engine.site import Prefix
 
 LAYERS = {0: (2, 4, 4), 1: (2, 4, 6)}
@@ -61,7 +63,7 @@ def test_pages_are_all_or_nothing() -> None:
     assert not pool.grow(lease, 32 * 4 + 1)
     assert pool.used == 0
     assert pool.grow(lease, 32 * 4)
-    assert pool.start(None) is None
+    assert not pool.grow(pool.start(None), 1)
     pool.release(lease)
     assert pool.used == 0
 
@@ -99,3 +101,126 @@ def test_a_scrubbed_row_leaves_zeros(pool: KvPool) -> None:
 
 def test_bytes_per_token() -> None:
     assert bytes_per_token(LAYERS, torch.bfloat16) == 2 * (2 * 8 + 2 * 10)
+
+
+def caching() -> list[KvPool]:
+    return [
+        SlotPool(LAYERS, 2, 32, torch.float32, CPU, cells=6, block=4),
+        PagePool(LAYERS, 16, 4, torch.float32, CPU, cached=True),
+    ]
+
+
+KEYS = [bytes([i]) for i in range(8)]
+
+
+def fill(pool: KvPool, lease: Lease, count: int) -> torch.Tensor:
+    """Random keys at the first positions of a row."""
+    assert pool.grow(lease, count)
+    k = torch.randn(count, 2, 4)
+    pool.write(0, pool.plan([Chunk(lease, 0, count, 0)], count).places, k, torch.randn(count, 2, 4))
+    return k
+
+
+def read(pool: KvPool, lease: Lease, start: int, stop: int) -> torch.Tensor:
+    return pool.keys[0][pool.indices(lease, start, stop)]
+
+
+@pytest.mark.parametrize("pool", caching(), ids=["slots", "pages"])
+def test_known_blocks_are_there_when_a_row_begins(pool: KvPool) -> None:
+    first = pool.start(None)
+    k = fill(pool, first, 13)
+    pool.remember(first, 0, KEYS[:3], ["a"])
+    pool.release(first)
+    second = pool.start(None, [KEYS[0], KEYS[1], b"other", KEYS[2]])
+    assert second.filled == 8
+    assert torch.equal(read(pool, second, 0, 8), k[:8])
+
+
+@pytest.mark.parametrize("pool", caching(), ids=["slots", "pages"])
+def test_a_dropped_owner_leaves_nothing(pool: KvPool) -> None:
+    for owner, keys in (("a", KEYS[:2]), ("b", KEYS[4:6])):
+        lease = pool.start(None)
+        fill(pool, lease, 8)
+        pool.remember(lease, 0, keys, [owner])
+        pool.release(lease)
+    pool.drop("a")
+    for keys, filled in ((KEYS[:2], 0), (KEYS[4:6], 8)):
+        lease = pool.start(None, keys)
+        assert lease.filled == filled
+        pool.release(lease)
+    pool.drop("b")
+    assert pool.used == 0
+    assert not list(pool.blocks.cells)
+
+
+@pytest.mark.parametrize("pool", caching(), ids=["slots", "pages"])
+def test_a_prefix_and_known_blocks_behind_it(pool: KvPool) -> None:
+    common = prefix(6)
+    lease = pool.start(common)
+    assert lease.filled == 6
+    assert pool.grow(lease, 12)
+    places = pool.plan([Chunk(lease, 0, 6, 6)], 6).places
+    pool.write(0, places, torch.randn(6, 2, 4), torch.randn(6, 2, 4))
+    before = read(pool, lease, 0, 12).clone()
+    pool.remember(lease, 1, KEYS[:2], [])
+    pool.release(lease)
+    again = pool.start(common, KEYS[:2])
+    assert again.filled == 12
+    assert torch.equal(read(pool, again, 0, 12), before)
+    assert torch.equal(before[:6], common.layers[0][0])
+
+
+def test_cached_pages_make_room_oldest_first_but_not_those_in_use() -> None:
+    pool = PagePool(LAYERS, 4, 4, torch.float32, CPU, cached=True)
+    for keys in (KEYS[:1], KEYS[1:2], KEYS[2:3]):
+        lease = pool.start(None)
+        fill(pool, lease, 4)
+        pool.remember(lease, 0, keys, [])
+        pool.release(lease)
+    assert pool.used == 0
+    reader = pool.start(None, KEYS[:1])
+    assert not pool.grow(pool.start(None), 4 * 4)
+    other = pool.start(None)
+    assert pool.grow(other, 2 * 4)
+    assert pool.used == 3 * 4
+    assert KEYS[1] not in pool.blocks, "the oldest that nobody reads goes first"
+    assert KEYS[0] in pool.blocks
+    pool.release(reader)
+    pool.release(other)
+    assert pool.used == 0
+
+
+def test_keys_tell_texts_and_adapters_apart() -> None:
+    def keys(tokens: list[int], *members: Member, offset: int = 0, **rest: object) -> list[bytes]:
+        request = Request("r", (1,), members=members, **rest)  # type: ignore[arg-type]
+        return Chain.of(request, 4, offset).upto(tokens, len(tokens))
+
+    tokens = list(range(10))
+    spec = Spec("a", "v", "", "LORA", {}, 0)
+    others = [
+        keys([9, *tokens[1:]]),
+        keys(tokens, Member(spec)),
+        keys(tokens, Member(spec, 0.5)),
+        keys(tokens, Member(spec), mode="merged"),
+        keys(tokens, Member(spec), task_id=1),
+    ]
+    assert len({each[1] for each in [keys(tokens), *others]}) == 6
+    assert keys(tokens) == keys([*tokens, 11])[:2]
+    assert [len(keys(tokens, offset=offset)) for offset in (0, 1, 2, 6)] == [2, 2, 3, 3]
+
+
+def test_a_chain_grows_with_its_row() -> None:
+    request, tokens = Request("r", (1,)), list(range(12))
+    chain = Chain.of(request, 4, 0)
+    assert chain.upto(tokens, 7) == chain.upto(tokens, 12)[:1]
+    assert chain.upto(tokens, 12) == Chain.of(request, 4, 0).upto(tokens, 12)
+
+
+def test_the_books_of_a_cache_balance() -> None:
+    cache = BlockCache()
+    cache.put(b"x", 0, ["a", "b"])
+    cache.put(b"y", 1, ["a"])
+    assert cache.find([b"x", b"z"]) == [0]
+    assert cache.oldest() == 1, "x was used since"
+    assert cache.drop("b") == [0]
+    assert cache.drop("a") == []

@@ -104,13 +104,17 @@ class Engine:
                 f"{config.kv_bytes:,} bytes hold the keys and values of {places} tokens, a context has {length}: "
                 "raise --kv-bytes or lower --max-model-len"
             )
+        cached = config.prefix_cache_bytes if model.stable_rope else 0
         layout = config.kv_layout if config.kv_layout != "auto" else "slots" if model.device.type == "cpu" else "pages"
         if layout == "slots":
             slots = min(config.max_rows, places // length)
-            return SlotPool(model.layers, slots, length, model.dtype, model.device), length
-        return PagePool(
-            model.layers, places // config.page_tokens, config.page_tokens, model.dtype, model.device
-        ), length  # fmt: skip
+            cells = cached // (bytes_per_token(model.layers, model.dtype) * config.page_tokens)
+            slot_pool = SlotPool(
+                model.layers, slots, length, model.dtype, model.device, cells, config.page_tokens
+            )  # fmt: skip
+            return slot_pool, length
+        pages = places // config.page_tokens
+        return PagePool(model.layers, pages, config.page_tokens, model.dtype, model.device, cached > 0), length
 
     # Requests
 
@@ -253,6 +257,7 @@ class Engine:
 
     def _evicted(self, placed: Placed) -> None:
         self._routing = None  # its rows hold what they ran on
+        self.kv.drop(placed.adapter.spec.key)
         for prefix in placed.prefixes.values():
             self.kv.forget(prefix)
 
@@ -331,8 +336,11 @@ class Engine:
         if not chosen.ok:
             error = RequestFailed("the model's logits are not finite for this request; its adapter is the likely cause")
             return [self._finish(row, "error", error, scrub=True)]
-        row.first = row.first or now
+        if row.first is None:
+            row.first = now
+            self.scheduler.remember(row)
         row.tokens.append(chosen.id)
+        self.scheduler.waiting.charge(row)
         if row.offset + len(row.tokens) - 1 == self.model.rope_border:
             row.done = 0  # its keys are of other frequencies from here on
         token = Token(row.request.id, row.emitted - 1, chosen.id, chosen.logprob, chosen.top)
@@ -346,6 +354,8 @@ class Engine:
     ) -> Finished:
         now, request = time.monotonic(), row.request
         del self._rows[request.id]
+        if error is None:
+            self.scheduler.remember(row)
         self.scheduler.release(row, scrub)
         for holding in row.held:
             self.pool.let_go(holding, ran=row.started is not None)
@@ -356,6 +366,7 @@ class Engine:
             reason,
             error,
             completion_tokens=row.emitted,
+            cached_tokens=row.cached,
             queue_s=max(0.0, (row.started or now) - request.arrived - row.load_s),
             load_s=row.load_s,
             ttft_s=None if row.first is None else row.first - request.arrived,

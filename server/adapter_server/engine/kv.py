@@ -5,20 +5,22 @@ Per layer K and V are [places, kv_heads, dim]. A row's token at position p stand
     slots (CPU)    slot · length + p                           a row owns one contiguous slot: contexts are views
     pages (CUDA)   page_table[p // page] · page + p % page     rows own pages; full prefix pages are shared
 
-New keys are written by flat index in both; only reading and book-keeping differ.
+New keys are written by flat index in both; only reading and book-keeping differ. Blocks that have been computed before
+are found in a `BlockCache`: pages are shared in place, slots copy them from cells that stand behind the slots.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from adapter_server.engine.blocks import BlockCache
 from adapter_server.engine.site import Prefix
 
 LayerShape = tuple[int, int, int]  # kv_heads, key dim, value dim
@@ -29,7 +31,7 @@ class Lease:
     """A row's places in the pool. `pages[i]` holds positions i·page to (i+1)·page − 1; a slot is one large page."""
 
     pages: list[int] = field(default_factory=list)
-    shared: int = 0  # how many of the first pages belong to a prefix
+    filled: int = 0  # positions that the pool had filled when the row began: its prefix, and blocks known before
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,15 +49,27 @@ class Chunk:
 
 
 class KvPool(ABC):
-    """Keys and values of all rows. `total` and `used` count tokens."""
+    """Keys and values of all rows. `total` and `used` count tokens; `cells` are places that no row's lease has.
+
+    `blocks` knows what has been computed before; None where nothing is kept.
+    """
 
     def __init__(
-        self, layers: Mapping[int, LayerShape], places: int, page: int, dtype: torch.dtype, device: torch.device
+        self,
+        layers: Mapping[int, LayerShape],
+        places: int,
+        page: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        cells: int = 0,
     ) -> None:
         self.page, self.places, self.device = page, places, device
+        self.block = page  # positions of a cached block
+        self.blocks: BlockCache | None = None
         self.free = list(range(places // page))[::-1]
-        self.keys = {i: _zeros((places, heads, dk), dtype, device) for i, (heads, dk, _) in layers.items()}
-        self.values = {i: _zeros((places, heads, dv), dtype, device) for i, (heads, _, dv) in layers.items()}
+        both = places + cells
+        self.keys = {i: _zeros((both, heads, dk), dtype, device) for i, (heads, dk, _) in layers.items()}
+        self.values = {i: _zeros((both, heads, dv), dtype, device) for i, (heads, _, dv) in layers.items()}
 
     @property
     def total(self) -> int:
@@ -66,24 +80,24 @@ class KvPool(ABC):
         return self.places - len(self.free) * self.page
 
     @abstractmethod
-    def start(self, prefix: Prefix | None) -> Lease | None:
-        """A lease for a new row, its prefix in place; None when there is no room."""
+    def start(self, prefix: Prefix | None, keys: Sequence[bytes] = ()) -> Lease | None:
+        """A lease for a new row, its prefix and the known of its blocks in place; None when there is no room."""
 
+    @abstractmethod
     def grow(self, lease: Lease, length: int) -> bool:
         """Make room for `length` positions. False, and nothing taken, when the pool is full."""
-        need = math.ceil(length / self.page) - len(lease.pages)
-        if need > len(self.free):
-            return False
-        lease.pages += [self.free.pop() for _ in range(need)]
-        return True
 
+    @abstractmethod
     def release(self, lease: Lease, scrub: bool = False) -> None:
         """Give a row's places back; `scrub` zeroes them, for a row that may have left NaN behind."""
-        own = lease.pages[lease.shared :]
-        if scrub and own:
-            self._zero(own)
-        self.free += own
-        lease.pages, lease.shared = [], 0
+
+    @abstractmethod
+    def remember(self, lease: Lease, first: int, keys: Sequence[bytes], owners: Sequence[Hashable]) -> None:
+        """Keep the row's blocks `first`.. under these keys, for whoever begins with the same."""
+
+    @abstractmethod
+    def drop(self, owner: Hashable) -> None:
+        """Forget the blocks that depend on this owner."""
 
     def forget(self, prefix: Prefix) -> None:  # noqa: B027 - only pages share prefixes
         """A prefix is about to go."""
@@ -166,7 +180,8 @@ class KvStep:
 
     def _rows(self, store: Tensor, n: int, decodes: Decodes) -> Tensor:
         if decodes.places is None:
-            return store.view(-1, self.pool.page, *store.shape[1:])[:n, : decodes.context]
+            slots = store[: self.pool.places].view(-1, self.pool.page, *store.shape[1:])
+            return slots[:n, : decodes.context]
         return store.index_select(0, decodes.places.view(-1)).view(n, decodes.context, *store.shape[1:])
 
     def context(self, layer: int, places: Tensor | slice) -> tuple[Tensor, Tensor]:
@@ -184,24 +199,79 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 
 class SlotPool(KvPool):
-    """A contiguous slot of `length` places per row: the CPU's layout. A row that was admitted never runs out."""
+    """A contiguous slot of `length` places per row: the CPU's layout. A row that was admitted never runs out.
+
+    store   [ slot 0 | slot 1 | … | cells of `block` places each, which hold what has been computed before ]
+    """
 
     def __init__(
-        self, layers: Mapping[int, LayerShape], slots: int, length: int, dtype: torch.dtype, device: torch.device
+        self,
+        layers: Mapping[int, LayerShape],
+        slots: int,
+        length: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        cells: int = 0,
+        block: int = 16,
     ) -> None:
-        super().__init__(layers, slots * length, length, dtype, device)
+        super().__init__(layers, slots * length, length, dtype, device, cells * block)
+        self.block = block
+        self.blocks = BlockCache() if cells else None
+        self._free_cells = list(range(cells))[::-1]
 
     def grow(self, lease: Lease, length: int) -> bool:
         return length <= self.page
 
-    def start(self, prefix: Prefix | None) -> Lease | None:
+    def start(self, prefix: Prefix | None, keys: Sequence[bytes] = ()) -> Lease | None:
         if not self.free:
             return None
         self.free.sort(reverse=True)  # the lowest slot, so that the batch over slots stays tight
         lease = Lease([self.free.pop()])
         if prefix is not None:
             self._write_prefix(lease, prefix, 0)
+            lease.filled = prefix.tokens
+        if self.blocks is not None and (cells := self.blocks.find(keys)):
+            first = lease.filled // self.block
+            self._copy(self._cells(cells), self._slot(lease, first, len(cells)))
+            lease.filled = (first + len(cells)) * self.block
         return lease
+
+    def release(self, lease: Lease, scrub: bool = False) -> None:
+        if scrub:
+            self._zero(lease.pages)
+        self.free += lease.pages
+        lease.pages = []
+
+    def remember(self, lease: Lease, first: int, keys: Sequence[bytes], owners: Sequence[Hashable]) -> None:
+        if self.blocks is None:
+            return
+        new = [i for i, key in enumerate(keys) if key not in self.blocks]
+        cells = [self._free_cells.pop() if self._free_cells else self.blocks.oldest() for _ in new]
+        kept = [(i, cell) for i, cell in zip(new, cells, strict=True) if cell is not None]
+        if not kept:
+            return
+        whole = self._slot(lease, first, len(keys)).view(-1, self.block)
+        self._copy(whole[[i for i, _ in kept]].view(-1), self._cells([cell for _, cell in kept]))
+        for i, cell in kept:
+            self.blocks.put(keys[i], cell, owners)
+
+    def drop(self, owner: Hashable) -> None:
+        if self.blocks is not None:
+            self._free_cells += self.blocks.drop(owner)
+
+    def _slot(self, lease: Lease, first: int, count: int) -> Tensor:
+        """The places of a row's blocks first..first + count − 1."""
+        at = lease.pages[0] * self.page + first * self.block
+        return torch.arange(at, at + count * self.block)
+
+    def _cells(self, cells: Sequence[int]) -> Tensor:
+        starts = torch.tensor(cells)[:, None] * self.block + self.places
+        return (starts + torch.arange(self.block)).view(-1)
+
+    def _copy(self, source: Tensor, target: Tensor) -> None:
+        source, target = source.to(self.device), target.to(self.device)
+        for store in (*self.keys.values(), *self.values.values()):
+            store.index_copy_(0, target, store.index_select(0, source))
 
     def plan(self, chunks: Sequence[Chunk], tokens: int) -> KvStep:
         places, prefills, decodes = torch.empty(tokens, dtype=torch.long), [], []
@@ -228,29 +298,68 @@ class SlotPool(KvPool):
 
 
 class PagePool(KvPool):
-    """Pages of `page` places: CUDA's layout. A prefix's full pages are shared by reference, its last one copied."""
+    """Pages of `page` places: CUDA's layout. Whoever holds a page counts as its reader; one without readers is free,
+    unless it is a cached block, which stays until its place is needed. A prefix's full pages are shared by reference,
+    its last one is copied.
+    """
 
     def __init__(
-        self, layers: Mapping[int, LayerShape], pages: int, page: int, dtype: torch.dtype, device: torch.device
+        self,
+        layers: Mapping[int, LayerShape],
+        pages: int,
+        page: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        cached: bool = False,
     ) -> None:
         super().__init__(layers, pages * page, page, dtype, device)
+        self.blocks = BlockCache() if cached else None
         self._prefixes: dict[Prefix, Lease] = {}
-        self._readers: dict[int, int] = {}  # first page of a shared prefix: rows that read it
-        self._orphans: dict[int, Lease] = {}
+        self._readers = [0] * pages
 
-    def start(self, prefix: Prefix | None) -> Lease | None:
-        if prefix is None:
-            return Lease() if self.free else None
-        common = self._shared(prefix)
+    @property
+    def used(self) -> int:
+        idle = 0 if self.blocks is None else sum(self._idle(page) for page in self.blocks.cells)
+        return super().used - idle * self.page
+
+    def _idle(self, page: int) -> bool:
+        return not self._readers[page]
+
+    def grow(self, lease: Lease, length: int) -> bool:
+        need = math.ceil(length / self.page) - len(lease.pages)
+        if need > len(self.free) and not self._emptied(need - len(self.free)):
+            return False
+        self._take(lease, [self.free.pop() for _ in range(need)])
+        return True
+
+    def _emptied(self, count: int) -> bool:
+        """Whether so many cached blocks could go, the oldest first."""
+        for _ in range(count):
+            page = None if self.blocks is None else self.blocks.oldest(self._idle)
+            if page is None:
+                return False
+            self.free.append(page)
+        return True
+
+    def _take(self, lease: Lease, pages: Sequence[int]) -> None:
+        for page in pages:
+            self._readers[page] += 1
+        lease.pages += pages
+
+    def start(self, prefix: Prefix | None, keys: Sequence[bytes] = ()) -> Lease | None:
+        lease, common = Lease(), Lease() if prefix is None else self._shared(prefix)
         if common is None:
             return None
-        lease = Lease(list(common.pages), len(common.pages))
-        if not self.grow(lease, prefix.tokens):
+        self._take(lease, common.pages)
+        if self.blocks is not None:
+            self._take(lease, self.blocks.find(keys))
+        known = len(lease.pages) * self.page
+        lease.filled = max(known, prefix.tokens if prefix else 0)
+        if not self.grow(lease, lease.filled):
+            self.release(lease)
             return None
-        if common.pages:
-            self._readers[common.pages[0]] += 1
-        if prefix.tokens % self.page:
-            self._write_prefix(lease, prefix, prefix.tokens - prefix.tokens % self.page)
+        if prefix is not None and known < prefix.tokens:
+            self._write_prefix(lease, prefix, known)
         return lease
 
     def _shared(self, prefix: Prefix) -> Lease | None:
@@ -263,34 +372,39 @@ class PagePool(KvPool):
                 places = self.indices(lease, 0, full)
                 for layer, (k, v) in enumerate(prefix.layers):
                     self.write(layer, places, k[:full], v[:full])
-                self._readers[lease.pages[0]] = 0
             self._prefixes[prefix] = lease
         return self._prefixes[prefix]
 
     def release(self, lease: Lease, scrub: bool = False) -> None:
-        first = lease.pages[0] if lease.shared else None
-        super().release(lease, scrub)
-        if first is not None:
-            self._readers[first] -= 1
-            self._sweep(first)
+        for page in lease.pages:
+            self._readers[page] -= 1
+        left = [p for p in lease.pages if self._idle(p) and (self.blocks is None or not self.blocks.holds(p))]
+        if scrub and left:
+            self._zero(left)
+        self.free += left
+        lease.pages = []
+
+    def remember(self, lease: Lease, first: int, keys: Sequence[bytes], owners: Sequence[Hashable]) -> None:
+        if self.blocks is None:
+            return
+        for key, page in zip(keys, lease.pages[first:], strict=False):
+            if key not in self.blocks and not self.blocks.holds(page):
+                self.blocks.put(key, page, owners)
+
+    def drop(self, owner: Hashable) -> None:
+        if self.blocks is not None:
+            self.free += [page for page in self.blocks.drop(owner) if self._idle(page)]
 
     def forget(self, prefix: Prefix) -> None:
-        lease = self._prefixes.pop(prefix, None)
-        if lease is not None and lease.pages:
-            self._orphans[lease.pages[0]] = lease
-            self._sweep(lease.pages[0])
+        if lease := self._prefixes.pop(prefix, None):
+            self.release(lease)
 
     def reclaim(self) -> bool:
         """Let go of prefixes that no row reads, so that rows find pages. True if there were any."""
-        idle = [p for p, lease in self._prefixes.items() if lease.pages and not self._readers[lease.pages[0]]]
+        idle = [p for p, lease in self._prefixes.items() if lease.pages and self._readers[lease.pages[0]] == 1]
         for prefix in idle:
             self.forget(prefix)
         return bool(idle)
-
-    def _sweep(self, first: int) -> None:
-        if first in self._orphans and not self._readers[first]:
-            self.free += self._orphans.pop(first).pages
-            del self._readers[first]
 
     def plan(self, chunks: Sequence[Chunk], tokens: int) -> KvStep:
         parts = [self.indices(chunk.lease, chunk.past, chunk.context) for chunk in chunks]

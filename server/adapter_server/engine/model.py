@@ -81,7 +81,7 @@ class Model:
         calls, self._axes = self._look()
         self.groups = self._install(group_by_input(calls), pack)
         self._group_of = {path: group for group in self.groups for path in group.paths}
-        _rope_by_row(self._modules)
+        self.stable_rope = not _rope_by_row(self._modules)
         self.rope_border = _rope_border(module.config.get_text_config())
 
     def _adopt(self) -> None:
@@ -263,13 +263,18 @@ def _token_axes(first: Calls, second: Calls) -> dict[str, int]:
     return {path: next((i for i, (a, b) in enumerate(zip(*p, strict=True)) if a != b), 0) for path, p in pairs.items()}
 
 
-def _rope_by_row(modules: Mapping[str, nn.Module]) -> None:
-    """RoPE variants that look at the batch's longest position (dynamic, longrope) are asked row by row."""
+def _rope_by_row(modules: Mapping[str, nn.Module]) -> bool:
+    """RoPE variants that look at the batch's longest position (dynamic, longrope) are asked row by row; whether there
+    are any: then a token's key depends on how long its row is.
+    """
+    found = False
     for module in modules.values():
         kinds = getattr(module, "rope_type", None)
         kinds = set(kinds.values()) if isinstance(kinds, dict) else {kinds}
         if kinds & {"dynamic", "longrope"}:
             module.forward = _per_row(module, module.forward)
+            found = True
+    return found
 
 
 def _rope_border(config: Any) -> int | None:

@@ -1,6 +1,6 @@
 """Which rows run in a step, and how many tokens of each: continuous batching with chunked prefill.
 
-    waiting   first come, first served; a row whose adapter is still loading steps aside and keeps its turn
+    waiting   by turns, fair among adapters; a row whose adapter is still loading steps aside and keeps its turn
     running   one token a step once its prompt is in; before that, chunks of the prompt within the step's token budget
 
 When pages run out, the row admitted last gives its place back and is computed again later (recompute).
@@ -9,17 +9,19 @@ When pages run out, the row admitted last gives its place back and is computed a
 from __future__ import annotations
 
 import itertools
+import math
 import secrets
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from adapter_server.core import Request
+from adapter_server.engine.blocks import Chain
 from adapter_server.engine.kv import KvPool, Lease, PagePool
 from adapter_server.engine.pool import Holding
 from adapter_server.engine.routing import Use
 from adapter_server.engine.sampling import Draw
 from adapter_server.engine.site import Prefix
+from adapter_server.engine.turns import Turns
 
 
 @dataclass(slots=True, eq=False)
@@ -35,6 +37,8 @@ class Row:
     held: list[Holding] = field(default_factory=list)
     lease: Lease | None = None
     done: int = 0  # of `tokens`
+    chain: Chain | None = None  # None: nothing of this row is kept
+    cached: int = 0  # tokens of the prompt whose keys and values were known
     started: float | None = None
     loading: float | None = None  # since when it waits for its adapter
     load_s: float = 0.0
@@ -62,6 +66,13 @@ class Row:
     def border(self) -> int:
         """How many of `tokens` are done that stand before the last adapter's start."""
         return min(self.done, max(self.starts, default=0))
+
+    @property
+    def acts(self) -> float:
+        """The first of `tokens` whose keys and values depend on an adapter; inf where none does."""
+        if not self.uses and self.prefix is None:
+            return math.inf
+        return min(self.starts, default=0) if self.prefix is None else 0
 
     def routed(self, start: int, stop: int) -> list[tuple[int, tuple[Use, ...]]]:
         """Tokens start..stop−1 in runs of one set of adapters: (how many, which)."""
@@ -107,7 +118,7 @@ class Scheduler:
     max_tokens: int
     admit: Callable[[Row], bool]
     starved: Callable[[Row], bool] = lambda row: False
-    waiting: deque[Row] = field(default_factory=deque)
+    waiting: Turns = field(default_factory=Turns)
     running: list[Row] = field(default_factory=list)
     preemptions: int = 0
 
@@ -143,10 +154,10 @@ class Scheduler:
         self.preemptions += 1
 
     def _admitted(self, budget: int) -> list[Row]:
-        """New rows, in order of arrival, while tokens, places and rows last."""
+        """New rows, in the order of their turns, while tokens, places and rows last."""
         budget -= sum(min(r.pending, budget) for r in self.running if r.pending > 1)
         admitted: list[Row] = []
-        for row in list(self.waiting):
+        for row in self.waiting.next():
             if budget <= 0 or len(self.running) >= self.max_rows:
                 break
             if not self.admit(row):
@@ -155,7 +166,7 @@ class Scheduler:
                 continue
             if not self._start(row):
                 break
-            self.waiting.remove(row)
+            self.waiting.began(row)
             self.running.append(row)
             admitted.append(row)
             budget -= row.pending
@@ -167,16 +178,32 @@ class Scheduler:
         return row.lease is not None
 
     def _leased(self, row: Row) -> Lease | None:
-        lease = self.kv.start(row.prefix)
+        lease = self.kv.start(row.prefix, self._known(row))
         if lease is None or self.kv.grow(lease, row.offset + len(row.tokens)):
+            row.done = 0 if lease is None else lease.filled - row.offset
+            row.cached = row.cached if row.emitted else row.done
             return lease
         self.kv.release(lease)
         return None
+
+    def _known(self, row: Row) -> list[bytes]:
+        """The keys of the blocks that may be known: all but the last token's, whose logits are wanted."""
+        if self.kv.blocks is None:
+            return []
+        row.chain = row.chain or Chain.of(row.request, self.kv.block, row.offset, row.acts)
+        return row.chain.upto(row.tokens, len(row.tokens) - 1)
+
+    def remember(self, row: Row) -> None:
+        """Keep what has been computed of this row, for those that begin with the same."""
+        if row.chain is not None and row.lease is not None:
+            owners = [m.spec.key for m in row.request.members]
+            self.kv.remember(row.lease, row.chain.first, row.chain.upto(row.tokens, row.done), owners)
 
     def release(self, row: Row, scrub: bool = False) -> None:
         """Take a row out of the step's reach, with all that it holds here."""
         if row in self.running:
             self.running.remove(row)
+            self.waiting.ended(row)
         elif row in self.waiting:
             self.waiting.remove(row)
         if row.lease is not None:
