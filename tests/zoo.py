@@ -361,6 +361,10 @@ ADAPTERS: dict[str, Case] = {
     "supertuning_found": Case(
         wraps(peft.SupertuningConfig, sparsity=0.9, select_top=False, save_precomputed_indices=False), ONE
     ),
+    "poly": Case(wraps(peft.PolyConfig, r=4, n_tasks=3, n_skills=2), LINEAR),
+    "poly_split": Case(
+        wraps(peft.PolyConfig, r=2, n_tasks=2, n_skills=3, n_splits=4, modules_to_save=["lm_head"]), ONE
+    ),
     "prefix": Case(lambda base: PrefixTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM")),
     "prefix_projected": Case(
         lambda base: PrefixTuningConfig(
@@ -385,7 +389,9 @@ ADAPTERS: dict[str, Case] = {
 UNFOLDABLE = (
     *("prefix", "prefix_projected", "cartridge", "prompt", "ptuning", "cpt", "multitask"),  # before the prompt
     "alora",  # on some of its tokens
+    *("poly", "poly_split"),  # per task
 )
+TASKED = ("multitask", "poly", "poly_split")
 
 PAIRS = [(arch, name) for name, case in ADAPTERS.items() for arch in ARCHS if arch in case.archs]
 

@@ -81,7 +81,7 @@ def ask(
 ) -> Request:
     members = () if name is None else (Member(engine.pool.store.resolve(name), weight),)
     settings = {"max_new_tokens": NEW, "logprobs": zoo.VOCAB, "ignore_eos": True, **sampling}
-    task = 1 if name == "multitask" and task_id is None else task_id
+    task = 1 if name in zoo.TASKED and task_id is None else task_id
     return Request(
         id=id or f"{name}-{mode}-{hash(tuple(prompt))}-{time.monotonic_ns()}",
         prompt=tuple(prompt),
@@ -121,10 +121,12 @@ def run(engine: Engine, requests: Sequence[Request], stagger: int = 0, timeout_s
 
 
 @functools.cache
-def peft_alone(arch: str, name: str | None, prompt: tuple[int, ...], new: int = NEW) -> tuple[tuple[int, ...], Tensor]:
+def peft_alone(
+    arch: str, name: str | None, prompt: tuple[int, ...], new: int = NEW, task: int = 1
+) -> tuple[tuple[int, ...], Tensor]:
     """PEFT with this one adapter, batch 1, float32, greedy: (tokens, logprobs [new, vocab])."""
     model = peft_model(arch, name)
-    options = {"task_ids": torch.tensor([1])} if name == "multitask" else {}
+    options = {"task_ids": torch.tensor([task])} if name in zoo.TASKED else {}
     with torch.inference_mode(), zoo.quiet():
         out = model.generate(
             input_ids=torch.tensor([prompt]),

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Protocol
 
 from adapter_server.api.schemas import GenerateBody
 from adapter_server.core import Member, Mode, Request, Resident, Sampling, Spec
 from adapter_server.errors import InvalidRequest, PromptTooLong
-from adapter_server.families import before_the_prompt
+from adapter_server.families import before_the_prompt, tasks
 from adapter_server.registry.store import Store
 from adapter_server.text import Text
 
-TASKED = "MULTITASK_PROMPT_TUNING"
 _numbers = itertools.count()
 
 
@@ -106,7 +105,7 @@ def check_members(body: GenerateBody, members: Sequence[Member]) -> None:
         raise InvalidRequest("scale needs an adapter: the base model has none", param="scale")
     for member in prompts:
         _check_unscaled(body, member)
-    _check_task(body, next((member.spec for member in prompts if member.spec.family == TASKED), None))
+    _check_task(body, {member.spec.name: count for member in members if (count := tasks(member.spec))})
 
 
 def _check_unscaled(body: GenerateBody, member: Member) -> None:
@@ -117,15 +116,13 @@ def _check_unscaled(body: GenerateBody, member: Member) -> None:
         raise InvalidRequest(f"the weight of {name!r} ({family}) can only be 1", param="adapter")
 
 
-def _check_task(body: GenerateBody, spec: Spec | None) -> None:
-    if spec is None:
-        if body.task_id is not None:
-            raise InvalidRequest("task_id is for adapters with tasks only: leave it out", param="task_id")
-        return
-    tasks = spec.config.get("num_tasks")
-    count = tasks if isinstance(tasks, int) else 1
-    if body.task_id is None or body.task_id >= count:
-        raise InvalidRequest(f"adapter {spec.name!r} needs a task_id from 0 to {count - 1}", param="task_id")
+def _check_task(body: GenerateBody, tasked: Mapping[str, int]) -> None:
+    """`tasked` are the adapters with tasks, and how many; all of them run the same one."""
+    if not tasked and body.task_id is not None:
+        raise InvalidRequest("task_id is for adapters with tasks only: leave it out", param="task_id")
+    for name, count in tasked.items():
+        if body.task_id is None or body.task_id >= count:
+            raise InvalidRequest(f"adapter {name!r} needs a task_id from 0 to {count - 1}", param="task_id")
 
 
 def route(body: GenerateBody, members: Sequence[Member], residents: Iterable[Resident]) -> Mode:

@@ -37,11 +37,13 @@ from adapter_server.errors import (
     PromptTooLong,
     RequestFailed,
 )
+from adapter_server.families.base import Adapter
 from adapter_server.registry.store import Store
 
 Op = Literal["load", "unload", "pin", "unpin", "merge", "unmerge"]
 PATIENCE_S = 1.0  # that a loaded adapter waits for room before its rows hold up later ones
 SMALL_BASE = 8_000_000  # parameters: below, one thread is faster than two (seen: 1.5-2.5 times at 1.3M)
+TASKS_KEPT = 16  # of one adapter with skills, on the device
 SLOTS_AT_LEAST = 16  # rows that the automatic context length leaves room for
 
 
@@ -228,7 +230,8 @@ class Engine:
         request = row.request
         placed = [h.placed for h in row.held if h.placed is not None]
         weights = [m.weight for m in request.members]
-        started = [(p, w, p.adapter.start(request.prompt)) for p, w in zip(placed, weights, strict=True)]
+        weighted = [(p, w) for each, w in zip(placed, weights, strict=True) for p in self._parts(each, request.task_id)]
+        started = [(p, w, p.adapter.start(request.prompt)) for p, w in weighted]
         acting = [(p, w, start) for p, w, start in started if start is not None and (p.groups or p.others)]
         row.uses = tuple((p, w) for p, w, _ in acting)
         row.starts = tuple(start for *_, start in acting) if any(start for *_, start in acting) else ()
@@ -241,19 +244,29 @@ class Engine:
     def _prefix(self, placed: Placed, task_id: int | None) -> Prefix:
         """An adapter's keys and values; a soft prompt's are computed when they are first asked for."""
         tasks, embeds = placed.adapter.tasks, placed.adapter.embeds
-        key = task_id if tasks else None
+        key = _task(placed.adapter, task_id)
         if key not in placed.prefixes:
-            if tasks and (task_id is None or not 0 <= task_id < len(tasks)):
-                raise InvalidRequest(f"task_id must be 0 to {len(tasks) - 1} for this adapter", param="task_id")
-            soft = tasks[task_id] if tasks and task_id is not None else embeds
+            soft = embeds if key is None else tasks[key]
             assert soft is not None
             if len(soft) >= self.info.max_model_len:
                 raise PromptTooLong(f"the adapter's {len(soft)} virtual tokens fill the context", param="adapter")
             placed.prefixes[key] = self.model.encode(soft)
-            for holding in self.pool.holdings.values():
-                if holding.placed is placed:
-                    self.pool.recount(holding)
+            self.pool.recount(placed)
         return placed.prefixes[key]
+
+    def _parts(self, placed: Placed, task_id: int | None) -> list[Placed]:
+        """An adapter and, where it has skills, what they are for the task: mixed when it is first asked for."""
+        if not placed.adapter.skills:
+            return [placed]
+        key = _task(placed.adapter, task_id)
+        assert key is not None
+        mixed = placed.tasks.pop(key, None) or self.model.place(placed.adapter.mixed(key))
+        if len(placed.tasks) >= TASKS_KEPT:
+            self._routing = None
+            self.model.forget(placed.tasks.pop(next(iter(placed.tasks))))
+        placed.tasks[key] = mixed
+        self.pool.recount(placed)
+        return [placed, mixed]
 
     def _evicted(self, placed: Placed) -> None:
         self._routing = None  # its rows hold what they ran on
@@ -396,6 +409,15 @@ class Engine:
 
     def close(self) -> None:
         self.pool.close()
+
+
+def _task(adapter: Adapter, task_id: int | None) -> int | None:
+    """The task of a request, None for adapters without. Raises InvalidRequest."""
+    if not (known := adapter.tasks_known):
+        return None
+    if task_id is None or not 0 <= task_id < known:
+        raise InvalidRequest(f"task_id must be 0 to {known - 1} for this adapter", param="task_id")
+    return task_id
 
 
 def _few_threads(module: PreTrainedModel) -> int:

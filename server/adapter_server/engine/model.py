@@ -137,12 +137,14 @@ class Model:
     def place(self, adapter: Adapter) -> Placed:
         """Lay an adapter out for the run. Slow part of a load; called on a loader's thread."""
         linear = {path: p for path, p in adapter.patches.items() if isinstance(p, Patch)}
-        missing = [path for path in adapter.patches if path not in (self._group_of if path in linear else self._axes)]
+        at_linears = linear.keys() | adapter.skills.keys()
+        missing = [path for path in at_linears if path not in self._group_of]
+        missing += [path for path in adapter.patches.keys() - at_linears if path not in self._axes]
         if missing:
             raise AdapterRefused(f"{adapter.spec.name}: the base's forward never calls {', '.join(missing[:3])}")
         self._check_prefix(adapter)
-        touched = {self._group_of[path].index for path in linear}
-        groups = {i: self.groups[i].place(linear) for i in sorted(touched)}
+        indices = sorted({self._group_of[path].index for path in linear})
+        groups = {i: self.groups[i].place(linear) for i in indices}
         others = {
             path: p.to(self.device, self.dtype) for path, p in adapter.patches.items() if not isinstance(p, Patch)
         }
@@ -165,7 +167,8 @@ class Model:
                 self._sites[path] = ModuleSite(path, self._modules[path], self._axes[path])
 
     def forget(self, placed: Placed) -> None:
-        self.lowrank.forget(placed)
+        for each in (placed, *placed.tasks.values()):
+            self.lowrank.forget(each)
 
     def split(self, counts: list[int]) -> list[list[int]]:
         """Which of a step's rows, by their counts of tokens, run in one forward: here all of them."""

@@ -259,10 +259,11 @@ class Pool:
     def _all(self) -> list[Holding]:
         return [*self.holdings.values(), *self._leaving]
 
-    def recount(self, holding: Holding) -> None:
-        """A soft prompt's keys and values came into being after the load: count them."""
-        if holding.placed is not None:
-            holding.bytes = holding.placed.bytes
+    def recount(self, placed: Placed) -> None:
+        """A soft prompt's keys and values, or a task's mix of skills, came into being after the load: count them."""
+        for holding in (*self.holdings.values(), *self._leaving):
+            if holding.placed is placed:
+                holding.bytes = placed.bytes
 
     # Letting go
 

@@ -111,6 +111,7 @@ class Placed:
     groups: Mapping[int, GroupPatch]
     others: Mapping[str, AnyPatch]
     prefixes: dict[int | None, Prefix] = field(default_factory=dict)  # by task id
+    tasks: dict[int, Placed] = field(default_factory=dict)  # what skills are for a task, the last used at the end
 
     @property
     def rank(self) -> int:
@@ -122,7 +123,8 @@ class Placed:
         others = sum(t.nbytes for patch in self.others.values() for t in patch.tensors())
         before = sum(t.nbytes for t in (self.adapter.embeds, *self.adapter.tasks) if t is not None)
         kept = sum(k.nbytes + v.nbytes for prefix in self.prefixes.values() for k, v in prefix.layers)
-        return sum(patch.bytes for patch in self.groups.values()) + others + before + kept
+        mixed = sum(placed.bytes for placed in self.tasks.values())
+        return sum(patch.bytes for patch in self.groups.values()) + others + before + kept + mixed
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -23,7 +23,6 @@ REFUSED: Mapping[str, str] = {
     "ADAMSS": f"the rows that it adapts are clustered anew at every load and are not in its file; {_MERGE}",
     "ADAPTION_PROMPT": "it adds an attention of its own to the last layers, which no patch describes yet",
     "LILY": f"its router averages over all tokens of a call; {_LANE}",
-    "POLY": "its weights depend on the request's task, and patches per task are not built",
     "SHADOW": f"it runs a second network beside the base; {_LANE}",
     "XLORA": f"it runs the base twice and mixes other adapters by what it sees; {_LANE}",
 }
@@ -50,6 +49,13 @@ def slow(spec: Spec) -> bool:
 def before_the_prompt(peft_type: str) -> bool:
     """Whether what it adds stands before the prompt (prefixes, soft prompts): then weights and folds mean nothing."""
     return bool(getattr(_families().get(peft_type), "before_the_prompt", False))
+
+
+def tasks(spec: Spec) -> int:
+    """How many tasks a request for this adapter chooses from by `task_id`; 0: the kind has none."""
+    key = getattr(_families().get(spec.family), "tasks_key", None)
+    count = key and spec.config.get(key, 1)
+    return count if isinstance(count, int) else 0
 
 
 def known() -> list[str]:

@@ -201,6 +201,21 @@ class ParamPatch:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Skills(_Fields):
+    """Low ranks at a Linear of which each task mixes its own: no patch before the task is known. s is in B."""
+
+    A: Tensor  # [splits, skills, in/splits, r]
+    B: Tensor  # [splits, skills, r, out/splits]
+    mix: Tensor  # [tasks, splits, skills]
+    weight: Tensor | None = None  # W' [out, in], instead of the base's
+
+    def patch(self, task: int) -> Patch:
+        A = torch.einsum("qs,qsdr->rqd", self.mix[task], self.A).flatten(1)  # [r, in]
+        B = torch.einsum("qs,qsrd->qdr", self.mix[task], self.B).flatten(0, 1)  # [out, r]
+        return Patch(A=A, B=B, weight=self.weight)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Adapter:
     """An adapter in memory, as data. At most one of `prefix` and `embeds` is set."""
 
@@ -209,17 +224,21 @@ class Adapter:
     prefix: tuple[tuple[Tensor, Tensor], ...] | None = None  # per layer K, V, each [n, kv_heads, head_dim]
     embeds: Tensor | None = None  # [n, hidden]
     tasks: tuple[Tensor, ...] = ()  # kinds with tasks: one `embeds` per task id
+    skills: Mapping[str, Skills] = field(default_factory=dict)  # kinds with tasks: what patches are mixed from
     invocation: tuple[int, ...] = ()  # aLoRA: the patches act from these tokens' last occurrence in the prompt on
 
     @property
     def rank(self) -> int | None:
-        return max((getattr(p, "rank", 0) for p in self.patches.values()), default=0) or None
+        mixed = (skills.A.shape[-1] for skills in self.skills.values())
+        return max((*mixed, *(getattr(p, "rank", 0) for p in self.patches.values())), default=0) or None
 
     @property
     def unfoldable(self) -> str:
         """Why it has no merged form; empty where it has one."""
         if self.prefix is not None or self.embeds is not None or self.tasks:
             return "what it adds stands before the prompt and is no weight"
+        if self.skills:
+            return "its weights depend on the request's task"
         return "it acts on the tokens from its invocation on and on none before" if self.invocation else ""
 
     @property
@@ -233,9 +252,20 @@ class Adapter:
         n, tokens = len(self.invocation), tuple(prompt)
         return next((i for i in range(len(tokens) - n, -1, -1) if tokens[i : i + n] == self.invocation), None)
 
+    @property
+    def tasks_known(self) -> int:
+        """How many tasks a request chooses from; 0: none."""
+        return len(self.tasks) or next((len(skills.mix) for skills in self.skills.values()), 0)
+
+    def mixed(self, task: int) -> Adapter:
+        """What the skills are for one task, as patches."""
+        return Adapter(self.spec, {path: skills.patch(task) for path, skills in self.skills.items()})
+
     def tensors(self) -> Iterator[Tensor]:
         for patch in self.patches.values():
             yield from patch.tensors()
+        for skills in self.skills.values():
+            yield from skills.tensors()
         for pair in self.prefix or ():
             yield from pair
         yield from (t for t in (self.embeds, *self.tasks) if t is not None)
@@ -245,7 +275,7 @@ class Adapter:
         return sum(t.numel() * t.element_size() for t in self.tensors())
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Adapter:
-        """A copy on the device, in the dtype that the engine computes in."""
+        """A copy on the device, in the dtype that the engine computes in; skills stay, since their mixes move."""
         move = {path: patch.to(device, dtype) for path, patch in self.patches.items()}
         pairs = self.prefix and tuple((k.to(device, dtype), v.to(device, dtype)) for k, v in self.prefix)
         embeds = None if self.embeds is None else self.embeds.to(device, dtype)

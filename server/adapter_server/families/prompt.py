@@ -69,6 +69,7 @@ class Multitask:
     name = "MULTITASK_PROMPT_TUNING"
     slow = False
     before_the_prompt = True
+    tasks_key = "num_tasks"
 
     def expected(self, config: Config, shapes: Shapes, names: frozenset[str]) -> Expected:
         check_virtual(config, VIRTUAL | MULTITASK)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from adapter_server.core import Spec
 from adapter_server.errors import AdapterRefused
-from adapter_server.families.base import Adapter, AnyPatch, Base, ModuleShape, Patch, Shapes
+from adapter_server.families.base import Adapter, AnyPatch, Base, ModuleShape, Patch, Shapes, Skills
 from adapter_server.families.options import Config, check_known, integer, refuse_set, table
 from adapter_server.families.parts import (
     LINEAR,
@@ -107,8 +107,8 @@ class Wrapping:
         """The module's own tensors, by the end of their name."""
 
     @abstractmethod
-    def patch(self, at: Wrapped, read: Reader, common: Any) -> Patch:
-        """The module's patch. `common` is what `common` returned."""
+    def patch(self, at: Wrapped, read: Reader, common: Any) -> Patch | Skills:
+        """The module's patch, or what each task mixes its own from. `common` is what `common` returned."""
 
     def shared(self, config: Config, wrapped: list[Wrapped]) -> Expected:
         """Tensors that belong to no single module, by their whole name."""
@@ -139,16 +139,20 @@ class Wrapping:
         patches: dict[str, AnyPatch] = {
             path: override(w, base.shapes.modules[path]) for path, w in copies.items() if path not in paths
         }
-        common = self.common(spec.config, wrapped, take)
+        common, skills = self.common(spec.config, wrapped, take), {}
         for at in wrapped:
             read = Reader(at.path, take, base, copies.get(at.path), _trained(take, at.path, biases))
-            patches[at.path] = _complete(self.patch(at, read, common), read)
+            made = self.patch(at, read, common)
+            if isinstance(made, Skills):
+                skills[at.path] = made
+            else:
+                patches[at.path] = _complete(made, read)
         for path in saved:
             patches[path] = saved_patch(take, path, base)
         for path in biases.keys() - set(paths):
             patches[path] = bias_patch(take(biases[path]), path, base)
         take.done()
-        return Adapter(spec, patches)
+        return Adapter(spec, patches, skills=skills)
 
     def _resolve(self, config: Config, shapes: Shapes) -> tuple[list[Wrapped], list[str], dict[str, str]]:
         """The modules that are wrapped, those saved whole, and {module: key} of the biases that were trained."""
