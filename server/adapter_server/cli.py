@@ -56,6 +56,7 @@ HELP = {
     "host_bytes": "Main memory for compiled adapters, so that one evicted from the device comes back quickly",
     "pack_weights": "Keep packed copies of the base's weights on the CPU: faster, larger",
     "threads": "Threads of torch on the CPU; 0: torch's own choice, one for a tiny base",
+    "profile": "Write a trace of 64 steps here, for Perfetto or chrome://tracing",
     "host": "Address to listen on",
     "port": "Port to listen on; 0: any free one",
     "adapters": "Folder of adapters, one sub-folder each",

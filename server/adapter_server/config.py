@@ -36,6 +36,7 @@ class EngineConfig:
     host_bytes: int = 2 * GIB  # main memory for compiled adapters, on the device or evicted from it
     pack_weights: bool = True  # CPU float32: oneDNN-packed copies of the base's weights, faster and larger
     threads: int = 0  # torch threads on the CPU; 0: torch's own choice, one for a base under 8M parameters
+    profile: str | None = None  # a file for a trace of some steps
 
 
 @dataclass(frozen=True, slots=True)

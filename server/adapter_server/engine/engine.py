@@ -25,6 +25,7 @@ from adapter_server.engine.host import Host
 from adapter_server.engine.kv import Chunk, KvPool, PagePool, SlotPool, bytes_per_token
 from adapter_server.engine.model import Model, context_length, load
 from adapter_server.engine.pool import Pool
+from adapter_server.engine.profile import Profile, part
 from adapter_server.engine.routing import Routing, Step, route
 from adapter_server.engine.sampling import Chosen, choose
 from adapter_server.engine.scheduler import Row, Scheduler, Slice
@@ -88,6 +89,7 @@ class Engine:
         self.pool = Pool(self.model, store, config.adapter_bytes, Host(config.host_bytes, lock))
         self.pool.on_evict = self._evicted
         self.scheduler = Scheduler(self.kv, config.max_rows, config.max_step_tokens, self._admit, self._starved)
+        self.profile = None if config.profile is None else Profile(config.profile)
         self.steps = 0
         self._rows: dict[str, Row] = {}
         self._doomed: list[tuple[Row, AdapterServerError]] = []
@@ -179,11 +181,20 @@ class Engine:
     def step(self) -> list[Event]:
         """One forward for all rows that can run. Events in the order in which they came about."""
         events = [*self._settled(), *self._expired(time.monotonic())]
-        slices = self.scheduler.plan()
+        with part("plan"):
+            slices = self.scheduler.plan()
         events += self._failed(self._doomed)
         self._doomed = []
         if slices:
-            events += self._run(slices)
+            events += self._run(slices) if self.profile is None else self._profiled(slices, self.profile)
+        return events
+
+    def _profiled(self, slices: list[Slice], profile: Profile) -> list[Event]:
+        profile.before()
+        events = self._run(slices)
+        profile.after()
+        if profile.done:
+            self.profile = None
         return events
 
     def _settled(self) -> list[Event]:
@@ -286,20 +297,23 @@ class Engine:
             failure.__cause__ = error
             self._routing = None
             return [self._finish(s.row, "error", failure, scrub=True) for s in slices]
-        return self._advance(slices, chosen)
+        with part("events"):
+            return self._advance(slices, chosen)
 
     def _forward(self, slices: list[Slice]) -> tuple[list[Slice], list[Chosen]]:
         """The step's forward, or a lane's several; the slices come back with a token for each that samples."""
-        parts = [[slices[i] for i in part] for part in self.model.split([s.count for s in slices])]
-        done = [self._packed(part) for part in parts]
+        parts = [[slices[i] for i in places] for places in self.model.split([s.count for s in slices])]
+        done = [self._packed(each) for each in parts]
         chosen: list[Chosen] = []
-        if logits := [part for _, part in done if part is not None]:
-            chosen = choose(torch.cat(logits), [s.row.draw for part, _ in done for s in part if s.last])
-        return [s for part, _ in done for s in part], chosen
+        if logits := [each for _, each in done if each is not None]:
+            with part("sampling"):
+                chosen = choose(torch.cat(logits), [s.row.draw for ran, _ in done for s in ran if s.last])
+        return [s for ran, _ in done for s in ran], chosen
 
     def _packed(self, slices: list[Slice]) -> tuple[list[Slice], Tensor | None]:
         """One forward; the slices in packed order, and the logits of those that sample."""
-        slices, routing = self._routed(slices)
+        with part("route"):
+            slices, routing = self._routed(slices)
         chunks: list[Chunk] = []
         ids: list[int] = []
         positions: list[int] = []
@@ -316,7 +330,8 @@ class Engine:
         device = self.model.device
         step = Step(routing, self._head(slices, routing), self.kv.plan(chunks, len(ids)), rope_lengths=_lengths(slices))
         ids_, positions_ = (torch.tensor(v, device=device) for v in (ids, positions))
-        logits = self.model.forward(step, ids_, positions_, torch.tensor(keep or [0], device=device))
+        with part("forward"):
+            logits = self.model.forward(step, ids_, positions_, torch.tensor(keep or [0], device=device))
         return slices, logits if keep else None
 
     def _routed(self, slices: list[Slice]) -> tuple[list[Slice], Routing]:
@@ -407,7 +422,14 @@ class Engine:
         """What a loader's thread calls when a load has ended."""
         self.pool.wake = wake
 
+    def end_profile(self) -> None:
+        """Write the trace of the steps there were. On the thread that ran them, or torch's profiler falls over."""
+        if self.profile is not None:
+            self.profile.close()
+            self.profile = None
+
     def close(self) -> None:
+        self.end_profile()
         self.pool.close()
 
 

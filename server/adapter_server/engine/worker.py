@@ -109,6 +109,8 @@ class Worker:
             gone = Unavailable(f"the engine stopped: {type(error).__name__}", retry_after=5)
             self._send(self.engine.abandon("error", gone))
             raise
+        finally:
+            self.engine.end_profile()
 
     def _ended(self) -> bool:
         if self._stop_at is None:
