@@ -63,6 +63,8 @@ HELP = {
     "max_adapter_bytes": "Largest weights file of an adapter, such as 512M",
     "keep_versions": "Published versions that are kept of each adapter, beside those in use",
     "max_body_bytes": "Largest body of a request",
+    "max_header_bytes": "Most bytes of a request's headers",
+    "body_timeout_s": "Time that a client has to send its body, in seconds; an upload has it again with each part",
     "request_timeout_s": "Longest time for one request, in seconds",
     "drain_timeout_s": "Time that running requests get after SIGTERM, in seconds",
     "insecure": "Listen on an address that others can reach, without keys",

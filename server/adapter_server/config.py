@@ -49,6 +49,8 @@ class ServerConfig:
     max_adapter_bytes: int = 4 * GIB  # of one adapter's weights
     keep_versions: int = 5  # published versions of each adapter
     max_body_bytes: int = 8 << 20
+    max_header_bytes: int = 64 << 10
+    body_timeout_s: float = 30.0  # for a request's body to come; for an upload, between two parts of it
     request_timeout_s: float = 600.0
     drain_timeout_s: float = 30.0
     insecure: bool = False

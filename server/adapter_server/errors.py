@@ -5,6 +5,9 @@ AdapterServerError
 ├── Unauthorized        401  no key, or one that is not known
 ├── Forbidden           403  a key without the right, or a Host header that is not this machine's
 ├── PromptTooLong       413  prompt and new tokens do not fit the context
+├── BodyTooLarge        413  the body is larger than the server reads
+├── HeadersTooLarge     431  the same of the headers
+├── BodyTooSlow         408  the body did not come in time
 ├── AdapterNotFound     404  no adapter, or no version, of that name
 ├── AdapterRefused      424  the adapter's files break a rule
 │   └── VersionGone     424  the files changed between admission and load
@@ -49,6 +52,18 @@ class Forbidden(AdapterServerError):
 
 class PromptTooLong(AdapterServerError):
     status, code = 413, "prompt_too_long"
+
+
+class BodyTooLarge(AdapterServerError):
+    status, code = 413, "body_too_large"
+
+
+class HeadersTooLarge(AdapterServerError):
+    status, code = 431, "headers_too_large"
+
+
+class BodyTooSlow(AdapterServerError):
+    status, code = 408, "body_too_slow"
 
 
 class AdapterNotFound(AdapterServerError):

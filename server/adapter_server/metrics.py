@@ -16,6 +16,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
 from adapter_server.core import Event, Finished, Folded, Loaded, Request, Resident, Spec, Stats, Token
+from adapter_server.errors import VersionGone
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 NAMESPACE = "adapter_server"
@@ -130,8 +131,6 @@ class Metrics:
     def admitted(self, request: Request) -> None:
         """From here on the events of this request are counted."""
         names = tuple(member.spec.name for member in request.members) or (BASE,)
-        for name in names:
-            self._child(self.tokens, name, "prompt").inc(len(request.prompt))
         generated = tuple(self._child(self.tokens, name, "generated") for name in names)
         self._live[request.id] = _Live(request, names, self.intervals.labels(request.mode), generated)
 
@@ -172,6 +171,7 @@ class Metrics:
         if live is None:
             return
         if live.last is None:
+            self._read(live)
             self.ttft.labels(live.request.mode).observe(now - live.request.arrived)
         else:
             live.intervals.observe(now - live.last)
@@ -179,9 +179,15 @@ class Metrics:
         for counter in live.generated:
             counter.inc()
 
+    def _read(self, live: _Live) -> None:
+        """The prompt has been read, once there is a token after it."""
+        for name in live.names:
+            self._child(self.tokens, name, "prompt").inc(len(live.request.prompt))
+
     def _finished(self, end: Finished) -> None:
+        """One whose files changed under it is asked again, or refused: it is no request yet."""
         live = self._live.pop(end.request_id, None)
-        if live is None:
+        if live is None or isinstance(end.error, VersionGone):
             return
         mode = live.request.mode
         self.total.labels(mode).observe(end.total_s)

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import socket
 import threading
 import time
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 
 from adapter_server import __version__
+from adapter_server.api import lorax, refusals
 from adapter_server.api.access import check_host
+from adapter_server.api.envelope import Envelope
 from adapter_server.config import ServerConfig
-from adapter_server.errors import InvalidRequest
-from serving import Served
+from adapter_server.errors import AdapterServerError, InvalidRequest, RequestFailed, VersionGone
+from adapter_server.metrics import Metrics
+from adapter_server.text import Text
+from serving import Served, serving
 
 
 @pytest.mark.parametrize("path", ["/livez", "/readyz", "/health"])
@@ -171,3 +179,103 @@ def test_only_this_machine_may_ask_unless_told_otherwise(host: str, insecure: bo
     else:
         with pytest.raises(InvalidRequest, match="--insecure"):
             check_host(config)
+
+
+# What a client may send
+
+
+def test_headers_have_a_limit(served: Served) -> None:
+    response = served.http.post("/generate", json={"prompt": "a"}, headers={"x-long": "a" * 70_000})
+    assert response.status_code in (400, 431)  # the parser's own answer where they came in several pieces
+    raw = f"GET /livez HTTP/1.1\r\nHost: localhost\r\nX-Long: {'a' * 65_000}\r\nX-More: {'b' * 900}\r\n\r\n"
+    with socket.create_connection((served.http.base_url.host, served.http.base_url.port or 0)) as client:
+        client.sendall(raw.encode())
+        said = client.recv(65_536).decode()
+    assert said.startswith(("HTTP/1.1 431", "HTTP/1.1 400"))
+    assert served.generate().status_code == 200
+
+
+async def exchanged(headers: list[tuple[bytes, bytes]], body: list[bytes], path: str = "/", **config: Any) -> Any:
+    """What the envelope alone answers to this; the body's parts come one at a time, and then nothing more."""
+    sent: list[Any] = []
+    parts = iter(body)
+
+    async def receive() -> Any:
+        part = next(parts, None)
+        if part is None:
+            await asyncio.sleep(60)
+        return {"type": "http.request", "body": part, "more_body": True}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        try:
+            while True:
+                await receive()
+        except AdapterServerError as error:
+            await refusals.answer(error, scope["wording"])(scope, receive, send)
+
+    state = SimpleNamespace(state=SimpleNamespace(service=SimpleNamespace(metrics=Metrics())))
+    scope = {"type": "http", "path": path, "method": "POST", "headers": headers, "app": state}
+    envelope = Envelope(app, ServerConfig(**config), {"/": lorax.worded})
+    await envelope(scope, receive, send)
+    return sent[0]["status"], json.loads(sent[1]["body"])
+
+
+@pytest.mark.parametrize(
+    ("headers", "body", "config", "status"),
+    [
+        ([(b"x", b"a" * 200)], [], {"max_header_bytes": 200}, 431),
+        ([(b"content-length", b"11")], [], {"max_body_bytes": 10}, 413),
+        ([(b"content-length", b"9" * 5000)], [], {"max_body_bytes": 10}, 413),
+        ([], [b"123456", b"789012"], {"max_body_bytes": 10}, 413),
+        ([], [b"1", b"2"], {"body_timeout_s": 0.05}, 408),
+    ],
+)
+@pytest.mark.parametrize("path", ["/", "/generate"])
+def test_what_is_too_much_or_too_slow_is_refused_in_the_paths_own_words(
+    headers: list[tuple[bytes, bytes]], body: list[bytes], config: dict[str, Any], status: int, path: str
+) -> None:
+    got, content = asyncio.run(exchanged(headers, body, path, **config))
+    assert got == status
+    if path == "/":
+        assert content.keys() == {"error", "error_type"}
+        assert content["error_type"] == "validation"
+    else:
+        assert content["error"]["code"] in ("headers_too_large", "body_too_large", "body_too_slow")
+
+
+def test_a_slow_body_is_answered_and_the_connection_ends(text: Text, adapters: Path) -> None:
+    with (
+        serving(text, adapters, ServerConfig(body_timeout_s=0.2)) as served,
+        socket.create_connection((served.http.base_url.host, served.http.base_url.port or 0), timeout=5) as client,
+    ):
+        client.sendall(b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
+        said = b""
+        while part := client.recv(4096):
+            said += part
+    assert said.startswith(b"HTTP/1.1 408")
+    assert b"body_too_slow" in said
+
+
+def count(served: Served, name: str, label: str) -> float:
+    lines = served.http.get("/metrics").text.splitlines()
+    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name) and label in line)
+
+
+def test_an_admitted_request_that_fails_is_counted_once(own: Served) -> None:
+    own.worker.script = lambda request: RequestFailed("no")
+    assert own.generate().status_code == 500
+    assert count(own, "adapter_server_requests_total", "request_failed") == 1
+    assert count(own, "adapter_server_refused_total", "request_failed") == 0
+    assert own.http.post("/", json={"inputs": "a"}).status_code == 500
+    assert count(own, "adapter_server_refused_total", "request_failed") == 0
+    own.worker.script = lambda request: VersionGone("no")
+    assert own.generate(adapter="shout").status_code == 424
+    assert count(own, "adapter_server_requests_total", "version_gone") == 0
+    assert count(own, "adapter_server_refused_total", "version_gone") == 1
+    assert count(own, "adapter_server_tokens_total", "prompt") == 0
+    own.worker.limit = 0
+    assert own.generate().status_code == 429
+    assert count(own, "adapter_server_refused_total", "queue_full") == 1

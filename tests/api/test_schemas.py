@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+from adapter_server.api import lorax, openai_bodies, schemas, vllm
 from adapter_server.api.schemas import GenerateBody, parse
 from adapter_server.errors import InvalidRequest
 
@@ -95,3 +98,57 @@ def test_defaults_and_both_forms_of_stop() -> None:
     assert (body.temperature, body.stops, body.max_new_tokens, body.mode) == (1.0, ["x"], 128, "auto")
     assert parse(GenerateBody, b'{"prompt": "a", "stop": ["x", "y"], "response_format": null}').stops == ["x", "y"]
     assert parse(GenerateBody, b'{"prompt": "a", "stop": null, "seed": null}').stops == []
+
+
+# Shape and caps
+
+
+@pytest.mark.parametrize(
+    ("raw", "said"),
+    [
+        (b'{"prompt": "a", "x": ' + b"[" * 65 + b"]" * 65 + b"}", "nested deeper than 64"),
+        (b'{"a":' * 3_000_000, "nested deeper"),
+        (b"[" + b"[]," * 2_000_000 + b"[]]", "more than 200,000"),
+        (b'{"prompt": [' + b'"a",' * 2_000_000 + b'"a"]}', "more than 200,000"),
+        (b'{"prompt": "' + b'\\"' * 4_000_000, "JSON"),
+        (b'{"prompt": "' + b"[" * 4_000_000, "JSON"),
+    ],
+)
+def test_a_body_that_would_cost_much_is_refused_at_little_cost(raw: bytes, said: str) -> None:
+    start = time.process_time()
+    assert said in fault(raw).message
+    assert time.process_time() - start < 1
+
+
+def test_brackets_and_quotes_within_texts_are_no_shape() -> None:
+    prompt = '[{"' * 1000 + "\\" * 7
+    assert parse(GenerateBody, json.dumps({"prompt": prompt}).encode()).prompt == prompt
+
+
+BODIES = [
+    *(schemas.GenerateBody, schemas.TokenizeBody, schemas.DetokenizeBody, openai_bodies.CompletionBody),
+    *(openai_bodies.ChatBody, lorax.LoraxBody, vllm.LoadBody, vllm.UnloadBody),
+]
+FREE_TEXT = {"prompt", "inputs", "content", "text", "suffix"}  # as long as a body may be, or the context
+
+
+def uncapped(schema: Any, at: str = "", name: str = "") -> Iterator[str]:
+    """Where a schema has a number or a list without bounds, or a text without a cap."""
+    kind = schema.get("type")
+    lowest, highest = schema.keys() & {"minimum", "exclusiveMinimum"}, schema.keys() & {"maximum", "exclusiveMaximum"}
+    if kind in ("integer", "number") and "const" not in schema and not (lowest and highest):
+        yield at
+    if kind == "array" and "maxItems" not in schema:
+        yield at
+    if kind == "string" and name not in FREE_TEXT and not schema.keys() & {"maxLength", "enum", "const"}:
+        yield at
+    for key, part in schema.get("properties", {}).items():
+        yield from uncapped(part, f"{at}.{key}", key)
+    for part in (*schema.get("anyOf", ()), *filter(None, [schema.get("items")])):
+        yield from uncapped(part, at, name)
+
+
+@pytest.mark.parametrize("model", BODIES, ids=lambda model: model.__name__)
+def test_every_number_list_and_text_has_a_cap(model: type[schemas.Strict]) -> None:
+    body = schemas.document(model)["requestBody"]["content"]["application/json"]["schema"]
+    assert list(uncapped(body)) == []

@@ -21,6 +21,7 @@ from adapter_server.errors import (
     NotMergeable,
     PromptTooLong,
     RequestFailed,
+    VersionGone,
 )
 from adapter_server.registry.store import Store
 
@@ -239,6 +240,19 @@ def test_least_recently_used_goes_first_and_never_a_pinned_or_running_one() -> N
     settle(engine, engine.call("pin", specs["rslora"]))
     with pytest.raises(AdapterUnavailable, match="pinned"):
         settle(engine, engine.call("load", specs["velora"]))
+    engine.close()
+
+
+def test_a_pin_is_done_once_it_is_in_memory_and_fails_with_the_load() -> None:
+    engine = rig.engine("llama")
+    done = engine.call("pin", engine.pool.store.resolve("lora"))
+    assert not done.done()
+    settle(engine, done)
+    assert [(r.state, r.pinned) for r in engine.stats().residents] == [("ready", True)]
+    unknown = engine.call("pin", replace(engine.pool.store.resolve("dora"), version="0" * 12))
+    with pytest.raises(VersionGone):
+        settle(engine, unknown)
+    assert [r.pinned for r in engine.stats().residents if r.name == "dora"] == [False]
     engine.close()
 
 

@@ -90,7 +90,7 @@ class HostGuard:
         app = self._app
         if scope["type"] == "http" and not self._fits(Headers(scope=scope).get("host", "localhost")):
             message = "the Host header is not this machine's: ask localhost, or start the server with --api-key"
-            app = refusals.answer(Forbidden(message))
+            app = refusals.answer(Forbidden(message), scope["wording"])
         await app(scope, receive, send)
 
     def _fits(self, header: str) -> bool:

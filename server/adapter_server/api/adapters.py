@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Iterable
 from typing import Any, cast, get_args
 
+import structlog
 from fastapi import APIRouter, Depends, Request, Response
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
@@ -14,7 +15,7 @@ from adapter_server.api import access
 from adapter_server.api.bridge import Operation, Usage
 from adapter_server.api.service import Service, note, service_of
 from adapter_server.core import TIERS, Resident, Spec, Tier
-from adapter_server.errors import AdapterRefused, InvalidRequest, NotMergeable
+from adapter_server.errors import AdapterRefused, AdapterServerError, InvalidRequest, NotMergeable
 from adapter_server.registry import guard, versions
 from adapter_server.registry.publish import Publisher
 from adapter_server.registry.store import Entry
@@ -27,6 +28,7 @@ FORM = {
 }
 HOW = f"send both files as multipart/form-data: curl -X PUT {' '.join(f'-F {file}=@{file}' for file in FILES)}"
 UPLOAD = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": FORM}}}}
+log = structlog.get_logger()
 router = APIRouter(prefix="/adapters", dependencies=[Depends(access.admin)])
 
 
@@ -113,10 +115,17 @@ async def drop(service: Service, name: str, current: Spec | None) -> None:
     for old in (resident for resident in held if current is None or resident.version != current.version):
         spec = Spec(name, old.version, "", old.family, {}, 0)
         if old.pinned and current is not None:
-            await asyncio.wrap_future(service.worker.call("pin", current))
+            await _pin(service, current)
         if old.pinned:
             await asyncio.wrap_future(service.worker.call("unpin", spec))
         await asyncio.wrap_future(service.worker.call("unload", spec))
+
+
+async def _pin(service: Service, spec: Spec) -> None:
+    try:
+        await asyncio.wrap_future(service.worker.call("pin", spec))
+    except AdapterServerError as error:
+        log.warning("the pin is lost", adapter=spec.name, version=spec.version, reason=error.message)
 
 
 def _publisher(service: Service) -> Publisher:

@@ -13,6 +13,7 @@ from fastapi import Request
 from adapter_server import core
 from adapter_server.api import resolve
 from adapter_server.api.bridge import Channel, refusal_of
+from adapter_server.api.refusals import ended_by
 from adapter_server.api.schemas import GenerateBody
 from adapter_server.api.service import Service, note
 from adapter_server.core import Finished, FinishReason, Member, Token
@@ -44,6 +45,7 @@ class Answer:
         self._ends = () if body.ignore_eos else service.info.eos
         self._newest = -1
         self._stream = service.text.stream(request.prompt, body.stops, self._ends)
+        self._scope = http.scope
         self._bridge = service.bridge
         self._channel: Channel = service.bridge.submit(request)
         self._watch = asyncio.create_task(self._cancel_when_gone(http))
@@ -59,9 +61,10 @@ class Answer:
             raise
         first = self._events[0]
         refusal = refusal_of(first, 0) if isinstance(first, Finished) else None
-        if refusal is not None:
-            self._watch.cancel()
-        return refusal
+        if refusal is None:
+            return None
+        self._watch.cancel()
+        return self.ended_by(refusal)
 
     async def steps(self) -> AsyncGenerator[list[Piece], None]:
         """What is new, as often as the engine reports. Raises what went wrong on the way."""
@@ -69,7 +72,7 @@ class Answer:
             while True:
                 yield self._take(self._events)
                 if self._error is not None:
-                    raise self._error
+                    raise self.ended_by(self._error)
                 if self._end is not None:
                     return
                 self._events = await self._channel.next()
@@ -81,6 +84,10 @@ class Answer:
         self._watch.cancel()
         if self._end is None:
             self._bridge.cancel(self.request.id)
+
+    def ended_by(self, error: AdapterServerError) -> AdapterServerError:
+        """The same error, known as this request's end. One that is asked again is no request of its own."""
+        return error if isinstance(error, VersionGone) else ended_by(self._scope, error)
 
     @property
     def age_ms(self) -> float:
@@ -100,7 +107,8 @@ class Answer:
     @property
     def end(self) -> Finished:
         """How the engine ended it; only to be asked for once it has."""
-        assert self._end is not None
+        if self._end is None:
+            raise RuntimeError("this answer has not ended")
         return self._end
 
     @property
@@ -171,7 +179,7 @@ async def begin(service: Service, body: GenerateBody, http: Request) -> Answer:
             return answer
         if not isinstance(refusal, VersionGone) or attempt == ATTEMPTS - 1:
             raise refusal
-    raise AssertionError("the last attempt returns or raises")
+    raise RuntimeError("the last attempt returns or raises")
 
 
 async def begin_all(service: Service, bodies: Sequence[GenerateBody], http: Request) -> list[Answer]:

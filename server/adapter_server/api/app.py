@@ -26,6 +26,7 @@ from adapter_server.registry.watch import watch
 from adapter_server.text import Text
 
 Connect = Callable[[Callable[[list[Event]], None]], Worker]
+LORAXS = ("/", "/generate_stream")  # paths that nobody but LoRAX's clients ask
 PULSE_S = 0.2  # how often the engine is felt for life
 probes = APIRouter()  # for whoever keeps the process running, without a key
 router = APIRouter(dependencies=[Depends(access.inference)])
@@ -55,7 +56,7 @@ def create_app(
     refusals.install(app)
     if access.guards_host(config):
         app.add_middleware(access.HostGuard, own=config.host)
-    app.add_middleware(Envelope, max_body_bytes=config.max_body_bytes)
+    app.add_middleware(Envelope, config=config, wordings=dict.fromkeys(LORAXS, lorax.worded))
     return app
 
 

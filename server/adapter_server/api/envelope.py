@@ -1,17 +1,24 @@
-"""Around every exchange: a request id, the reply's headers, a limit on the body, a line in the log, no naked crash."""
+"""Around every exchange: a request id, the reply's headers, limits on headers and body, a line in the log, no naked
+crash.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
 import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from adapter_server.api import refusals
+from adapter_server.api.refusals import Wording
+from adapter_server.config import ServerConfig
+from adapter_server.errors import AdapterServerError, BodyTooLarge, BodyTooSlow, HeadersTooLarge
 from adapter_server.registry import guard
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -21,63 +28,91 @@ QUIET = frozenset({"/livez", "/readyz", "/health", "/metrics"})
 log = structlog.get_logger()
 
 
-class Envelope:
-    """ASGI middleware. `reply_headers` in the scope are what routes add."""
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Of what a client may send: bytes, and seconds for a body to come. An upload has so many for each part of it."""
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+    headers: int
+    body: int
+    seconds: float
+    upload: bool = False
+
+
+class Envelope:
+    """ASGI middleware. `reply_headers` in the scope are what routes add; `wordings` are how paths refuse."""
+
+    def __init__(self, app: ASGIApp, config: ServerConfig, wordings: Mapping[str, Wording]) -> None:
         self._app = app
-        self._limit = max_body_bytes
+        self._limits = Limits(config.max_header_bytes, config.max_body_bytes, config.body_timeout_s)
+        self._uploads = replace(self._limits, body=config.max_adapter_bytes + UPLOAD_MORE, upload=True)
+        self._wordings = wordings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        exchange = _Exchange(scope, receive, send, self._limit_of(scope))
+        scope["wording"] = self._wordings.get(scope["path"], refusals.plainly)
+        exchange = _Exchange(scope, receive, send, self._limits_of(scope))
         try:
             await exchange.run(self._app)
         except Exception:
             log.exception("request failed", request_id=exchange.id)
             if exchange.status is not None:
                 raise
-            await refusals.crash(exchange.id)(scope, receive, exchange.send)
+            await refusals.crash(exchange.id, scope["wording"])(scope, receive, exchange.send)
         finally:
             exchange.report()
 
-    def _limit_of(self, scope: Scope) -> int:
+    def _limits_of(self, scope: Scope) -> Limits:
         """An upload is as large as an adapter may be."""
-        if scope["method"] != "PUT" or not UPLOAD.fullmatch(scope["path"]):
-            return self._limit
-        most: int = scope["app"].state.service.config.max_adapter_bytes
-        return most + UPLOAD_MORE
+        return self._uploads if scope["method"] == "PUT" and UPLOAD.fullmatch(scope["path"]) else self._limits
 
 
 class _Exchange:
     """One request and its answer."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, limit: int) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, limits: Limits) -> None:
         headers = Headers(scope=scope)
         self.id = _request_id(headers.get("x-request-id", ""))
         self.status: int | None = None
         self._scope, self._receive, self._send = scope, receive, send
         self._start = time.perf_counter()
-        self._limit, self._read = limit, 0
+        self._limits, self._read, self._whole = limits, 0, False
+        self._until = asyncio.get_running_loop().time() + limits.seconds
         self._announced = headers.get("content-length", "")
         scope["request_id"] = self.id
         scope["reply_headers"] = {"x-request-id": self.id}
 
     async def run(self, app: ASGIApp) -> None:
-        if self._announced.isdigit() and int(self._announced) > self._limit:
-            refusal = refusals.plain_answer(413, self._too_large())
-            refusal.headers["connection"] = "close"
-            await refusal(self._scope, self._receive, self.send)
-            return
-        await app(self._scope, self.receive, self.send)
+        if refusal := self._refusal():
+            self._scope["app"].state.service.metrics.refuse(refusal.code)
+            await refusals.answer(refusal, self._scope["wording"])(self._scope, self._receive, self.send)
+        else:
+            await app(self._scope, self.receive, self.send)
+
+    def _refusal(self) -> AdapterServerError | None:
+        """What the headers alone say."""
+        if sum(len(name) + len(value) for name, value in self._scope["headers"]) > self._limits.headers:
+            return HeadersTooLarge(f"the headers have more than {self._limits.headers:,} bytes: send less of them")
+        if self._announced.isdigit() and int(self._announced[:20]) > self._limits.body:
+            return self._too_large()
+        return None
 
     async def receive(self) -> Message:
-        message = await self._receive()
+        """A part of the body; once it is whole, whatever comes, whenever it comes."""
+        if self._whole:
+            return await self._receive()
+        try:
+            async with asyncio.timeout_at(self._until):
+                message = await self._receive()
+        except TimeoutError:
+            raise BodyTooSlow(f"the body did not come within {self._limits.seconds:g} seconds: send faster") from None
         self._read += len(message.get("body", b""))
-        if self._read > self._limit:
-            raise HTTPException(413, self._too_large())
+        if self._read > self._limits.body:
+            raise self._too_large()
+        self._whole = not message.get("more_body", False)
+        if self._limits.upload:
+            self._until = asyncio.get_running_loop().time() + self._limits.seconds
         return message
 
     async def send(self, message: Message) -> None:
@@ -104,8 +139,8 @@ class _Exchange:
     def _seconds(self) -> float:
         return time.perf_counter() - self._start
 
-    def _too_large(self) -> str:
-        return f"the body has more than {self._limit:,} bytes: send less, or raise the server's limit"
+    def _too_large(self) -> BodyTooLarge:
+        return BodyTooLarge(f"the body has more than {self._limits.body:,} bytes: send less, or raise the limit")
 
 
 def _request_id(asked: str) -> str:

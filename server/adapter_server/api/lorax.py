@@ -36,16 +36,17 @@ from adapter_server.api.schemas import (
     TopK,
     TopP,
     Unions,
+    check_shape,
     document,
     parse,
 )
 from adapter_server.api.service import Service, note, service_of
 from adapter_server.api.sse import EventStream, data, reply
 from adapter_server.core import Token
-from adapter_server.errors import AdapterServerError, DeadlineExceeded, InvalidRequest, Unavailable
+from adapter_server.errors import AdapterServerError, DeadlineExceeded, InvalidRequest, PromptTooLong, Unavailable
 
 REASONS = {"eos": "eos_token", "stop": "stop_sequence", "length": "length"}
-KINDS = {422: "validation", 429: "overloaded", 503: "healthcheck"}  # the others are "generation"
+KINDS = {**dict.fromkeys((408, 413, 422, 431), "validation"), 429: "overloaded", 503: "healthcheck"}  # or "generation"
 PASSED = ("seed", "stop", "max_new_tokens", "repetition_penalty", "presence_penalty", "frequency_penalty")
 WARPERS = ("temperature", "top_k", "top_p")
 NOT_HERE = "is not supported: leave it out"
@@ -54,7 +55,7 @@ Json = dict[str, Any]
 
 def worded(error: AdapterServerError) -> tuple[int, Json]:
     """A refusal in LoRAX's shape. What does not fit the context is a matter of validation there."""
-    status = 422 if error.status == 413 else error.status
+    status = 422 if isinstance(error, PromptTooLong) else error.status
     return status, {"error": error.message, "error_type": KINDS.get(status, "generation")}
 
 
@@ -69,7 +70,7 @@ class MergedAdapters(Lenient):
     """Adapters that answer together."""
 
     ids: Annotated[list[AdapterRef], Field(min_length=1, max_length=8)]
-    weights: list[Effect]
+    weights: Annotated[list[Effect], Field(max_length=8)]
     merge_strategy: Literal["linear"] | None = None
 
 
@@ -178,6 +179,7 @@ def spoken(body: bytes) -> bool:
     """Whether a body is written in LoRAX's form."""
     if b'"inputs"' not in body and b'"parameters"' not in body:
         return False
+    check_shape(body)
     try:
         content = json.loads(body)
     except (ValueError, RecursionError):
@@ -221,7 +223,7 @@ async def _whole(request: Request, body: LoraxBody) -> Json:
     answer = await _begin(request, body, stream=False)
     pieces = [piece async for step in answer.steps() for piece in step]
     if unfinished := _unfinished(answer):
-        raise unfinished
+        raise answer.ended_by(unfinished)
     _tell(request, answer)
     content: Json = {"generated_text": _full(body, "".join(piece.text for piece in pieces))}
     if body.how.details:

@@ -19,7 +19,7 @@ from adapter_server.api.schemas import GenerateBody, document, parse
 from adapter_server.api.service import Service, note, service_of
 from adapter_server.api.sse import DONE, EventStream, data, reply, together
 from adapter_server.core import Token
-from adapter_server.errors import AdapterServerError
+from adapter_server.errors import AdapterServerError, InvalidRequest, NotMergeable, PromptTooLong
 
 PARAMS = {"adapter": "model", "max_new_tokens": "max_tokens"}  # our fields by their names here
 REASONS = {"eos": "stop"}
@@ -28,7 +28,7 @@ Json = dict[str, Any]
 
 def worded(error: AdapterServerError) -> tuple[int, Json]:
     """A refusal as OpenAI's clients expect it: what the caller can mend is a 400."""
-    status = 400 if error.status in (413, 422) else error.status
+    status = 400 if isinstance(error, InvalidRequest | NotMergeable | PromptTooLong) else error.status
     return status, shape(error.message, status, error.code, PARAMS.get(error.param or "", error.param))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import Field, field_validator
 
@@ -39,6 +39,8 @@ PASSED = (  # fields that mean the same in both dialects
     *("repetition_penalty", "presence_penalty", "frequency_penalty"),
 )
 Ids = Sequence[int]
+Item = TypeVar("Item")
+Some = Annotated[list[Item], Field(max_length=MOST_CHOICES)]
 
 
 class CompletionAsk(GenerateBody):
@@ -115,10 +117,10 @@ class CompletionBody(CommonBody):
     unions: ClassVar[Unions] = {"prompt": "text, token ids, or a list of either"}
     parts: ClassVar[Parts] = (StreamOptions,)
 
-    prompt: str | TokenIds | list[str] | list[TokenIds]
+    prompt: str | TokenIds | Some[str] | Some[TokenIds]
     logprobs: Alternatives | None = None
     echo: bool | None = None
-    best_of: int | None = None
+    best_of: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
     suffix: str | None = None
 
     @property
@@ -162,7 +164,7 @@ class Message(Lenient):
     unions: ClassVar[Unions] = {"content": 'text, or a list of {"type": "text", "text"}'}
 
     role: Annotated[str, Field(min_length=1, max_length=64)]
-    content: str | list[Part] | None = None
+    content: str | Annotated[list[Part], Field(max_length=4096)] | None = None
 
     @property
     def text(self) -> str:

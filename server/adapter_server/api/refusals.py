@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.types import Scope
 
 from adapter_server.api.service import service_of
 from adapter_server.errors import AdapterServerError
@@ -26,8 +27,9 @@ TYPES = {
     503: "unavailable_error",
     504: "timeout_error",
 }
-CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
+CODES = {404: "not_found", 405: "method_not_allowed"}
 RETRY = (429, 503)
+LAST = (408, 413, 431)  # what is left of such a request is not read: the connection ends with the answer
 
 
 def shape(message: str, status: int, code: str, param: str | None = None) -> dict[str, Any]:
@@ -50,6 +52,12 @@ def speak(request: Request, wording: Wording) -> None:
     request.scope["wording"] = wording
 
 
+def ended_by(scope: Scope, error: AdapterServerError) -> AdapterServerError:
+    """Says that an admitted request ended this way: it is counted among the requests, not among the refused ones."""
+    scope["ended_by"] = error
+    return error
+
+
 def answer(error: AdapterServerError, wording: Wording = plainly) -> JSONResponse:
     """The answer to a refused request, with Retry-After where trying again helps."""
     status, content = wording(error)
@@ -58,32 +66,36 @@ def answer(error: AdapterServerError, wording: Wording = plainly) -> JSONRespons
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after or 1)))
     if status == 500:
         headers["x-should-retry"] = "false"  # OpenAI's clients would ask again
+    if error.status in LAST:
+        headers["connection"] = "close"
     if status == 401:
         headers["www-authenticate"] = "Bearer"
     return JSONResponse(content, status, headers)
 
 
 def plain_answer(status: int, message: str | None = None) -> JSONResponse:
-    """For what no route was asked: unknown paths, wrong methods, bodies that are too large."""
+    """For what no route was asked: unknown paths, wrong methods."""
     phrase = HTTPStatus(status).phrase
     code = CODES.get(status, phrase.lower().replace(" ", "_"))
     return JSONResponse(shape(message or phrase, status, code), status)
 
 
-def crash(request_id: str) -> JSONResponse:
+def crash(request_id: str, wording: Wording) -> JSONResponse:
     """For our own mistakes: the log has the rest."""
-    message = f"this request failed inside; its id in the log is {request_id}"
-    return JSONResponse(shape(message, 500, "internal_error"), 500)
+    return answer(AdapterServerError(f"this request failed inside; its id in the log is {request_id}"), wording)
 
 
 async def _typed(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, AdapterServerError)
-    service_of(request).metrics.refuse(error.code)
-    return answer(error, request.scope.get("wording", plainly))
+    if not isinstance(error, AdapterServerError):
+        raise error
+    if error is not request.scope.get("ended_by"):
+        service_of(request).metrics.refuse(error.code)
+    return answer(error, request.scope["wording"])
 
 
 async def _http(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, HTTPException)
+    if not isinstance(error, HTTPException):
+        raise error
     message = f"there is no route {request.method} {request.url.path}" if error.status_code == 404 else None
     response = plain_answer(error.status_code, message or error.detail)
     response.headers.update(error.headers or {})

@@ -1,4 +1,4 @@
-"""What a request's body may hold. Every number has a range, every list and text a cap.
+"""What a request's body may hold. Every number has a range, every list and text a cap, and all of it a shape.
 
 Unknown fields are refused in our own dialect, and left alone in those of others (`Lenient`).
 """
@@ -6,6 +6,7 @@ Unknown fields are refused in our own dialect, and left alone in those of others
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -15,6 +16,10 @@ from pydantic_core import ErrorDetails
 from adapter_server.errors import InvalidRequest
 
 MAX_IDS = 1 << 20
+MAX_DEPTH = 64  # of lists and objects within each other
+MAX_PARTS = 200_000  # texts and brackets of one body
+_PARTS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[][{}]', re.DOTALL)  # a text without an end runs to the end
+_STEP = {b"[": 1, b"{": 1, b"]": -1, b"}": -1}
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(max_length=MAX_IDS, fail_fast=True)]
 StopText = Annotated[str, Field(min_length=1, max_length=256)]
 AdapterRef = Annotated[str, Field(max_length=256)]
@@ -117,8 +122,20 @@ class DetokenizeBody(Strict):
 Body = TypeVar("Body", bound=Strict)
 
 
+def check_shape(data: bytes) -> None:
+    """Refuses what would cost much to read, by brackets and quotes alone. Whether it is JSON is not looked at."""
+    depth = 0
+    for parts, match in enumerate(_PARTS.finditer(data), 1):
+        depth += _STEP.get(match[0], 0)
+        if depth > MAX_DEPTH:
+            raise InvalidRequest(f"the body is nested deeper than {MAX_DEPTH} levels: send it flat")
+        if parts > MAX_PARTS:
+            raise InvalidRequest(f"the body has more than {MAX_PARTS:,} texts and brackets: send fewer at once")
+
+
 def parse(model: type[Body], data: bytes) -> Body:
     """The body, or InvalidRequest naming the field at fault."""
+    check_shape(data)
     try:
         return model.model_validate_json(data)
     except ValidationError as error:

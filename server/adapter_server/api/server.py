@@ -42,6 +42,8 @@ class Server(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                http="h11",  # the parser that takes a limit
+                h11_max_incomplete_event_size=config.max_header_bytes,
                 timeout_graceful_shutdown=SLOW_READER_S,
             )
         )

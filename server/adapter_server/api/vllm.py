@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
+from pydantic import Field
 
 from adapter_server.api import access
 from adapter_server.api.refusals import error_shape, speak
@@ -39,7 +40,7 @@ class LoadBody(Lenient):
     """The body of POST /v1/load_lora_adapter. A path may be relative to the adapters folder."""
 
     lora_name: AdapterRef = ""
-    lora_path: str = ""
+    lora_path: Annotated[str, Field(max_length=4096)] = ""
     load_inplace: bool = False
 
 

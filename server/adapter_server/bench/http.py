@@ -45,8 +45,8 @@ class Client:
 
     def _send(self, bodies: list[dict[str, Any]]) -> list[Reply]:
         to, back = self._process.stdin, self._process.stdout
-        assert to is not None
-        assert back is not None
+        if to is None or back is None:
+            raise RequestFailed("the benchmark's client has no pipes")
         to.write(json.dumps(bodies) + "\n")
         to.flush()
         if not (line := back.readline()):

@@ -164,11 +164,10 @@ class Engine:
             self.pool.want(spec, merged=True, waiter=done)
         elif op == "unload":
             self.pool.unload(spec, done)
+        elif op == "pin":
+            self.pool.pin(spec, done)
         else:
-            if op == "unmerge":
-                self.pool.unmerge(spec)
-            else:
-                self.pool.pin(spec, op == "pin")
+            (self.pool.unmerge if op == "unmerge" else self.pool.unpin)(spec)
             done.set_result(None)
 
     # The step
@@ -258,7 +257,8 @@ class Engine:
         key = _task(placed.adapter, task_id)
         if key not in placed.prefixes:
             soft = embeds if key is None else tasks[key]
-            assert soft is not None
+            if soft is None:
+                raise RequestFailed("the adapter stands before the prompt and has nothing to put there")
             if len(soft) >= self.info.max_model_len:
                 raise PromptTooLong(f"the adapter's {len(soft)} virtual tokens fill the context", param="adapter")
             placed.prefixes[key] = self.model.encode(soft)

@@ -166,17 +166,21 @@ class KvStep:
 
     def batch(self, layer: int, n: int) -> tuple[Tensor, Tensor]:
         """K, V of the decode rows, each [n, kv_heads, context, dim]."""
-        assert self.decodes is not None
+        decodes = self._decoding()
         return tuple(  # type: ignore[return-value]
-            self._rows(store[layer], n, self.decodes).transpose(1, 2) for store in (self.pool.keys, self.pool.values)
+            self._rows(store[layer], n, decodes).transpose(1, 2) for store in (self.pool.keys, self.pool.values)
         )
 
     def rows(self, layer: int) -> tuple[Tensor, Tensor]:
         """K, V of the decode rows in packed order, each [rows, kv_heads, context, dim], as copies."""
-        assert self.decodes is not None
-        keys, values = self.batch(layer, self.decodes.take.shape[0])
-        put = self.decodes.put
-        return (keys, values) if put is None else (keys[put], values[put])
+        decodes = self._decoding()
+        keys, values = self.batch(layer, decodes.take.shape[0])
+        return (keys, values) if decodes.put is None else (keys[decodes.put], values[decodes.put])
+
+    def _decoding(self) -> Decodes:
+        if self.decodes is None:
+            raise RuntimeError("no row of this step decodes")
+        return self.decodes
 
     def _rows(self, store: Tensor, n: int, decodes: Decodes) -> Tensor:
         if decodes.places is None:

@@ -310,12 +310,21 @@ class Pool:
         if holding := self.holdings.get((*spec.key, True)):
             self.evict(holding)
 
-    def pin(self, spec: Spec, pinned: bool) -> None:
-        """Pinned adapters are never evicted to make room, on device or host."""
-        holding = self.want(spec) if pinned else self.holdings.get((*spec.key, False))
-        if holding is not None:
-            holding.pinned = pinned
-        (self.host.pinned.add if pinned else self.host.pinned.discard)(spec.key)
+    def pin(self, spec: Spec, waiter: Future[None]) -> None:
+        """Never evicted to make room, on device or host; done once it is in memory.
+
+        One that cannot be loaded is not pinned.
+        """
+        holding = self.want(spec)
+        holding.pinned = True
+        self.host.pinned.add(spec.key)
+        waiter.add_done_callback(lambda done: None if done.exception() is None else self.unpin(spec))
+        self._notify(holding, waiter)
+
+    def unpin(self, spec: Spec) -> None:
+        if holding := self.holdings.get((*spec.key, False)):
+            holding.pinned = False
+        self.host.pinned.discard(spec.key)
 
     def check_mergeable(self, spec: Spec) -> None:
         """As much as is known before a load."""

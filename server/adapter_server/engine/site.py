@@ -200,10 +200,9 @@ class LinearGroup:
         y = self.run(x.reshape(-1, self.inp)).view(*x.shape[:-1], -1)
         if len(self.outs) == 1:
             return y
-        self._input, self._outputs = x, [y[..., columns] for columns in self.columns]
-        out, self._outputs[m] = self._outputs[m], None
-        assert out is not None
-        return out
+        outputs = [y[..., columns] for columns in self.columns]
+        self._input, self._outputs = x, [*outputs[:m], None, *outputs[m + 1 :]]
+        return outputs[m]
 
     def run(self, x: Tensor) -> Tensor:
         """x [T, in] → y [T, outs] for all tokens of the step."""
