@@ -270,7 +270,8 @@ class Engine:
         if not placed.adapter.skills:
             return [placed]
         key = _task(placed.adapter, task_id)
-        assert key is not None
+        if key is None:
+            raise RequestFailed("the adapter says that it has tasks, and has none")
         mixed = placed.tasks.pop(key, None) or self.model.place(placed.adapter.mixed(key))
         if len(placed.tasks) >= TASKS_KEPT:
             self._routing = None
