@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import signal
-import subprocess
-import sys
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -20,6 +15,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import files
+import live
 import tiny
 from adapter_server import __version__, cli, config
 from adapter_server.config import EngineConfig, ServerConfig
@@ -163,17 +159,6 @@ def test_generate_refuses_in_one_line(root: Path) -> None:
     assert (result.exit_code, "nobody" in result.output) == (1, True)
 
 
-@contextmanager
-def started(*words: object) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-m", "adapter_server.cli", *map(str, words), "--port", "0"]
-    env = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1])}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
 def post(url: str, body: str) -> dict[str, Any]:
     with urllib.request.urlopen(urllib.request.Request(url, body.encode()), timeout=20) as response:
         answer: dict[str, Any] = json.load(response)
@@ -181,7 +166,7 @@ def post(url: str, body: str) -> dict[str, Any]:
 
 
 def test_serve_answers_logs_no_prompt_and_leaves_cleanly(root: Path) -> None:
-    with started("serve", root / "tiny", "--adapters", root / "adapters") as process:
+    with live.process("serve", root / "tiny", "--adapters", root / "adapters") as process:
         assert process.stderr
         address = next(found[0] for line in process.stderr if (found := re.search(r"http://\S+", line)))
         body = json.dumps({"prompt": "SECRET>", "adapter": "shout", "max_new_tokens": 4})
@@ -197,7 +182,7 @@ def test_serve_answers_logs_no_prompt_and_leaves_cleanly(root: Path) -> None:
 
 @pytest.mark.skipif(not config.DEMO_BASE.is_dir(), reason="this tree has no demo base")
 def test_the_demo_prints_a_curl_line_that_works() -> None:
-    with started("demo") as process:
+    with live.process("demo") as process:
         assert process.stdout
         words = next(shlex.split(line) for line in process.stdout if line.strip().startswith("curl"))
         url, body = words[2], words[words.index("-d") + 1]

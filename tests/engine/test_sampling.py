@@ -101,3 +101,9 @@ def test_rows_whose_logits_are_broken_say_so_and_others_do_not() -> None:
     logits[2, 3] = float("-inf")
     for settings in ({"temperature": 0.0}, {"temperature": 1.0}):
         assert [c.ok for c in choose(logits, [draw(**settings)] * 3)] == [True, False, True]
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-9, 1e-45, 1e-300])
+def test_the_coldest_temperature_takes_the_likeliest(temperature: float) -> None:
+    [chosen] = choose(LOGITS, [draw(temperature=temperature)])
+    assert (chosen.id, chosen.ok) == (int(LOGITS.argmax()), True)

@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 
 from adapter_server.api import access
 from adapter_server.api.bridge import Operation, Usage
+from adapter_server.api.described import KEYED, refused
 from adapter_server.api.service import Service, note, service_of
 from adapter_server.core import TIERS, Resident, Spec, Tier
 from adapter_server.errors import AdapterRefused, AdapterServerError, InvalidRequest, NotMergeable
@@ -29,7 +30,7 @@ FORM = {
 HOW = f"send both files as multipart/form-data: curl -X PUT {' '.join(f'-F {file}=@{file}' for file in FILES)}"
 UPLOAD = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": FORM}}}}
 log = structlog.get_logger()
-router = APIRouter(prefix="/adapters", dependencies=[Depends(access.admin)])
+router = APIRouter(prefix="/adapters", dependencies=[Depends(access.admin)], responses=KEYED)
 
 
 @router.get("", summary="Every adapter and its state")
@@ -42,13 +43,19 @@ async def list_adapters(request: Request) -> dict[str, Any]:
     return {"base": service.info.model, "adapters": views}
 
 
-@router.get("/{name}", summary="One adapter and its versions")
+@router.get("/{name}", summary="One adapter and its versions", responses=refused(404, 422, 424))
 async def show_adapter(request: Request, name: str) -> dict[str, Any]:
     """The same for one, with every version that is served or still held."""
     return await _show(service_of(request), name)
 
 
-@router.put("/{name}", status_code=201, summary="Publish a new version", openapi_extra=UPLOAD)
+@router.put(
+    "/{name}",
+    status_code=201,
+    summary="Publish a new version",
+    openapi_extra=UPLOAD,
+    responses=refused(409, 422, 424, 503),
+)
 async def publish(request: Request, name: str) -> dict[str, Any]:
     """Both files as multipart; checked whole, and compiled, before anybody sees it."""
     service = service_of(request)
@@ -67,7 +74,7 @@ async def publish(request: Request, name: str) -> dict[str, Any]:
     return await _show(service, spec.name)
 
 
-@router.post("/{name}/rollback", summary="Go back to the version before")
+@router.post("/{name}/rollback", summary="Go back to the version before", responses=refused(404, 409, 422, 424))
 async def rollback(request: Request, name: str) -> dict[str, Any]:
     """Requests from now on get the version before; those under way finish on theirs."""
     service = service_of(request)
@@ -76,14 +83,20 @@ async def rollback(request: Request, name: str) -> dict[str, Any]:
     return await _show(service, spec.name)
 
 
-@router.delete("/{name}", status_code=204, summary="Take an adapter out of the registry")
+@router.delete(
+    "/{name}", status_code=204, summary="Take an adapter out of the registry", responses=refused(404, 409, 422)
+)
 async def delete(request: Request, name: str) -> Response:
     """The name and all its versions go; requests under way finish."""
     await asyncio.to_thread(_publisher(service_of(request)).delete, name)
     return Response(status_code=204)
 
 
-@router.post("/{name}/{operation}", summary="Load, unload, pin, unpin, merge or unmerge")
+@router.post(
+    "/{name}/{operation}",
+    summary="Load, unload, pin, unpin, merge or unmerge",
+    responses=refused(404, 409, 422, 424, 503),
+)
 async def operate(request: Request, name: str, operation: str) -> dict[str, Any]:
     """Answers once it is done, with the adapter as it is then."""
     service = service_of(request)

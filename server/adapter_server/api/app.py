@@ -13,6 +13,7 @@ from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from adapter_server import __version__
 from adapter_server.api import access, adapters, generate, lorax, openai, refusals, vllm
 from adapter_server.api.bridge import Bridge, Worker
+from adapter_server.api.described import ANYWHERE, KEYED, PLAIN, refused
 from adapter_server.api.envelope import Envelope
 from adapter_server.api.resolve import Info, prompt_ids
 from adapter_server.api.schemas import DetokenizeBody, TokenizeBody, document, parse
@@ -29,7 +30,7 @@ Connect = Callable[[Callable[[list[Event]], None]], Worker]
 LORAXS = ("/", "/generate_stream")  # paths that nobody but LoRAX's clients ask
 PULSE_S = 0.2  # how often the engine is felt for life
 probes = APIRouter()  # for whoever keeps the process running, without a key
-router = APIRouter(dependencies=[Depends(access.inference)])
+router = APIRouter(dependencies=[Depends(access.inference)], responses=KEYED)
 log = structlog.get_logger()
 
 
@@ -47,7 +48,9 @@ def create_app(
     bridge = Bridge(metrics)
     bridge.worker = connect(bridge.deliver)
     service = Service(bridge.worker, bridge, store, text, info, config, metrics)
-    app = FastAPI(title="adapter-server", version=__version__, lifespan=_lifespan(service, on_death))
+    app = FastAPI(
+        title="adapter-server", version=__version__, lifespan=_lifespan(service, on_death), responses=ANYWHERE
+    )
     metrics.gateway.aliases = service.aliases
     app.state.service = service
     app.state.keys = access.Keys(config)
@@ -129,7 +132,7 @@ async def _logged(work: Coroutine[Any, Any, None], name: str) -> None:
         log.warning("an old version stays in memory", adapter=name, reason=error.message)
 
 
-@probes.get("/livez", summary="Is the engine's loop alive?")
+@probes.get("/livez", summary="Is the engine's loop alive?", responses=refused(503))
 async def livez(request: Request) -> Response:
     """503 once the engine has died."""
     if service_of(request).worker.alive:
@@ -137,8 +140,8 @@ async def livez(request: Request) -> Response:
     return refusals.answer(Unavailable("the engine is not running", retry_after=5))
 
 
-@probes.get("/readyz", summary="Are requests taken?")
-@probes.get("/health", summary="The same as /readyz")
+@probes.get("/readyz", summary="Are requests taken?", responses=refused(503))
+@probes.get("/health", summary="The same as /readyz", responses=refused(503))
 async def readyz(request: Request) -> Response:
     """503 while draining, and once the engine has died."""
     try:
@@ -173,7 +176,7 @@ async def info(request: Request) -> dict[str, Any]:
     }
 
 
-@router.get("/metrics", summary="Metrics for Prometheus")
+@router.get("/metrics", summary="Metrics for Prometheus", response_class=Response, responses=PLAIN)
 async def metrics(request: Request) -> Response:
     """The gauges are of this moment."""
     service = service_of(request)
@@ -182,7 +185,12 @@ async def metrics(request: Request) -> Response:
     return Response(text, headers={"content-type": CONTENT_TYPE})
 
 
-@router.post("/tokenize", summary="Text to token ids", openapi_extra=document(TokenizeBody))
+@router.post(
+    "/tokenize",
+    summary="Text to token ids",
+    openapi_extra=document(TokenizeBody, {"prompt": "red cat>"}),
+    responses=refused(422),
+)
 async def tokenize(request: Request) -> dict[str, Any]:
     """The ids that /generate would see."""
     service = service_of(request)
@@ -191,7 +199,12 @@ async def tokenize(request: Request) -> dict[str, Any]:
     return {"token_ids": ids, "count": len(ids)}
 
 
-@router.post("/detokenize", summary="Token ids to text", openapi_extra=document(DetokenizeBody))
+@router.post(
+    "/detokenize",
+    summary="Token ids to text",
+    openapi_extra=document(DetokenizeBody, {"token_ids": [114, 101, 100]}),
+    responses=refused(422),
+)
 async def detokenize(request: Request) -> dict[str, str]:
     """Special tokens have no text."""
     service = service_of(request)

@@ -10,6 +10,7 @@ from fastapi import APIRouter, Depends, Request, Response
 
 from adapter_server.api import access, lorax
 from adapter_server.api.answer import Answer, Piece, begin, finite, logprob_of
+from adapter_server.api.described import GENERATED, STREAMED
 from adapter_server.api.refusals import error_shape
 from adapter_server.api.schemas import GenerateBody, document, parse
 from adapter_server.api.service import note, service_of
@@ -23,7 +24,12 @@ router = APIRouter(dependencies=[Depends(access.inference)])
 @router.post(
     "/generate",
     summary="Generate text with an adapter, a composition, or the base model",
-    openapi_extra=document(GenerateBody),
+    openapi_extra=document(
+        GenerateBody,
+        {"prompt": "red cat>", "max_new_tokens": 16},
+        {"prompt": "red cat>", "max_new_tokens": 16, "stream": True},
+    ),
+    responses=GENERATED | STREAMED,
 )
 async def generate(request: Request) -> Response:
     """One JSON answer, or with `stream` Server-Sent Events. A body in LoRAX's form gets LoRAX's answer."""

@@ -16,6 +16,7 @@ from pydantic import Field, field_validator
 
 from adapter_server.api import access
 from adapter_server.api.answer import Answer, Piece, begin, encode, finite, logprob_of
+from adapter_server.api.described import GENERATED, STREAMED
 from adapter_server.api.refusals import speak
 from adapter_server.api.resolve import Info
 from adapter_server.api.schemas import (
@@ -49,6 +50,7 @@ REASONS = {"eos": "eos_token", "stop": "stop_sequence", "length": "length"}
 KINDS = {**dict.fromkeys((408, 413, 422, 431), "validation"), 429: "overloaded", 503: "healthcheck"}  # or "generation"
 PASSED = ("seed", "stop", "max_new_tokens", "repetition_penalty", "presence_penalty", "frequency_penalty")
 WARPERS = ("temperature", "top_k", "top_p")
+EXAMPLE = {"inputs": "red cat>", "parameters": {"max_new_tokens": 16, "details": True}}
 NOT_HERE = "is not supported: leave it out"
 Json = dict[str, Any]
 
@@ -63,7 +65,7 @@ async def _speak(request: Request) -> None:
     speak(request, worded)
 
 
-router = APIRouter(dependencies=[Depends(_speak), Depends(access.inference)])
+router = APIRouter(dependencies=[Depends(_speak), Depends(access.inference)], responses=GENERATED)
 
 
 class MergedAdapters(Lenient):
@@ -187,14 +189,20 @@ def spoken(body: bytes) -> bool:
     return isinstance(content, dict) and bool({"inputs", "parameters"} & content.keys())
 
 
-@router.post("/", summary="As LoRAX's client asks", openapi_extra=document(LoraxBody))
+@router.post("/", summary="As LoRAX's client asks", openapi_extra=document(LoraxBody, EXAMPLE), responses=STREAMED)
 async def root(request: Request) -> Response:
     """A list of one answer, or with `stream` Server-Sent Events."""
     body = parse(LoraxBody, await request.body())
     return await _stream(request, body) if body.stream else reply([await _whole(request, body)])
 
 
-@router.post("/generate_stream", summary="As LoRAX streams", openapi_extra=document(LoraxBody))
+@router.post(
+    "/generate_stream",
+    summary="As LoRAX streams",
+    openapi_extra=document(LoraxBody, EXAMPLE),
+    response_class=Response,
+    responses=STREAMED,
+)
 async def generate_stream(request: Request) -> Response:
     """Server-Sent Events, one for each token."""
     return await _stream(request, parse(LoraxBody, await request.body()))

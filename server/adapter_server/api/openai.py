@@ -13,6 +13,7 @@ from fastapi import APIRouter, Depends, Request, Response
 
 from adapter_server.api import access, resolve
 from adapter_server.api.answer import LONG_TEXT, Answer, Piece, begin_all, encode, finite, logprob_of
+from adapter_server.api.described import COMPLETED, KEYED, STREAMED, refused
 from adapter_server.api.openai_bodies import ChatBody, CompletionBody, adapter_of
 from adapter_server.api.refusals import shape, speak
 from adapter_server.api.schemas import GenerateBody, document, parse
@@ -44,7 +45,7 @@ async def _speak(request: Request) -> None:
     speak(request, worded)
 
 
-router = APIRouter(prefix="/v1", dependencies=[Depends(_speak), Depends(access.inference)])
+router = APIRouter(prefix="/v1", dependencies=[Depends(_speak), Depends(access.inference)], responses=KEYED)
 
 
 # Models
@@ -59,7 +60,7 @@ async def list_models(request: Request) -> Json:
     return {"object": "list", "data": [_card(service), *(_card(service, name) for name in names)]}
 
 
-@router.get("/models/{model:path}", summary="One of them")
+@router.get("/models/{model:path}", summary="One of them", responses=refused(400, 404, 422, 424))
 async def show_model(request: Request, model: str) -> Json:
     """By the names that `model` may have in a request."""
     service = service_of(request)
@@ -160,7 +161,12 @@ def _named(answer: Answer, id: int, logprob: float) -> Json:
 # Routes
 
 
-@router.post("/completions", summary="Go on from a prompt, or from several", openapi_extra=document(CompletionBody))
+@router.post(
+    "/completions",
+    summary="Go on from a prompt, or from several",
+    openapi_extra=document(CompletionBody, {"prompt": "red cat>", "max_tokens": 16}),
+    responses=COMPLETED | STREAMED,
+)
 async def completions(request: Request) -> Response:
     """One JSON answer, or with `stream` Server-Sent Events."""
     service, body = service_of(request), parse(CompletionBody, await request.body())
@@ -176,7 +182,12 @@ def _echo(service: Service, given: str | Sequence[int], ids: Sequence[int]) -> s
     return given if isinstance(given, str) else service.text.decode(ids)
 
 
-@router.post("/chat/completions", summary="Answer a conversation", openapi_extra=document(ChatBody))
+@router.post(
+    "/chat/completions",
+    summary="Answer a conversation",
+    openapi_extra=document(ChatBody, {"messages": [{"role": "user", "content": "red cat"}], "max_tokens": 16}),
+    responses=COMPLETED | STREAMED,
+)
 async def chat_completions(request: Request) -> Response:
     """One JSON answer, or with `stream` Server-Sent Events. The template is the base's own."""
     speak(request, _worded_for_chats)

@@ -31,7 +31,7 @@ Temperature = Annotated[float, Field(ge=0, le=100)]
 TopP = Annotated[float, Field(gt=0, le=1)]
 TopK = Annotated[int, Field(ge=0, lt=1 << 31)]
 MinP = Annotated[float, Field(ge=0, le=1)]
-Repetition = Annotated[float, Field(gt=0, le=100)]
+Repetition = Annotated[float, Field(ge=0.01, le=100)]  # what a smaller one divides by it is beyond float32
 Penalty = Annotated[float, Field(ge=-100, le=100)]
 Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
 MOST_STOPS = 16
@@ -142,7 +142,7 @@ def parse(model: type[Body], data: bytes) -> Body:
         raise _refusal(model, error.errors(include_url=False, include_input=False)) from None
 
 
-def document(model: type[Strict]) -> dict[str, Any]:
+def document(model: type[Strict], *examples: dict[str, Any]) -> dict[str, Any]:
     """The body as OpenAPI describes it. Nested models are written out: `$defs` would not resolve there."""
     schema = model.model_json_schema()
     nested = schema.pop("$defs", {})
@@ -153,7 +153,9 @@ def document(model: type[Strict]) -> dict[str, Any]:
             return write_out(nested[name]) if name else {key: write_out(value) for key, value in part.items()}
         return [write_out(value) for value in part] if isinstance(part, list) else part
 
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": write_out(schema)}}}}
+    shown = {f"example {number}": {"value": value} for number, value in enumerate(examples, 1)}
+    content = {"schema": write_out(schema)} | ({"examples": shown} if shown else {})
+    return {"requestBody": {"required": True, "content": {"application/json": content}}}
 
 
 def _refusal(model: type[Strict], errors: list[ErrorDetails]) -> InvalidRequest:

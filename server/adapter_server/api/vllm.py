@@ -10,6 +10,7 @@ from fastapi import APIRouter, Depends, Request, Response
 from pydantic import Field
 
 from adapter_server.api import access
+from adapter_server.api.described import PLAIN, refused
 from adapter_server.api.refusals import error_shape, speak
 from adapter_server.api.schemas import AdapterRef, Lenient, document, parse
 from adapter_server.api.service import Service, note, service_of
@@ -33,7 +34,12 @@ async def _speak(request: Request) -> None:
     speak(request, worded)
 
 
-router = APIRouter(prefix="/v1", dependencies=[Depends(_speak), Depends(access.admin)])
+router = APIRouter(
+    prefix="/v1",
+    dependencies=[Depends(_speak), Depends(access.admin)],
+    default_response_class=Response,
+    responses=PLAIN | refused(400, 401, 404, 424, 503),
+)
 
 
 class LoadBody(Lenient):

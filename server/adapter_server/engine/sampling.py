@@ -15,6 +15,7 @@ from torch import Tensor
 from adapter_server.core import Sampling
 
 _MASK = (1 << 64) - 1
+COLDEST = 1e-5  # below, the likeliest token is certain, and what a score is divided by must not vanish in float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +101,7 @@ def _sampled(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     settings = [d.sampling for d in draws]
     vocab = logits.shape[1]
     depth = max(s.top_k or vocab for s in settings)
-    scores, ids = (logits / column([s.temperature for s in settings])).topk(min(depth, vocab))
+    scores, ids = (logits / column([s.temperature for s in settings]).clamp(min=COLDEST)).topk(min(depth, vocab))
     rank = torch.arange(scores.shape[1], device=logits.device)
     scores = scores.masked_fill(rank >= column([s.top_k or vocab for s in settings]), -torch.inf)
     p = scores.softmax(-1)
