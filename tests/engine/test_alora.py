@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Sequence
@@ -125,6 +126,27 @@ def test_scaled_and_composed_it_still_begins_at_its_invocation(folder: Path) -> 
     assert torch.allclose(zero.matrix(), plain_there.matrix(), atol=1e-5)
     assert (full.matrix()[0] - plain_there.matrix()[0]).abs().max() > 1e-2
     served.close()
+
+
+def test_what_is_kept_of_a_prompt_is_for_the_same_beginnings_alone(folder: Path) -> None:
+    """The invocation of one of two comes again, behind a beginning that is known: there, it does not act yet."""
+    both, start = ("a", "b"), (60, 61, 9, *range(20, 38))
+    prompts = [start, (*start, 9, 33), (*start, 60, 61, 9), start]
+
+    def asked(engine: Engine) -> list[Request]:
+        members = [rig.ask(engine, name, start).members[0] for name in both]
+        requests = [rig.ask(engine, "a", prompt, id=str(i)) for i, prompt in enumerate(prompts)]
+        return [dataclasses.replace(request, members=tuple(members)) for request in requests]
+
+    plain, keeping = engine(folder, prefix_cache_bytes=0), engine(folder)
+    want = rig.run(plain, asked(plain))
+    got = [rig.run(keeping, [request])[0] for request in asked(keeping)]
+    for one, other in zip(got, want, strict=True):
+        assert one.ids == other.ids
+        assert torch.allclose(one.matrix(), other.matrix(), atol=1e-4)
+    assert [one.end.cached_tokens for one in got if one.end] == [0, 0, 0, 16]
+    plain.close()
+    keeping.close()
 
 
 def test_has_no_merged_form(folder: Path) -> None:

@@ -33,9 +33,9 @@ class Chain:
     keys: list[bytes] = field(default_factory=list)
 
     @classmethod
-    def of(cls, request: Request, block: int, offset: int, acts: float = 0) -> Chain:
-        """`acts`: inf where no adapter touches any token."""
-        return cls(_salt(request, acts), block, offset, acts)
+    def of(cls, request: Request, block: int, offset: int, acts: float = 0, acting: Hashable = ()) -> Chain:
+        """`acts`: inf where no adapter touches any token. `acting`: which adapters do, and from which token on."""
+        return cls(_salt(request, acting), block, offset, acts)
 
     @property
     def first(self) -> int:
@@ -55,9 +55,9 @@ class Chain:
         return self.keys[: max(0, full)]
 
 
-def _salt(request: Request, acts: float) -> bytes:
+def _salt(request: Request, acting: Hashable) -> bytes:
     members = [(m.spec.name, m.spec.version, m.weight) for m in request.members]
-    return blake2b(repr((members, request.mode, request.task_id, acts)).encode(), digest_size=32).digest()
+    return blake2b(repr((members, request.mode, request.task_id, acting)).encode(), digest_size=32).digest()
 
 
 class BlockCache:

@@ -74,6 +74,12 @@ class Row:
             return math.inf
         return min(self.starts, default=0) if self.prefix is None else 0
 
+    @property
+    def acting(self) -> tuple[tuple[tuple[str, str], int], ...]:
+        """Which adapters act from their start on, and where that is."""
+        keys = (placed.adapter.spec.key for placed, _ in self.uses)
+        return tuple(zip(keys, self.starts, strict=True)) if self.starts else ()
+
     def routed(self, start: int, stop: int) -> list[tuple[int, tuple[Use, ...]]]:
         """Tokens start..stop−1 in runs of one set of adapters: (how many, which)."""
         if not self.starts:
@@ -190,7 +196,7 @@ class Scheduler:
         """The keys of the blocks that may be known: all but the last token's, whose logits are wanted."""
         if self.kv.blocks is None:
             return []
-        row.chain = row.chain or Chain.of(row.request, self.kv.block, row.offset, row.acts)
+        row.chain = row.chain or Chain.of(row.request, self.kv.block, row.offset, row.acts, row.acting)
         return row.chain.upto(row.tokens, len(row.tokens) - 1)
 
     def remember(self, row: Row) -> None:
