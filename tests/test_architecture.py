@@ -31,6 +31,7 @@ DOORS = {  # library: the files (or folders) that may import it
     "matplotlib": ("bench/plots.py",),
     "httpx": ("bench/",),
     "watchfiles": ("registry/watch.py",),
+    "fsspec": ("registry/sources.py",),
     "bitsandbytes": ("families/quantised.py",),
     "re2": ("families/targets.py",),
     "threading": ("engine/worker.py", "engine/pool.py", "engine/routing.py", "registry/store.py"),
@@ -72,6 +73,12 @@ def test_each_library_comes_through_its_door(file: Path) -> None:
 @pytest.mark.parametrize("file", [f for f in FILES if place(f).startswith(NO_TORCH)], ids=place)
 def test_nouns_and_registry_know_no_torch(file: Path) -> None:
     assert not {"torch", "transformers", "safetensors"} & {name.split(".")[0] for name in imports(file)}
+
+
+def test_only_the_command_line_fetches() -> None:
+    users = [f for f in FILES if any(n.startswith("adapter_server.registry.sources") for n in imports(f))]
+    named = [f for f in FILES if "sources" in f.read_text() and "registry import sources" in f.read_text()]
+    assert {place(f) for f in (*users, *named)} == {"cli.py"}
 
 
 def test_no_folder_is_unknown_to_the_order() -> None:

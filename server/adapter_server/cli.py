@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
+from typing import IO, TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
 from rich.console import Console
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from adapter_server.engine import Engine, Worker
     from adapter_server.registry.guard import Expect
     from adapter_server.registry.publish import Publisher
+    from adapter_server.registry.sources import Place
     from adapter_server.registry.store import Entry, Store
     from adapter_server.text import Text
 
@@ -379,21 +380,59 @@ def _print_rules(folder: Path, expected: Expect | None) -> None:
 
 @adapters_app.command("add")
 def adapters_add(
-    folder: Annotated[Path, typer.Argument(help="A folder that PEFT saved")],
+    source: Annotated[str, typer.Argument(help="A folder that PEFT saved, OWNER/NAME@COMMIT, s3://… or gs://…")],
     name: Annotated[str | None, typer.Option(help="Its name", show_default="the folder's")] = None,
     adapters: Folder = ADAPTERS,
     model: Annotated[str | None, typer.Option(help="Also check it against this base")] = None,
+    allow_source: Annotated[
+        list[str] | None,
+        typer.Option(envvar=ENV + "ALLOW_SOURCE", help="hub, s3 or gs; may be repeated"),
+    ] = None,
+    max_adapter_bytes: Annotated[
+        int,
+        typer.Option(
+            parser=parse_bytes, metavar="<bytes>", envvar=ENV + "MAX_ADAPTER_BYTES", help=HELP["max_adapter_bytes"]
+        ),
+    ] = ServerConfig().max_adapter_bytes,
 ) -> None:
-    """Publish a folder as a new version: checked whole, then current in one step."""
+    """Publish a new version: checked whole, then current in one step."""
+    place = None if Path(source).is_dir() else _source(source)
+    store = _store(adapters) if model is None else _build(model, EngineConfig(), adapters)[0]
+    store.max_bytes = max_adapter_bytes
+    with _opened_folder(Path(source)) if place is None else _opened_source(place, allow_source or []) as opened:
+        known, label, config, weights = opened
+        spec = _publisher(store).publish(name or known, config, weights, source=label)
+    out.print(f"{_plain(spec.name)}@{spec.version} is current", highlight=False)
+
+
+Opened = tuple[str, str, bytes, IO[bytes]]  # a name, where from, the config, the weights
+
+
+@contextmanager
+def _opened_folder(folder: Path) -> Iterator[Opened]:
     from adapter_server.registry import guard
 
-    publisher = _publisher(_store(adapters) if model is None else _build(model, EngineConfig(), adapters)[0])
     folder = folder.absolute()
     guard.check_files(folder)
     config = guard.read_private(folder / guard.CONFIG, folder, guard.MAX_CONFIG_BYTES)
     with guard.open_regular(folder / guard.WEIGHTS, folder) as weights:
-        spec = publisher.publish(name or folder.name, bytes(config), weights, source=f"folder {folder.name}")
-    out.print(f"{_plain(spec.name)}@{spec.version} is current", highlight=False)
+        yield folder.name, f"folder {folder.name}", bytes(config), weights
+
+
+def _source(ref: str) -> Place:
+    from adapter_server.registry import sources
+
+    return sources.parse(ref)
+
+
+@contextmanager
+def _opened_source(place: Place, allowed: list[str]) -> Iterator[Opened]:
+    from adapter_server.registry import sources
+
+    if unknown := sorted(set(allowed) - set(sources.KINDS)):
+        raise InvalidRequest(f"--allow-source {unknown[0]}: known are {', '.join(sources.KINDS)}")
+    with sources.opened(place, allowed) as (config, weights):
+        yield place.name, place.label, config, weights
 
 
 @adapters_app.command("rollback")
