@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import DynamicCache
 
 import rig
 import zoo
 from adapter_server.config import EngineConfig
-from adapter_server.core import Finished, Member, Request, Sampling
+from adapter_server.core import Finished, Member, Request, Sampling, Spec
 from adapter_server.engine import Engine
 from adapter_server.registry.store import Store
 
@@ -31,12 +34,19 @@ def save(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor])
     return folder
 
 
+def spec(config: Mapping[str, Any]) -> Spec:
+    return Spec("mine", "0" * 12, "", config["peft_type"], config, 0)
+
+
 def noise(shape: Sequence[int], seed: int, size: float = 0.3) -> Tensor:
     return size * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+Judged = tuple[tuple[int, ...], Tensor]  # tokens, logprobs [new, vocab]
+
+
 @torch.inference_mode()
-def alone(model: nn.Module, prompt: Sequence[int], new: int = rig.NEW) -> tuple[tuple[int, ...], Tensor]:
+def alone(model: nn.Module, prompt: Sequence[int], new: int = rig.NEW) -> Judged:
     """The model by itself, batch 1, greedy: (tokens, logprobs [new, vocab])."""
     model.generation_config.eos_token_id = None
     out = model.generate(
@@ -66,7 +76,7 @@ def ask(
     )
 
 
-def hold(answer: rig.Answer, want: tuple[tuple[int, ...], Tensor]) -> None:
+def hold(answer: rig.Answer, want: Judged) -> None:
     """The answer is the judge's, token by token."""
     assert isinstance(answer.end, Finished)
     assert answer.end.error is None, answer.end.error
@@ -74,13 +84,26 @@ def hold(answer: rig.Answer, want: tuple[tuple[int, ...], Tensor]) -> None:
     assert (answer.matrix() - want[1]).abs().max().item() < TOLERANCE
 
 
+def golden(file: Path, root: Path) -> dict[str, Judged]:
+    """Unpacks a file of `golden/` into adapters' folders: {case: what its own library answered}."""
+    wants = {}
+    with safe_open(file, "pt") as tensors:
+        for case, config in tensors.metadata().items():
+            names = [name for name in tensors.keys() if name.startswith(f"{case}/")]  # noqa: SIM118
+            own = {name.removeprefix(f"{case}/"): tensors.get_tensor(name) for name in names}
+            save(root / case, json.loads(config), own)
+            logprobs = tensors.get_tensor(f"{case}@logits").log_softmax(-1)
+            wants[case] = tuple(tensors.get_tensor(f"{case}@ids").tolist()), logprobs
+    return wants
+
+
 @dataclass(frozen=True)
 class Kind:
-    """A kind: how a folder of it is written for an architecture, and the base with the same change made to it."""
+    """A kind: how a folder of it is written for an architecture, and who says what is right."""
 
     archs: tuple[str, ...]
     save: Callable[[str, Path], Path]
-    changed: Callable[[str], nn.Module]
+    judge: Callable[[str, Sequence[int]], Judged]  # the answer of the base with the same change made to it
     folds: bool = True
 
 
@@ -106,11 +129,97 @@ def save_bitfit(arch: str, folder: Path) -> Path:
     return save(folder, config, {ROOT + name: bias for name, bias in biases.items()})
 
 
-def with_biases(arch: str) -> nn.Module:
+def with_biases(arch: str, prompt: Sequence[int]) -> Judged:
     base = zoo.tiny_base(arch)
     for name, bias in trained_biases(arch).items():
         base.get_submodule(name.removesuffix(".bias")).bias = nn.Parameter(bias)
-    return base
+    return alone(base, prompt)
 
 
-KINDS = {"BITFIT": Kind(("llama", "qwen2", "gpt2"), save_bitfit, with_biases)}
+# AdapterHub's: what its own library answers is in golden/; this is the formula, written as hooks
+
+
+BLOCKS = {
+    "llama": ("model.layers", {"attention_adapters": "self_attn.o_proj", "output_adapters": "mlp.down_proj"}),
+    "gpt2": ("transformer.h", {"attention_adapters": "attn.c_proj", "output_adapters": "mlp.c_proj"}),
+}
+
+
+def houlsby(arch: str) -> dict[str, tuple[str, dict[str, Tensor]]]:
+    """{path of a block's last Linear: (where its adapter stands in the file, its tensors)}."""
+    layers, places = BLOCKS[arch]
+    return {
+        f"{layers}.{i}.{linear}": (
+            f"{layers}.{i}.{at}.adapters.mine.",
+            {
+                "adapter_down.0.weight": noise((4, 32), 9 * i),
+                "adapter_down.0.bias": noise((4,), 9 * i + 1),
+                "adapter_up.weight": noise((32, 4), 9 * i + 2),
+                "adapter_up.bias": noise((32,), 9 * i + 3),
+            },
+        )
+        for i in range(2)
+        for at, linear in places.items()
+    }
+
+
+def save_houlsby(arch: str, folder: Path) -> Path:
+    own = {"mh_adapter": True, "output_adapter": True, "reduction_factor": 8, "non_linearity": "swish"}
+    config = {"model_type": arch, "name": "mine", "version": "adapters.1.3.0", "config": own}
+    return save(folder, config, {at + name: t for at, tensors in houlsby(arch).values() for name, t in tensors.items()})
+
+
+def with_houlsby(model: nn.Module, arch: str, weight: float = 1.0) -> nn.Module:
+    """Hooks that add w·up(silu(down(y₀))) behind each block, y₀ what the plain base's Linear gives."""
+
+    def hook(tensors: dict[str, Tensor]) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+        def add(module: nn.Module, args: Any, y: Tensor) -> Tensor:
+            plain = module.base_layer(*args) if hasattr(module, "base_layer") else y
+            down = F.silu(plain @ tensors["adapter_down.0.weight"].T + tensors["adapter_down.0.bias"])
+            return y + weight * (down @ tensors["adapter_up.weight"].T + tensors["adapter_up.bias"])
+
+        return add
+
+    inner = model.base_model.model if hasattr(model, "peft_config") else model
+    for path, (_, tensors) in houlsby(arch).items():
+        inner.get_submodule(path).register_forward_hook(hook(tensors))
+    return model
+
+
+def flat_prefix(arch: str) -> list[tuple[Tensor, Tensor]]:
+    heads = 2 if arch == "llama" else 4
+    return [(noise((3, heads, 8), 2 * i, 1.0), noise((3, heads, 8), 2 * i + 1, 1.0)) for i in range(2)]
+
+
+def save_flat_prefix(arch: str, folder: Path) -> Path:
+    own = {"architecture": "prefix_tuning", "flat": True, "prefix_length": 3}
+    config = {"model_type": arch, "name": "mine", "version": "adapters.1.3.0", "config": own}
+    flat = torch.stack([t for pair in flat_prefix(arch) for t in pair], 1).flatten()  # [n, 2L, heads, dim]
+    root = BLOCKS[arch][0].partition(".")[0]
+    return save(folder, config, {f"{root}.prefix_tuning.prefix_tunings.mine.self_prefix.control_trans": flat})
+
+
+@torch.inference_mode()
+def with_flat_prefix(arch: str, prompt: Sequence[int]) -> Judged:
+    """A cache that holds the prefix, and positions that begin at 0 all the same; the whole text anew for each token."""
+    base, ids, rows = zoo.tiny_base(arch), list(prompt), []
+    for _ in range(rig.NEW):
+        cache = DynamicCache()
+        for layer, (k, v) in enumerate(flat_prefix(arch)):
+            cache.update(k.transpose(0, 1)[None], v.transpose(0, 1)[None], layer)
+        out = base(
+            input_ids=torch.tensor([ids]), position_ids=torch.arange(len(ids))[None], past_key_values=cache,
+            attention_mask=torch.ones(1, 3 + len(ids), dtype=torch.long),
+        )  # fmt: skip
+        rows.append(out.logits[0, -1].float())
+        ids.append(int(rows[-1].argmax()))
+    return tuple(ids[len(prompt) :]), torch.stack(rows).log_softmax(-1)
+
+
+KINDS = {
+    "BITFIT": Kind(("llama", "qwen2", "gpt2"), save_bitfit, with_biases),
+    "ADAPTERHUB": Kind(
+        ("llama", "gpt2"), save_houlsby, lambda arch, ids: alone(with_houlsby(zoo.tiny_base(arch), arch), ids), False
+    ),
+    "ADAPTERHUB_PREFIX": Kind(("llama", "gpt2"), save_flat_prefix, with_flat_prefix, False),
+}

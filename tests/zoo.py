@@ -10,7 +10,6 @@ oracle = load_peft(tiny_base("llama"), folder)           # PEFT alone, to compar
 from __future__ import annotations
 
 import dataclasses
-import json
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -42,6 +41,7 @@ from torch.nn import functional as F
 from adapter_server.core import Spec
 from adapter_server.families.base import Adapter, AnyPatch, ModuleShape, linear_params
 from adapter_server.families.facts import describe
+from adapter_server.registry import guard
 
 VOCAB = 97
 COMMON = {
@@ -436,7 +436,7 @@ def _randomise(name: str, data: torch.Tensor, generator: torch.Generator) -> Non
 
 def read(folder: Path) -> tuple[Spec, dict[str, torch.Tensor]]:
     """A saved adapter as its spec and its tensors."""
-    config = json.loads((folder / "adapter_config.json").read_text())
+    config = guard.parse_config((folder / "adapter_config.json").read_bytes())
     tensors = load_file(folder / "adapter_model.safetensors")
     size = sum(t.numel() * t.element_size() for t in tensors.values())
     return Spec(folder.name, "0" * 12, str(folder), config["peft_type"], config, size), tensors

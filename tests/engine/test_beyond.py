@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import pytest
 
 import beyond
 import rig
+import zoo
 
-CASES = [(arch, kind) for kind, case in beyond.KINDS.items() for arch in case.archs]
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen2", "gpt2"])
@@ -33,12 +35,12 @@ def kinds(arch: str) -> list[str]:
 def test_all_in_one_batch_with_lora_ia3_and_the_base(served) -> None:
     arch, engine = served
     digest = engine.model.digest()
-    names = [None, "lora", *kinds(arch), "ia3", None, *kinds(arch)]
+    names: list[str | None] = [None, "lora", *kinds(arch), "ia3", None, *kinds(arch)]
     asked = [(name, rig.PROMPTS[i % len(rig.PROMPTS)]) for i, name in enumerate(names)]
     requests = [beyond.ask(engine, {name: 1.0} if name else {}, prompt) for name, prompt in asked]
     for (name, prompt), answer in zip(asked, rig.run(engine, requests, stagger=1), strict=True):
-        case = beyond.KINDS.get(name)
-        beyond.hold(answer, beyond.alone(case.changed(arch), prompt) if case else rig.peft_alone(arch, name, prompt))
+        case = beyond.KINDS.get(name or "")
+        beyond.hold(answer, case.judge(arch, prompt) if case else rig.peft_alone(arch, name, prompt))
     assert engine.model.digest() == digest
 
 
@@ -47,6 +49,35 @@ def test_merged_is_unmerged_or_refused(served) -> None:
     for kind in kinds(arch):
         (answer,) = rig.run(engine, [beyond.ask(engine, {kind: 1.0}, rig.PROMPTS[1], mode="merged")])
         if beyond.KINDS[kind].folds:
-            beyond.hold(answer, beyond.alone(beyond.KINDS[kind].changed(arch), rig.PROMPTS[1]))
+            beyond.hold(answer, beyond.KINDS[kind].judge(arch, rig.PROMPTS[1]))
         else:
             assert "has no merged form" in str(answer.end.error)
+
+
+def test_a_bottleneck_is_weighted_and_composed_at_each_module(served) -> None:
+    """y = y₀ + w (y' − y₀), the LoRA beside it at the same Linears."""
+    arch, engine = served
+    if arch == "qwen2":  # AdapterHub's library has no such base
+        return
+    lora = zoo.load_peft(zoo.tiny_base(arch), rig.saved(arch, "lora"))
+    judges = {
+        (("ADAPTERHUB", 0.5),): beyond.with_houlsby(zoo.tiny_base(arch), arch, 0.5),
+        (("ADAPTERHUB", 0.7), ("lora", 1.0)): beyond.with_houlsby(lora, arch, 0.7),
+    }
+    requests = [beyond.ask(engine, dict(members), rig.PROMPTS[0]) for members in judges]
+    for model, answer in zip(judges.values(), rig.run(engine, requests), strict=True):
+        beyond.hold(answer, beyond.alone(model, rig.PROMPTS[0]))
+
+
+@pytest.mark.parametrize("file", sorted(GOLDEN.glob("adapterhub-*.safetensors")), ids=lambda file: file.stem)
+def test_what_adapterhub_saved_answers_as_its_library_does(file: Path, tmp_path: Path) -> None:
+    """Every method and option that is served, all in one batch."""
+    arch, wants = file.stem.split("-")[1], beyond.golden(file, tmp_path)
+    engine = beyond.engine(arch, tmp_path, max_step_tokens=16)
+    asked = [beyond.ask(engine, {case: 1.0}, (5, 9, 13, 40, 7), max_new_tokens=6) for case in wants]
+    for (case, want), answer in zip(wants.items(), rig.run(engine, asked, stagger=1), strict=True):
+        if arch == "mistral" and case == "mam":
+            assert "this base's windows would slide past it" in str(answer.end.error)
+        else:
+            beyond.hold(answer, want)
+    engine.close()

@@ -7,9 +7,9 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Protocol
 
 from adapter_server.api.schemas import GenerateBody
-from adapter_server.core import Member, Mode, Request, Resident, Sampling, Spec
+from adapter_server.core import Member, Mode, Request, Resident, Sampling
 from adapter_server.errors import InvalidRequest, PromptTooLong
-from adapter_server.families import before_the_prompt, tasks
+from adapter_server.families import before_the_prompt, tasks, virtual_tokens
 from adapter_server.registry.store import Store
 from adapter_server.text import Text
 
@@ -150,7 +150,7 @@ def _explicit(body: GenerateBody, members: Sequence[Member]) -> Mode:
 
 def sampling(body: GenerateBody, prompt: Sequence[int], members: Sequence[Member], info: Info) -> Sampling:
     """The sampling asked for. Only a `max_new_tokens` that the caller left open is cut to fit the context."""
-    room = info.max_model_len - len(prompt) - sum(_virtual_tokens(member.spec) for member in members)
+    room = info.max_model_len - len(prompt) - sum(virtual_tokens(member.spec) for member in members)
     if room < 1:
         raise _too_long(f"the prompt's {len(prompt):,} tokens and a new one", info)
     wanted = body.max_new_tokens
@@ -169,9 +169,3 @@ def sampling(body: GenerateBody, prompt: Sequence[int], members: Sequence[Member
         ignore_eos=body.ignore_eos,
         logprobs=body.logprobs,
     )
-
-
-def _virtual_tokens(spec: Spec) -> int:
-    """Positions that a prefix or soft prompt takes before the prompt's."""
-    count = spec.config.get("num_virtual_tokens") if before_the_prompt(spec.family) else 0
-    return count if isinstance(count, int) else 0

@@ -325,7 +325,7 @@ class Engine:
                 raise RuntimeError("a row without a lease was planned")
             chunks.append(Chunk(row.lease, len(ids), s.count, start))
             ids += row.tokens[row.done : row.done + s.count]
-            positions += range(start, start + s.count)
+            positions += range(row.shift + row.done, row.shift + row.done + s.count)
             if s.last:
                 keep.append(len(ids) - 1)
         device = self.model.device
@@ -450,7 +450,7 @@ def _few_threads(module: PreTrainedModel) -> int:
 
 def _lengths(slices: Sequence[Slice]) -> list[tuple[int, int]]:
     """(tokens, length that RoPE sees) per row: its whole prompt while that is read, then one more each step."""
-    return [(s.count, s.row.offset + len(s.row.tokens)) for s in slices]
+    return [(s.count, s.row.shift + len(s.row.tokens)) for s in slices]
 
 
 def _info(module: PreTrainedModel, model: Model, name: str, length: int) -> Info:

@@ -23,7 +23,7 @@ from adapter_server.engine.attention import NAME, Probe, set_probe
 from adapter_server.engine.kv import LayerShape
 from adapter_server.engine.lowrank import Banked, LowRank
 from adapter_server.engine.routing import Routing, Step, current, running
-from adapter_server.engine.site import LinearGroup, ModuleSite, Placed, Prefix, group_by_input
+from adapter_server.engine.site import LinearGroup, ModuleSite, Placed, Prefix, Tap, group_by_input
 from adapter_server.errors import AdapterRefused, BaseNotSupported
 from adapter_server.families.base import Adapter, Patch, Shapes
 from adapter_server.families.facts import ModelBase
@@ -75,6 +75,7 @@ class Model:
         self.lowrank = _form(self.device, self.dtype)
         self._modules = dict(module.named_modules())
         self._sites: dict[str, ModuleSite] = {}
+        self._taps: dict[str, Tap] = {}
         self._adopt()
         self.layers = self._layers()
         self.base.shapes = _as_seen(self.base.shapes, self.layers)
@@ -137,7 +138,7 @@ class Model:
     def place(self, adapter: Adapter) -> Placed:
         """Lay an adapter out for the run. Slow part of a load; called on a loader's thread."""
         linear = {path: p for path, p in adapter.patches.items() if isinstance(p, Patch)}
-        at_linears = linear.keys() | adapter.skills.keys()
+        at_linears = linear.keys() | adapter.skills.keys() | adapter.blocks.keys()
         missing = [path for path in at_linears if path not in self._group_of]
         missing += [path for path in adapter.patches.keys() - at_linears if path not in self._axes]
         if missing:
@@ -145,14 +146,23 @@ class Model:
         self._check_prefix(adapter)
         indices = sorted({self._group_of[path].index for path in linear})
         groups = {i: self.groups[i].place(linear) for i in indices}
+        for path, block in adapter.blocks.items():
+            group = self._group_of[path]
+            groups[group.index] = group.place_block(block)
         others = {
             path: p.to(self.device, self.dtype) for path, p in adapter.patches.items() if not isinstance(p, Patch)
         }
-        before = replace(adapter, patches={}).to(self.device, self.dtype)
-        prefixes: dict[int | None, Prefix] = {} if before.prefix is None else {None: Prefix(before.prefix)}
+        before = replace(adapter, patches={}, blocks={}).to(self.device, self.dtype)
+        prefixes: dict[int | None, Prefix] = {}
+        if before.prefix is not None:
+            prefixes[None] = Prefix(before.prefix, adapter.shifts)
         return Placed(before, groups, others, prefixes)
 
     def _check_prefix(self, adapter: Adapter) -> None:
+        if not adapter.shifts and getattr(self.module.config.get_text_config(), "sliding_window", None):
+            raise AdapterRefused(
+                f"{adapter.spec.name}: its prefix is seen from everywhere, and this base's windows would slide past it"
+            )
         for (k, v), (layer, (heads, dk, dv)) in zip(adapter.prefix or (), sorted(self.layers.items()), strict=False):
             if (k.shape[1:], v.shape[1:]) != ((heads, dk), (heads, dv)):
                 raise AdapterRefused(
@@ -165,6 +175,9 @@ class Model:
         for path in placed.others:
             if path not in self._sites:
                 self._sites[path] = ModuleSite(path, self._modules[path], self._axes[path])
+        for patch in placed.groups.values():
+            if patch.block is not None and patch.block.reads not in self._taps:
+                self._taps[patch.block.reads] = Tap(patch.block.reads, self._modules[patch.block.reads])
 
     def forget(self, placed: Placed) -> None:
         for each in (placed, *placed.tasks.values()):

@@ -103,6 +103,7 @@ class Step:
     kv: KvStep | None = None
     capture: dict[int, tuple[Tensor, Tensor]] | None = None  # layer: K, V [n, kv_heads, dim], for a soft prompt
     rope_lengths: Sequence[tuple[int, int]] = ()  # (tokens, length) per row: the length that its RoPE sees
+    streams: dict[str, Tensor] = field(default_factory=dict)  # what taps noted: [1, T, hidden] by module path
 
 
 class _Context(threading.local):

@@ -55,6 +55,11 @@ class Row:
         return self.prefix.tokens if self.prefix else 0
 
     @property
+    def shift(self) -> int:
+        """The position of the prompt's first token."""
+        return self.prefix.tokens if self.prefix and self.prefix.shifts else 0
+
+    @property
     def pending(self) -> int:
         return len(self.tokens) - self.done
 

@@ -7,6 +7,7 @@ A `Site` replaces a module's `forward` (never the module) and holds no adapter. 
     y = y + mul ⊙ y + add          gathered vectors: DoRA, IA3, biases      (x ← in_scale ⊙ x before, IA3 feed-forward)
     y = y + w · B (A x)            low rank, `lowrank.py`
     y[segment] = x · W'ᵀ + b'      replaced weights: saved modules, merged snapshots
+    y[segment] = f(y[segment], r)  bottleneck adapters, r the residual stream, which a `Tap` has noted
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from torch.nn import functional as F
 
 from adapter_server.engine.lowrank import Adder, LowRank, add_large
 from adapter_server.engine.routing import Routing, Segment, current
-from adapter_server.families.base import Adapter, AnyPatch, Patch, linear_params
+from adapter_server.errors import AdapterRefused
+from adapter_server.families.base import Adapter, AnyPatch, BlockPatch, Patch, linear_params
 from adapter_server.families.quantised import is_quantised
 
 
@@ -84,6 +86,7 @@ class GroupPatch:
     add: Tensor | None = None  # [outs]
     shift: Tensor | None = None  # [in], in_scale − 1: x + shift ⊙ x
     product: Product | None = None  # replaces the base's, and all the above
+    block: BlockPatch | None = None  # alone
 
     @functools.cached_property
     def addresses(self) -> tuple[int, ...]:
@@ -100,7 +103,8 @@ class GroupPatch:
     @property
     def bytes(self) -> int:
         vectors = (self.A, self.mul, self.add, self.shift, *(pair[1] for pair in self.pairs if pair))
-        return sum(t.nbytes for t in vectors if t is not None) + (self.product.bytes if self.product else 0)
+        block = sum(t.nbytes for t in self.block.tensors()) if self.block else 0
+        return sum(t.nbytes for t in vectors if t is not None) + (self.product.bytes if self.product else 0) + block
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -132,6 +136,7 @@ class Prefix:
     """Keys and values that exist before the prompt: per layer K, V [n, kv_heads, dim], at positions 0..n-1."""
 
     layers: tuple[tuple[Tensor, Tensor], ...]
+    shifts: bool = True  # whether real tokens' positions begin at n, or at 0 beside it
 
     @property
     def tokens(self) -> int:
@@ -149,6 +154,7 @@ class Plan:
     small: Sequence[Adder] = ()
     large: Sequence[Segment] = ()
     replaced: Sequence[tuple[Segment, Product]] = ()
+    blocks: Sequence[tuple[Segment, BlockPatch]] = ()
 
 
 class LinearGroup:
@@ -217,8 +223,11 @@ class LinearGroup:
 
     def _mixed(self, x: Tensor, plan: Plan, routing: Routing) -> Tensor:
         y = self.base(x if plan.in_scale is None else x * routing.by_token(plan.in_scale))
+        plain = y
+        if routing.composed and plan.in_scale is not None and (plan.mul is not None or plan.blocks):
+            plain = self.base(x)
+        after = [(segment, _after_block(plain, _stream(block.reads), segment, block)) for segment, block in plan.blocks]
         if plan.mul is not None:
-            plain = self.base(x) if routing.composed and plan.in_scale is not None else y
             y.addcmul_(plain, routing.by_token(plan.mul))
         if plan.add is not None:
             y.add_(routing.by_token(plan.add))
@@ -228,6 +237,8 @@ class LinearGroup:
             add_large(y, x, segment, self)
         for segment, product in plan.replaced:
             self._replace(y, x, segment, product)
+        for segment, delta in after:
+            _add_to(y, segment, delta)
         return y
 
     def _replace(self, y: Tensor, x: Tensor, segment: Segment, product: Product) -> None:
@@ -255,6 +266,7 @@ class LinearGroup:
             small=small,
             large=large,
             replaced=replaced,
+            blocks=[(s, patch.block) for s, patch in here if patch.block is not None],
         )
 
     def span(self, run: range) -> slice:
@@ -291,6 +303,12 @@ class LinearGroup:
             ),
             shift=next((self._cast(p.in_scale - 1) for p in mine if p and p.in_scale is not None), None),
         )
+
+    def place_block(self, block: BlockPatch) -> GroupPatch:
+        """The same for a block's patch, which needs the group's output for itself. Raises AdapterRefused."""
+        if len(self.paths) > 1:
+            raise AdapterRefused(f"{self.paths[0]} is no block's last Linear: it shares its input with others")
+        return GroupPatch(pairs=(None,), block=block.to(self.device, self.dtype))
 
     def _is_override(self, patch: Patch) -> bool:
         """Replaced weights, and input scales that are not alone: their sum with others is no vector operation."""
@@ -381,6 +399,37 @@ class ModuleSite:
             return t
         t = t.movedim(self.axis, 0)
         return t[:, 0] if t.shape[1] == 1 else t[0]
+
+
+class Tap:
+    """Notes a module's input: the residual stream, where bottleneck adapters of the step read it."""
+
+    def __init__(self, path: str, module: nn.Module) -> None:
+        self.path, self.base = path, module.forward
+        module.forward = self.forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        step = current()
+        if step is not None and not step.routing.plain:
+            step.streams[self.path] = x
+        y: Tensor = self.base(x)
+        return y
+
+
+def _stream(path: str) -> Tensor:
+    """What the step's tap at a path has noted."""
+    step = current()
+    if step is None or path not in step.streams:
+        raise RuntimeError(f"{path} was not called before the block that it leads into")
+    return step.streams[path]
+
+
+def _after_block(y: Tensor, r: Tensor, segment: Segment, block: BlockPatch) -> Tensor:
+    """w (y' − y) of a segment's tokens. y is the base's own, r [1, T, hidden] the stream."""
+    r = r.reshape(y.shape)
+    part = y[segment.tokens]
+    delta = block.apply(part, r[segment.tokens]) - part
+    return delta if segment.weights is None else delta * segment.weights
 
 
 def _add_to(y: Tensor, segment: Segment, delta: Tensor) -> None:

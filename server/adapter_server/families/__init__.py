@@ -51,6 +51,15 @@ def before_the_prompt(peft_type: str) -> bool:
     return bool(getattr(_families().get(peft_type), "before_the_prompt", False))
 
 
+def virtual_tokens(spec: Spec) -> int:
+    """Places that it takes before the prompt's."""
+    own = getattr(_families().get(spec.family), "virtual_tokens", None)
+    if own is not None:
+        return int(own(spec.config))
+    count = spec.config.get("num_virtual_tokens") if before_the_prompt(spec.family) else 0
+    return count if isinstance(count, int) else 0
+
+
 def tasks(spec: Spec) -> int:
     """How many tasks a request for this adapter chooses from by `task_id`; 0: the kind has none."""
     key = getattr(_families().get(spec.family), "tasks_key", None)

@@ -82,6 +82,22 @@ class AnyPatch(Protocol):
     def to(self, device: torch.device, dtype: torch.dtype) -> AnyPatch: ...
 
 
+@runtime_checkable
+class BlockPatch(Protocol):
+    """A change of what a block adds to the residual stream: bottleneck adapters. It is no weight and has no fold."""
+
+    @property
+    def reads(self) -> str:
+        """Path of the module whose input is the stream that the block's output is added to."""
+
+    def apply(self, y: Tensor, r: Tensor) -> Tensor:
+        """y [T, hidden] as the pristine Linear gives it, r [T, hidden] the stream → y'."""
+
+    def tensors(self) -> Iterator[Tensor]: ...
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> BlockPatch: ...
+
+
 class _Fields:
     """Iterating and moving the tensor fields of a dataclass."""
 
@@ -217,7 +233,7 @@ class Skills(_Fields):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Adapter:
-    """An adapter in memory, as data. At most one of `prefix` and `embeds` is set."""
+    """An adapter in memory, as data. At most one of `prefix` and `embeds` is set; `patches`, `blocks` share no path."""
 
     spec: Spec
     patches: Mapping[str, AnyPatch] = field(default_factory=dict)
@@ -226,6 +242,8 @@ class Adapter:
     tasks: tuple[Tensor, ...] = ()  # kinds with tasks: one `embeds` per task id
     skills: Mapping[str, Skills] = field(default_factory=dict)  # kinds with tasks: what patches are mixed from
     invocation: tuple[int, ...] = ()  # aLoRA: the patches act from these tokens' last occurrence in the prompt on
+    blocks: Mapping[str, BlockPatch] = field(default_factory=dict)  # by the path of the block's last Linear
+    shifts: bool = True  # whether real tokens' positions begin after the prefix, or at 0 beside it
 
     @property
     def rank(self) -> int | None:
@@ -239,6 +257,8 @@ class Adapter:
             return "what it adds stands before the prompt and is no weight"
         if self.skills:
             return "its weights depend on the request's task"
+        if self.blocks:
+            return "a network behind a block is no weight"
         return "it acts on the tokens from its invocation on and on none before" if self.invocation else ""
 
     @property
@@ -264,6 +284,8 @@ class Adapter:
     def tensors(self) -> Iterator[Tensor]:
         for patch in self.patches.values():
             yield from patch.tensors()
+        for block in self.blocks.values():
+            yield from block.tensors()
         for skills in self.skills.values():
             yield from skills.tensors()
         for pair in self.prefix or ():
@@ -280,7 +302,8 @@ class Adapter:
         pairs = self.prefix and tuple((k.to(device, dtype), v.to(device, dtype)) for k, v in self.prefix)
         embeds = None if self.embeds is None else self.embeds.to(device, dtype)
         tasks = tuple(t.to(device, dtype) for t in self.tasks)
-        return replace(self, patches=move, prefix=pairs, embeds=embeds, tasks=tasks)
+        blocks = {path: patch.to(device, dtype) for path, patch in self.blocks.items()}
+        return replace(self, patches=move, prefix=pairs, embeds=embeds, tasks=tasks, blocks=blocks)
 
 
 class Family(Protocol):

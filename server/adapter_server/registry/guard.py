@@ -26,6 +26,7 @@ from adapter_server.errors import AdapterRefused
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+ADAPTERHUB = "adapter.safetensors"  # what AdapterHub calls them
 PICKLES = ("adapter_model.bin", "pytorch_adapter.bin")
 
 MAX_CONFIG_BYTES = 64 << 10
@@ -104,10 +105,20 @@ def parse_config(data: Buffer) -> dict[str, Any]:
         json.dumps(config, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:
         raise AdapterRefused(f"{CONFIG}: text that is no Unicode (a lone surrogate): save the adapter again") from error
+    if "peft_type" not in config and isinstance(config.get("config"), dict):
+        config["peft_type"] = _adapterhub_kind(config["config"])
     kind = config.get("peft_type")
     if not isinstance(kind, str) or not PEFT_TYPE.fullmatch(kind):
         _refuse(CONFIG, f'"peft_type" is {show(kind)}: it must name a PEFT type, such as "LORA"')
     return config
+
+
+def _adapterhub_kind(config: Mapping[str, Any]) -> str:
+    """AdapterHub's files name no kind: it is in the shape of their inner config."""
+    members = config.get("configs")
+    members = members if isinstance(members, list) else [config]
+    prefixed = any(isinstance(m, dict) and m.get("architecture") == "prefix_tuning" for m in members)
+    return "ADAPTERHUB_PREFIX" if prefixed else "ADAPTERHUB"
 
 
 def _json_object(file: str, data: bytes, depth: int, brackets: int) -> dict[str, Any]:
@@ -295,6 +306,8 @@ def check_files(folder: Path) -> None:
                 pickle,
                 f"a pickle can run code, so it is never read. If you trust it, run in its folder: {convert(pickle)}",
             )
+        if file == WEIGHTS and not _missing(folder / ADAPTERHUB):
+            _refuse(ADAPTERHUB, f"the weights are read from {WEIGHTS} alone: rename it")
         raise Incomplete(f"{file}: missing. Save the adapter with save_pretrained, or copy the file here")
 
 

@@ -1,0 +1,107 @@
+"""AdapterHub's files: what they must hold, and what is refused."""
+
+import json
+
+import pytest
+import torch
+
+import beyond
+import zoo
+from adapter_server.errors import AdapterRefused
+from adapter_server.families import find, virtual_tokens
+from adapter_server.families.facts import ModelBase, describe
+from adapter_server.registry import guard
+
+SHAPES = {arch: describe(zoo.tiny_base(arch)) for arch in ("llama", "gpt2", "qwen2")}
+PLAIN = {"mh_adapter": False, "output_adapter": True, "reduction_factor": 8, "non_linearity": "relu"}
+PREFIX = {"architecture": "prefix_tuning", "prefix_length": 3, "flat": True}
+
+
+def config(*members, arch="llama", **top):
+    inner = members[0] if len(members) == 1 else {"architecture": "union", "configs": list(members)}
+    return guard.parse_config(json.dumps({"model_type": arch, "name": "mine", "config": inner, **top}).encode())
+
+
+def expected(*members, arch="llama", **top):
+    found = config(*members, arch=arch, **top)
+    return find(found["peft_type"]).expected(found, SHAPES[arch], frozenset())
+
+
+def test_the_kind_is_read_from_the_shape_of_the_config():
+    assert config(PLAIN)["peft_type"] == "ADAPTERHUB"
+    assert config(PREFIX)["peft_type"] == config(PLAIN, PREFIX)["peft_type"] == "ADAPTERHUB_PREFIX"
+
+
+def test_places_before_the_prompt_are_the_prefixs():
+    found = config(PLAIN, PREFIX)
+    assert virtual_tokens(beyond.spec(found)) == 3
+    assert virtual_tokens(beyond.spec(config(PLAIN))) == 0
+
+
+def test_a_layer_may_be_left_out_and_have_a_factor_of_its_own():
+    found = expected(PLAIN | {"leave_out": [0], "reduction_factor": {"1": 16, "default": 2}})
+    assert {name.split(".")[2] for name in found} == {"1"}
+    assert found["model.layers.1.output_adapters.adapters.mine.adapter_down.0.weight"] == (2, 32)
+
+
+@pytest.mark.parametrize(
+    ("member", "reason"),
+    [
+        ({"use_gating": True}, "means over a whole call, so later tokens change earlier ones"),
+        ({"inv_adapter": "nice"}, "invertible adapters change the embeddings too"),
+        ({"architecture": "lora", "r": 8}, "AdapterHub's 'lora' is not served; train it with PEFT"),
+        ({"residual_before_ln": "post_add"}, "'residual_before_ln' must be true or false"),
+        ({"reduction_factor": 0}, "'reduction_factor' must be a number above 0"),
+        ({"reduction_factor": 1e-9}, "'reduction_factor' must be a number above 0"),
+        ({"reduction_factor": {"7": 2}}, "'reduction_factor' must be a finite number"),
+        ({"leave_out": "all"}, "'leave_out' must be a list of layers"),
+        ({"phm_layer": True, "phm_dim": 5}, "'phm_dim' is 5, which does not divide 32 and 4"),
+        ({"phm_layer": True, "phm_dim": 1000}, "'phm_dim' must be an integer in 1..64"),
+        ({"mh_adapters": True}, "'mh_adapters' is not a key of this kind; did you mean 'mh_adapter'"),
+    ],
+)
+def test_what_a_bottleneck_refuses(member, reason):
+    with pytest.raises(AdapterRefused, match=reason):
+        expected(PLAIN | member)
+
+
+@pytest.mark.parametrize(
+    ("members", "top", "reason"),
+    [
+        ([PLAIN, PLAIN], {}, "one bottleneck and one prefix, each once"),
+        ([PREFIX | {"leave_out": [0]}], {}, "'leave_out' is not served for a prefix"),
+        ([PREFIX | {"prefix_length": 1 << 30}], {}, "'prefix_length' must be an integer"),
+        ([PLAIN], {"name": 5}, "'name' must be the name under which"),
+        ([PLAIN], {"model_type": "bert"}, "'model_type' must be this base's and one of llama, mistral, gpt2"),
+        ([PLAIN], {"model_type": "gpt2"}, "'model_type' must be this base's"),
+        ([PLAIN], {"head": 1}, "'head' is not a key of this kind"),
+        ([PLAIN, 5], {}, "'configs' must be a list of configs"),
+    ],
+)
+def test_what_a_file_refuses(members, top, reason):
+    with pytest.raises(AdapterRefused, match=reason):
+        expected(*members, **top)
+
+
+def test_an_unknown_activation_is_refused_when_it_is_loaded(tmp_path):
+    spec, tensors = zoo.read(beyond.save_houlsby("llama", tmp_path / "a"))
+    found = guard.parse_config(json.dumps(spec.config | {"config": PLAIN | {"mh_adapter": True}}).encode())
+    found["config"]["non_linearity"] = "exec"
+    with pytest.raises(AdapterRefused, match="'non_linearity' must be one of"):
+        find("ADAPTERHUB").load(beyond.spec(found), tensors, ModelBase(zoo.tiny_base("llama")))
+
+
+def test_two_prefixes_in_one_file_are_refused(tmp_path):
+    spec, tensors = zoo.read(beyond.save_flat_prefix("llama", tmp_path / "a"))
+    copy = "model.layers.1.self_attn.prefix_tuning.pool.prefix_tunings.mine.self_prefix.control_trans"
+    tensors[copy] = torch.zeros_like(next(iter(tensors.values())))
+    assert find("ADAPTERHUB_PREFIX").expected(spec.config, SHAPES["llama"], frozenset(tensors)).keys() == tensors.keys()
+    with pytest.raises(AdapterRefused, match="two different prefixes"):
+        find("ADAPTERHUB_PREFIX").load(spec, tensors, ModelBase(zoo.tiny_base("llama")))
+
+
+def test_weights_under_adapterhubs_name_are_to_be_renamed(tmp_path):
+    folder = beyond.save_houlsby("llama", tmp_path / "a")
+    (folder / guard.WEIGHTS).rename(folder / "adapter.safetensors")
+    with pytest.raises(AdapterRefused, match=r"read from adapter_model\.safetensors alone: rename it"):
+        guard.check_files(folder)
