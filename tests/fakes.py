@@ -82,7 +82,9 @@ class FakeWorker:
             if reason := self.rows[request.id]:
                 return index, reason
             top = ((id, -0.5),) * request.sampling.logprobs
-            self.deliver([Token(request.id, index, id, -0.5 if top else None, top)])
+            count = 0 if index else request.sampling.prompt_logprobs
+            rated = tuple((-0.5, ((read, -0.5),) * count) for read in request.prompt[1:] if count)
+            self.deliver([Token(request.id, index, id, -0.5 if top else None, top, rated)])
         return min(most, len(request.prompt) + 1), "length" if most <= len(request.prompt) else "eos"
 
 

@@ -33,6 +33,7 @@ DOORS = {  # library: the files (or folders) that may import it
     "watchfiles": ("registry/watch.py",),
     "fsspec": ("registry/sources.py",),
     "bitsandbytes": ("families/quantised.py",),
+    "llguidance": ("engine/guide.py",),
     "re2": ("families/targets.py",),
     "threading": ("engine/worker.py", "engine/pool.py", "engine/routing.py", "registry/store.py"),
     "concurrent": ("engine/", "api/"),

@@ -56,6 +56,7 @@ HELP = {
     "adapter_bytes": "Memory for adapters and merged snapshots together, such as 512M",
     "host_bytes": "Main memory for compiled adapters, so that one evicted from the device comes back quickly",
     "pack_weights": "Keep packed copies of the base's weights on the CPU: faster, larger",
+    "max_grammar_bytes": "Largest schema, expression or grammar of a response_format, such as 64K",
     "threads": "Threads of torch on the CPU; 0: torch's own choice, one for a tiny base",
     "profile": "Write a trace of 64 steps here, for Perfetto or chrome://tracing",
     "host": "Address to listen on",

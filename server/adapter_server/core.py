@@ -2,6 +2,7 @@
 
 Spec      an adapter on disk, at one version              Member   a spec with its weight in one request
 Request   what was asked, validated and resolved          Sampling how its tokens are chosen
+Constraint   the form that an answer must have
 Token     one emitted token    Finished   the end of a request    Loaded, Folded   an adapter's news
 Stats     a picture of the engine after a step
 """
@@ -19,6 +20,8 @@ FinishReason = Literal["stop", "length", "eos", "cancelled", "timeout", "error"]
 ResidentState = Literal["registered", "loading", "ready", "failed"]  # registered: in the host tier alone
 Tier = Literal["disk", "host", "device"]
 TIERS: tuple[Tier, ...] = get_args(Tier)
+ConstraintKind = Literal["json_schema", "regex", "lark"]
+Top = tuple[tuple[int, float], ...]  # token ids with their logprobs, the likeliest first
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +49,14 @@ class Member:
 
 
 @dataclass(frozen=True, slots=True)
+class Constraint:
+    """The form that an answer must have: a JSON schema, a regular expression, or a grammar in Lark's language."""
+
+    kind: ConstraintKind
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class Sampling:
     """How a row's tokens are chosen. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off."""
 
@@ -60,6 +71,9 @@ class Sampling:
     max_new_tokens: int = 128
     ignore_eos: bool = False
     logprobs: int = 0  # alternatives reported per token; 0 reports none
+    prompt_logprobs: int = 0  # the same for the prompt's own tokens
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added to its logit)
+    constraint: Constraint | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,13 +92,17 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """One emitted token of a request; `index` counts from 0. `logprob` and `top` are of the raw logits."""
+    """One emitted token of a request; `index` counts from 0. `logprob` and `top` are of the raw logits.
+
+    The first carries those of the prompt's second token and all after it, where they were asked for.
+    """
 
     request_id: str
     index: int
     id: int
     logprob: float | None = None
-    top: tuple[tuple[int, float], ...] = ()
+    top: Top = ()
+    prompt: tuple[tuple[float, Top], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

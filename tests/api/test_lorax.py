@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
+from adapter_server.core import Constraint
 from adapter_server.errors import AdapterRefused, AdapterServerError, RequestFailed, Unavailable
 from serving import Served
 
@@ -57,7 +58,7 @@ def test_details_tell_of_every_token(served: Served) -> None:
     details = content["details"]
     assert (details["finish_reason"], details["seed"], details["skipped_tokens"]) == ("eos_token", 7, 0)
     assert (details["prompt_tokens"], details["generated_tokens"]) == (3, 4)
-    assert [token["logprob"] for token in details["prefill"]] == [None] * 3
+    assert [token["logprob"] for token in details["prefill"]] == [None, -0.5, -0.5]
     tokens = details["tokens"]
     assert "".join(token["text"] for token in tokens if not token["special"]) == content["generated_text"] == "hé"
     assert tokens[-1] == {
@@ -189,14 +190,34 @@ def test_a_stream_that_breaks_says_so(own: Served) -> None:
         {"decoder_input_details": 1},
         {"return_k_alternatives": 21},
         {"seed": -1},
-        {"response_format": {"type": "json_object"}},
+        {"response_format": {"type": "json_schema"}},
         {"response_format": 5},
+        {"grammar": {"type": "regex", "value": {}}},
+        {"grammar": {"type": "json", "value": "{"}},
+        {"grammar": {"type": "json", "value": {}}, "response_format": {"type": "json_object"}},
     ],
 )
 @pytest.mark.parametrize("path", ROUTES)
 def test_a_bad_field_is_a_matter_of_validation(served: Served, path: str, parameters: dict[str, Any]) -> None:
     refused(ask(served, path=path, **parameters), 422, "validation")
     assert not served.worker.requests
+
+
+@pytest.mark.parametrize(
+    ("asked", "constraint"),
+    [
+        (
+            {"response_format": {"type": "json_object", "schema": {"type": "array"}}},
+            ("json_schema", '{"type": "array"}'),
+        ),
+        ({"response_format": {"type": "json_object", "schema": None}}, ("json_schema", '{"type": "object"}')),
+        ({"grammar": {"type": "json", "value": {"type": "array"}}}, ("json_schema", '{"type": "array"}')),
+        ({"grammar": {"type": "regex", "value": "[0-9]+"}}, ("regex", "[0-9]+")),
+    ],
+)
+def test_a_form_is_asked_for_as_loraxs_and_tgis_clients_do(served: Served, asked: Any, constraint: Any) -> None:
+    assert ask(served, "ab", **asked).status_code == 200
+    assert served.worker.requests[-1].sampling.constraint == Constraint(*constraint)
 
 
 @pytest.mark.parametrize("path", ROUTES)

@@ -12,7 +12,7 @@ import openai
 import pytest
 
 from adapter_server.api.openai_bodies import derived
-from adapter_server.core import Request
+from adapter_server.core import Constraint, Request
 from adapter_server.errors import AdapterServerError, RequestFailed
 from adapter_server.text import Text
 from fakes import save_byte_tokenizer
@@ -130,11 +130,14 @@ def test_the_model_names_the_adapter(served: Served, model: str | None, members:
 def test_every_field_reaches_the_engine(served: Served, sdk: openai.OpenAI) -> None:
     plain = {"temperature": 0.5, "top_p": 0.9, "seed": 7, "presence_penalty": 0.1, "frequency_penalty": 0.2}
     extra = {"top_k": 3, "min_p": 0.1, "repetition_penalty": 1.1, "ignore_eos": True}
-    more = {"mode": "unmerged", "scale": 0.5, "unknown": 1, "user": "me"}
+    more = {"mode": "unmerged", "scale": 0.5, "unknown": 1, "user": "me", "logit_bias": {"5": -100, "7": 2.5}}
+    more["response_format"] = {"type": "regex", "regex": "a+", "unknown": 1}
     sdk.completions.create(model="shout", prompt="ab", max_tokens=2, **plain, extra_body=extra | more)  # type: ignore[call-overload]
     request = served.worker.requests[-1]
     assert {name: getattr(request.sampling, name) for name in plain | extra} == plain | extra
     assert request.sampling.max_new_tokens == 2
+    assert request.sampling.logit_bias == ((5, -100.0), (7, 2.5))
+    assert request.sampling.constraint == Constraint("regex", "a+")
     assert (request.members[0].weight, request.mode) == (0.5, "unmerged")
 
 
@@ -203,6 +206,23 @@ def test_logprobs_of_a_completion(served: Served, sdk: openai.OpenAI) -> None:
     assert logprobs.top_logprobs
     assert logprobs.top_logprobs[0] == {"h": -0.5}
     assert complete(served, logprobs=0).json()["choices"][0]["logprobs"]["top_logprobs"][0] == {"a": -0.5}
+
+
+def test_an_echo_has_the_prompts_logprobs_too(served: Served, sdk: openai.OpenAI) -> None:
+    choice = sdk.completions.create(model="tiny-base", prompt="hé!", echo=True, logprobs=2, max_tokens=1).choices[0]
+    logprobs = choice.logprobs
+    assert logprobs
+    assert choice.text == "hé!h"
+    assert logprobs.tokens
+    assert [len(value or []) for value in (logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs)] == [5] * 3
+    assert logprobs.token_logprobs == [None] + [-0.5] * 4
+    assert (logprobs.top_logprobs or [])[:2] == [None, {logprobs.tokens[1]: -0.5}]
+    assert logprobs.text_offset == [0, 1, 1, 2, 3]
+    assert [request.sampling.prompt_logprobs for request in served.worker.requests] == [2]
+    parts = chunks(complete, served, prompt="hé!", echo=True, logprobs=2, max_tokens=1)
+    streamed = [part["choices"][0]["logprobs"] for part in parts if part["choices"][0]["logprobs"]]
+    for name, values in logprobs.model_dump().items():
+        assert [value for each in streamed for value in each[name]] == values
 
 
 # Chats
@@ -341,11 +361,13 @@ def test_an_error_in_mid_stream_reaches_the_client(own: Served) -> None:
         ({"logprobs": 21}, "logprobs"),
         ({"logprobs": True}, "logprobs"),
         ({"echo": 1}, "echo"),
-        ({"echo": True, "logprobs": 1}, "echo"),
         ({"best_of": 2}, "best_of"),
         ({"suffix": "a"}, "suffix"),
-        ({"logit_bias": {"5": 1}}, "logit_bias"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"logit_bias": {"5": 101}}, "logit_bias"),
+        ({"logit_bias": {"257": 1}}, "logit_bias"),
+        ({"logit_bias": {"a": 1}}, "logit_bias"),
+        ({"response_format": {"type": "json_schema"}}, "response_format"),
+        ({"response_format": "json"}, "response_format"),
         ({"stream": "yes"}, "stream"),
         ({"stream_options": {}}, "stream_options"),
         ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
@@ -380,7 +402,7 @@ def test_a_bad_field_of_a_completion_is_400_and_named(served: Served, fields: di
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"functions": [{}]}, "functions"),
         ({"response_format": {"type": "json_schema"}}, "response_format"),
-        ({"logit_bias": {"5": 1}}, "logit_bias"),
+        ({"logit_bias": [5]}, "logit_bias"),
     ],
 )
 def test_a_bad_field_of_a_chat_is_400_and_named(served: Served, fields: dict[str, Any], param: str) -> None:

@@ -43,7 +43,20 @@ def fault(data: bytes | dict[str, Any]) -> InvalidRequest:
         "return_token_ids": [1, "true"],
         "ignore_eos": [None],
         "stream": ["yes"],
-        "response_format": [{"type": "json_object"}, "x"],
+        "logit_bias": [5, {"a": 1}, {"-1": 1}, {"5": 101}, {"5": "a"}, {str(i): 1 for i in range(1025)}],
+        "prompt_logprobs": [-1, 21, True],
+        "response_format": [
+            "x",
+            {},
+            {"type": "xml"},
+            {"type": "json_schema"},
+            {"type": "json_schema", "json_schema": "x"},
+            {"type": "regex"},
+            {"type": "regex", "regex": ""},
+            {"type": "regex", "grammar": "a"},
+            {"type": "grammar", "grammar": 5},
+            {"type": "json_object", "zzz": 1},
+        ],
         "timeout_s": [0, -1, 100_000],
     }.items(),
 )
@@ -66,7 +79,11 @@ def test_a_value_out_of_range_is_refused_by_its_field(field: str, values: list[A
         ({"prompt": 5}, "prompt", "text or a list of token ids"),
         ({"prompt": [1, "a"]}, "prompt.1", "integer"),
         ({"adapter": 5}, "adapter", "null for the base"),
-        ({"response_format": {}}, "response_format", "not supported yet"),
+        ({"response_format": {}}, "response_format.type", "is required"),
+        ({"response_format": {"type": "regex"}}, "response_format", "needs regex"),
+        ({"response_format": {"type": "regex", "regexp": "a"}}, "response_format.regexp", "'regex'"),
+        ({"logit_bias": {"x": 1}}, "logit_bias", "token ids"),
+        ({"logit_bias": {"5": 200}}, "logit_bias", "less than or equal to 100"),
         ({"top_p": 3}, "top_p", "less than or equal to 1"),
     ],
 )
@@ -152,3 +169,41 @@ def uncapped(schema: Any, at: str = "", name: str = "") -> Iterator[str]:
 def test_every_number_list_and_text_has_a_cap(model: type[schemas.Strict]) -> None:
     body = schemas.document(model)["requestBody"]["content"]["application/json"]["schema"]
     assert list(uncapped(body)) == []
+
+
+# Forms
+
+
+SCHEMA = {"type": "object", "properties": {"schema": {"type": "string"}}}
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "text"),
+    [
+        ({"type": "json_object"}, "json_schema", {"type": "object"}),
+        ({"type": "json_object", "schema": SCHEMA}, "json_schema", SCHEMA),
+        ({"type": "json_schema", "schema": SCHEMA}, "json_schema", SCHEMA),
+        ({"type": "json_schema", "json_schema": SCHEMA}, "json_schema", SCHEMA),
+        ({"type": "json_schema", "json_schema": True}, "json_schema", True),
+        (
+            {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA, "strict": 1}},
+            "json_schema",
+            SCHEMA,
+        ),
+        ({"type": "json_schema", "json_schema": {"name": "x"}}, "json_schema", {"type": "object"}),
+        ({"type": "regex", "regex": "a+"}, "regex", "a+"),
+        ({"type": "grammar", "grammar": 'start: "a"'}, "lark", 'start: "a"'),
+    ],
+)
+def test_a_form_is_one_constraint_in_the_words_of_every_dialect(given: Any, kind: str, text: Any) -> None:
+    body = parse(GenerateBody, json.dumps({"prompt": "a", "response_format": given}).encode())
+    assert body.response_format is not None
+    constraint = body.response_format.constraint
+    assert constraint is not None
+    assert (constraint.kind, json.loads(constraint.text) if kind == "json_schema" else constraint.text) == (kind, text)
+
+
+def test_text_is_no_constraint() -> None:
+    body = parse(GenerateBody, b'{"prompt": "a", "response_format": {"type": "text"}}')
+    assert body.response_format is not None
+    assert body.response_format.constraint is None

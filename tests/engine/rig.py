@@ -64,6 +64,7 @@ class Answer:
     ids: list[int] = field(default_factory=list)
     logprobs: list[dict[int, float]] = field(default_factory=list)
     end: Finished | None = None
+    prompt: tuple[tuple[float, tuple[tuple[int, float], ...]], ...] = ()
 
     def matrix(self) -> Tensor:
         return torch.tensor([[row[i] for i in range(zoo.VOCAB)] for row in self.logprobs])
@@ -97,6 +98,7 @@ def collect(events: Sequence[Event], answers: dict[str, Answer]) -> None:
     for event in events:
         if isinstance(event, Token):
             answers[event.request_id].ids.append(event.id)
+            answers[event.request_id].prompt += event.prompt
             answers[event.request_id].logprobs.append(dict(event.top))
         elif isinstance(event, Finished):
             answers[event.request_id].end = event

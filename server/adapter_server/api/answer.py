@@ -16,7 +16,7 @@ from adapter_server.api.bridge import Channel, refusal_of
 from adapter_server.api.refusals import ended_by
 from adapter_server.api.schemas import GenerateBody
 from adapter_server.api.service import Service, note
-from adapter_server.core import Finished, FinishReason, Member, Token
+from adapter_server.core import Finished, FinishReason, Member, Token, Top
 from adapter_server.errors import AdapterServerError, InvalidRequest, VersionGone
 
 ATTEMPTS = 3  # at an adapter whose files change between admission and load
@@ -51,6 +51,7 @@ class Answer:
         self._watch = asyncio.create_task(self._cancel_when_gone(http))
         self._events: Sequence[Token | Finished] = ()
         self._error: AdapterServerError | None = None
+        self._rated: tuple[tuple[float, Top], ...] = ()
 
     async def first(self) -> AdapterServerError | None:
         """Waits for the first event. An error means that there is no answer."""
@@ -60,6 +61,8 @@ class Answer:
             self.close()
             raise
         first = self._events[0]
+        if isinstance(first, Token):
+            self._rated = first.prompt
         refusal = refusal_of(first, 0) if isinstance(first, Finished) else None
         if refusal is None:
             return None
@@ -96,7 +99,8 @@ class Answer:
     @property
     def may_end(self) -> bool:
         """Whether the newest token ends the answer, unless the engine is cut short."""
-        full = self.produced >= self.request.sampling.max_new_tokens
+        sampling = self.request.sampling
+        full = self.produced >= sampling.max_new_tokens or sampling.constraint is not None
         return full or self._stream.stopped or self._newest in self._ends
 
     @property
@@ -119,6 +123,14 @@ class Answer:
     def completion_tokens(self) -> int:
         """The end token counts; what the engine made beyond a stop string does not."""
         return self.produced if self._stream.stopped else max(self.produced, self.end.completion_tokens)
+
+    @property
+    def prompt_tokens(self) -> list[Token]:
+        """The prompt's own tokens, where their log-probabilities were asked for; the first has none."""
+        rated = ((None, ()), *self._rated)
+        id = self.request.id
+        pairs = zip(self.request.prompt, rated, strict=True) if self.request.sampling.prompt_logprobs else ()
+        return [Token(id, at, token, *each) for at, (token, each) in enumerate(pairs)]
 
     @property
     def adapter(self) -> str:
@@ -209,7 +221,7 @@ def logprob_of(token: Token) -> float:
 
 
 def finite(logprob: float) -> float:
-    return max(logprob, LOWEST_LOGPROB)
+    return logprob if logprob > LOWEST_LOGPROB else LOWEST_LOGPROB  # NaN compares false
 
 
 def _by_own_names(service: Service, body: GenerateBody) -> GenerateBody:

@@ -49,8 +49,10 @@ async def generate(request: Request) -> Response:
 async def _events(answer: Answer) -> AsyncIterator[bytes]:
     try:
         async with aclosing(answer.steps()) as steps:
+            prompt = _prompt_logprobs(answer)
             async for pieces in steps:
-                yield b"".join(data(_event(answer, piece)) for piece in pieces)
+                yield b"".join(data(_event(answer, piece) | prompt) for piece in pieces)
+                prompt = {} if pieces else prompt
     except AdapterServerError as error:
         yield data(error_shape(error))
         return
@@ -74,7 +76,13 @@ async def _whole(answer: Answer) -> dict[str, Any]:
         content["token_ids"] = [token.id for token in tokens]
     if answer.body.logprobs:
         content["logprobs"] = [_logprob(answer, token) for token in tokens]
-    return content
+    return content | _prompt_logprobs(answer)
+
+
+def _prompt_logprobs(answer: Answer) -> dict[str, Any]:
+    """One for each token of the prompt, `null` for the first; nothing where none were asked for."""
+    tokens = answer.prompt_tokens
+    return {"prompt_logprobs": [None, *(_logprob(answer, token) for token in tokens[1:])]} if tokens else {}
 
 
 def _summary(answer: Answer) -> dict[str, Any]:

@@ -20,17 +20,22 @@ from adapter_server.api.described import GENERATED, STREAMED
 from adapter_server.api.refusals import speak
 from adapter_server.api.resolve import Info
 from adapter_server.api.schemas import (
+    FORMATS,
     MOST_STOPS,
     STOPS,
     AdapterRef,
     Alternatives,
     Effect,
     GenerateBody,
+    GrammarText,
     Lenient,
+    LenientFormat,
     NewTokens,
     Parts,
     Penalty,
     Repetition,
+    ResponseFormat,
+    Schema,
     Seed,
     Stop,
     Temperature,
@@ -76,11 +81,25 @@ class MergedAdapters(Lenient):
     merge_strategy: Literal["linear"] | None = None
 
 
+class Grammar(Lenient):
+    """The form of an answer in the words of clients that TGI has too."""
+
+    type: Literal["json", "json_schema", "regex"]
+    value: Schema | GrammarText
+
+    def format(self) -> ResponseFormat:
+        if isinstance(self.value, str) == (self.type != "regex"):
+            raise InvalidRequest(f"a grammar of type {self.type} has another value", param="grammar")
+        if isinstance(self.value, str):
+            return ResponseFormat(type="regex", regex=self.value)
+        return ResponseFormat(type="json_schema", json_schema=self.value)
+
+
 class Parameters(Lenient):
     """How to generate. `null` is as good as left out."""
 
-    parts: ClassVar[Parts] = (MergedAdapters,)
-    unions: ClassVar[Unions] = {"stop": STOPS}
+    parts: ClassVar[Parts] = (MergedAdapters, LenientFormat, Grammar)
+    unions: ClassVar[Unions] = {"stop": STOPS, "response_format": FORMATS, "grammar": FORMATS}
 
     adapter_id: AdapterRef | None = None
     adapter_source: Literal["local"] | None = None
@@ -104,7 +123,8 @@ class Parameters(Lenient):
     decoder_input_details: bool | None = None
     return_k_alternatives: Alternatives | None = None
     seed: Seed | None = None
-    response_format: Any = None
+    response_format: LenientFormat | None = None
+    grammar: Grammar | None = None
 
     @field_validator("typical_p", "watermark")
     @classmethod
@@ -112,11 +132,14 @@ class Parameters(Lenient):
         if value:
             raise ValueError(NOT_HERE)
 
-    @field_validator("response_format")
-    @classmethod
-    def _text_only(cls, value: Any) -> None:
-        if value not in (None, {"type": "text"}):
-            raise ValueError('can only be {"type": "text"}: other formats are not supported yet')
+    @property
+    def format(self) -> ResponseFormat | None:
+        """The form asked for, in either way."""
+        if self.grammar is None:
+            return self.response_format
+        if self.response_format is not None:
+            raise InvalidRequest("give either response_format or grammar", param="grammar")
+        return self.grammar.format()
 
     @property
     def adapter(self) -> str | list[Json] | None:
@@ -155,7 +178,9 @@ class LoraxBody(Lenient):
         how = self.how
         given = {name: value for name in PASSED if (value := getattr(how, name)) is not None}
         given |= how.warpers() | {"prompt": list(prompt), "adapter": how.adapter, "stream": stream}
-        given |= {"ignore_eos": bool(how.ignore_eos_token)}
+        given |= {"ignore_eos": bool(how.ignore_eos_token), "response_format": how.format}
+        if how.decoder_input_details and how.details:
+            given["prompt_logprobs"] = 1
         if stream or how.details:  # a token there has always its logprob
             given |= {"logprobs": how.return_k_alternatives or 1}
         return GenerateBody(**given)
@@ -259,12 +284,17 @@ def _full(body: LoraxBody, text: str) -> str:
 
 
 def _details(service: Service, body: LoraxBody, answer: Answer, pieces: Sequence[Piece]) -> Json:
-    seen = answer.request.prompt if body.how.decoder_input_details else ()
     return _ending(answer) | {
         "skipped_tokens": 0,
-        "prefill": [{"id": id, "text": service.text.token(id), "logprob": None} for id in seen],
+        "prefill": [_read(service, token) for token in answer.prompt_tokens],
         "tokens": [_token(body, answer, token, text) for token, text in _by_token(pieces)],
     }
+
+
+def _read(service: Service, token: Token) -> Json:
+    """A token of the prompt."""
+    logprob = None if token.logprob is None else finite(token.logprob)
+    return {"id": token.id, "text": service.text.token(token.id), "logprob": logprob}
 
 
 def _ending(answer: Answer) -> Json:

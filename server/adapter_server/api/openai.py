@@ -115,13 +115,15 @@ class Completion:
         return {"text": text}
 
     def logprobs(self, answer: Answer, tokens: Sequence[Token], offsets: Sequence[int], top: int) -> Json:
+        """The first token of a prompt has no log-probability."""
         name = answer.text.token
+        own = [None if token.logprob is None else finite(token.logprob) for token in tokens]
         best = [{name(id): finite(value) for id, value in token.top[:top]} for token in tokens]
-        own = [{name(token.id): logprob_of(token)} for token in tokens]
+        pairs = zip(tokens, own, best, strict=True)
         return {
             "tokens": [name(token.id) for token in tokens],
-            "token_logprobs": [logprob_of(token) for token in tokens],
-            "top_logprobs": [some | one for some, one in zip(best, own, strict=True)],
+            "token_logprobs": own,
+            "top_logprobs": [None if value is None else some | {name(token.id): value} for token, value, some in pairs],
             "text_offset": list(offsets),
         }
 
@@ -235,7 +237,7 @@ async def _answer(
 
 @dataclass(slots=True)
 class Choice:
-    """One of the answers as it grows. `offset` counts the characters that are out, the echoed prompt's too."""
+    """One of the answers as it grows. `offset` counts the characters that are out, the echoed prompt's first."""
 
     index: int
     answer: Answer
@@ -244,8 +246,18 @@ class Choice:
     top: int
     offset: int = 0
 
-    def __post_init__(self) -> None:
+    def opening(self) -> Json | None:
+        """What comes before the answer, and the log-probabilities of the prompt."""
+        said = self.form.opening(self.echo)
+        return said and self.grown(said, self.prompt_logprobs())
+
+    def prompt_logprobs(self) -> Json | None:
+        """Of the echoed prompt, where they are asked for."""
+        stream = self.answer.text.stream()
+        pieces = [Piece(token.index, stream.push(token.id), token) for token in self.answer.prompt_tokens]
+        logprobs = self.logprobs(pieces) if pieces else None
         self.offset = len(self.echo)
+        return logprobs
 
     def logprobs(self, pieces: Sequence[Piece]) -> Json | None:
         """Of these pieces, which are the next; to be asked once for each."""
@@ -260,10 +272,13 @@ class Choice:
     def said(self, pieces: Sequence[Piece]) -> Json:
         """The whole of it."""
         text = self.echo + "".join(piece.text for piece in pieces)
+        before, logprobs = self.prompt_logprobs(), self.logprobs(pieces)
+        if before and logprobs:
+            logprobs = {name: before[name] + some for name, some in logprobs.items()}
         return {
             "index": self.index,
             **self.form.said(text),
-            "logprobs": self.logprobs(pieces),
+            "logprobs": logprobs,
             "finish_reason": self.reason,
         }
 
@@ -325,8 +340,8 @@ async def _events(call: Call, with_usage: bool) -> AsyncIterator[bytes]:
     try:
         async with aclosing(call.steps()) as steps:
             for choice in call.choices:
-                if opening := call.form.opening(choice.echo):
-                    yield call.chunk(choice.grown(opening), with_usage)
+                if opening := choice.opening():
+                    yield call.chunk(opening, with_usage)
             async for number, step in steps:
                 parts = call.choices[number].parts(step)
                 yield b"".join(call.chunk(part, with_usage) for part in parts)

@@ -9,13 +9,17 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import Field, field_validator
 
 from adapter_server.api.schemas import (
+    BIASES,
+    FORMATS,
     NOT_YET,
     STOPS,
     AdapterRef,
     Alternatives,
+    Biases,
     Effect,
     GenerateBody,
     Lenient,
+    LenientFormat,
     MinP,
     ModeChoice,
     NewTokens,
@@ -36,7 +40,7 @@ from adapter_server.errors import InvalidRequest
 MOST_CHOICES = 128
 PASSED = (  # fields that mean the same in both dialects
     *("temperature", "top_p", "top_k", "min_p", "seed", "stop", "ignore_eos", "mode", "scale", "task_id"),
-    *("repetition_penalty", "presence_penalty", "frequency_penalty"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "response_format"),
 )
 Ids = Sequence[int]
 Item = TypeVar("Item")
@@ -66,8 +70,8 @@ class StreamOptions(Lenient):
 class CommonBody(Lenient):
     """The fields of both routes. `null` is as good as left out."""
 
-    parts: ClassVar[Parts] = (StreamOptions,)
-    unions: ClassVar[Unions] = {"stop": STOPS}
+    parts: ClassVar[Parts] = (StreamOptions, LenientFormat)
+    unions: ClassVar[Unions] = {"stop": STOPS, "logit_bias": BIASES, "response_format": FORMATS}
 
     model: AdapterRef | None = None
     max_tokens: NewTokens | None = None
@@ -78,8 +82,8 @@ class CommonBody(Lenient):
     stop: Stop | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    logit_bias: Any = None
-    response_format: Any = None
+    logit_bias: Biases | None = None
+    response_format: LenientFormat | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     top_k: TopK | None = None
@@ -89,18 +93,6 @@ class CommonBody(Lenient):
     mode: ModeChoice | None = None
     scale: Effect | None = None
     task_id: TaskId | None = None
-
-    @field_validator("logit_bias")
-    @classmethod
-    def _no_bias(cls, value: Any) -> None:
-        if value:
-            raise ValueError(NOT_YET)
-
-    @field_validator("response_format")
-    @classmethod
-    def _text_only(cls, value: Any) -> None:
-        if value not in (None, {"type": "text"}):
-            raise ValueError('can only be {"type": "text"}: other formats are not supported yet')
 
     @property
     def choices(self) -> int:
@@ -114,8 +106,7 @@ class CommonBody(Lenient):
 class CompletionBody(CommonBody):
     """The body of POST /v1/completions."""
 
-    unions: ClassVar[Unions] = {"prompt": "text, token ids, or a list of either"}
-    parts: ClassVar[Parts] = (StreamOptions,)
+    unions: ClassVar[Unions] = {**CommonBody.unions, "prompt": "text, token ids, or a list of either"}
 
     prompt: str | TokenIds | Some[str] | Some[TokenIds]
     logprobs: Alternatives | None = None
@@ -133,8 +124,6 @@ class CompletionBody(CommonBody):
         check_stream(self)
         if len(self.prompts) * self.choices > MOST_CHOICES:
             raise InvalidRequest(f"prompts times n can be at most {MOST_CHOICES}: ask in parts", param="prompt")
-        if self.echo and self.logprobs is not None:
-            raise InvalidRequest("logprobs of the prompt are not supported yet: leave echo out", param="echo")
         if self.best_of is not None and self.best_of != self.choices:
             raise InvalidRequest("best_of is not supported: leave it out", param="best_of")
         if self.suffix:
@@ -147,6 +136,7 @@ class CompletionBody(CommonBody):
             given["max_new_tokens"] = self.max_tokens
         if self.logprobs is not None:
             given["logprobs"] = max(1, self.logprobs)  # 0 asks for the chosen token's own
+            given["prompt_logprobs"] = given["logprobs"] if self.echo else 0
         return [CompletionAsk(**given | seeded) for seeded in seeds(self)]
 
 
@@ -176,7 +166,7 @@ class Message(Lenient):
 class ChatBody(CommonBody):
     """The body of POST /v1/chat/completions."""
 
-    parts: ClassVar[Parts] = (StreamOptions, Message)
+    parts: ClassVar[Parts] = (*CommonBody.parts, Message)
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
     max_completion_tokens: NewTokens | None = None

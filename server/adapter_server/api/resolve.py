@@ -153,6 +153,9 @@ def sampling(body: GenerateBody, prompt: Sequence[int], members: Sequence[Member
     room = info.max_model_len - len(prompt) - sum(virtual_tokens(member.spec) for member in members)
     if room < 1:
         raise _too_long(f"the prompt's {len(prompt):,} tokens and a new one", info)
+    wrong = next((id for id in body.logit_bias or () if id >= info.vocab), None)
+    if wrong is not None:
+        raise InvalidRequest(f"token id {wrong} is not below the vocabulary's {info.vocab}", param="logit_bias")
     wanted = body.max_new_tokens
     if wanted > room and "max_new_tokens" in body.model_fields_set:
         raise _too_long(f"the prompt's {len(prompt):,} tokens and {wanted:,} new ones", info)
@@ -168,4 +171,7 @@ def sampling(body: GenerateBody, prompt: Sequence[int], members: Sequence[Member
         max_new_tokens=min(wanted, room),
         ignore_eos=body.ignore_eos,
         logprobs=body.logprobs,
+        prompt_logprobs=body.prompt_logprobs,
+        logit_bias=tuple((body.logit_bias or {}).items()),
+        constraint=None if body.response_format is None else body.response_format.constraint,
     )

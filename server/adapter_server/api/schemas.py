@@ -6,13 +6,15 @@ Unknown fields are refused in our own dialect, and left alone in those of others
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
+from adapter_server.core import Constraint
 from adapter_server.errors import InvalidRequest
 
 MAX_IDS = 1 << 20
@@ -20,7 +22,8 @@ MAX_DEPTH = 64  # of lists and objects within each other
 MAX_PARTS = 200_000  # texts and brackets of one body
 _PARTS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[][{}]', re.DOTALL)  # a text without an end runs to the end
 _STEP = {b"[": 1, b"{": 1, b"]": -1, b"}": -1}
-TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(max_length=MAX_IDS, fail_fast=True)]
+TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
+TokenIds = Annotated[list[TokenId], Field(max_length=MAX_IDS, fail_fast=True)]
 StopText = Annotated[str, Field(min_length=1, max_length=256)]
 AdapterRef = Annotated[str, Field(max_length=256)]
 Effect = Annotated[float, Field(ge=-100, le=100)]
@@ -37,7 +40,15 @@ Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
 MOST_STOPS = 16
 Stop = StopText | Annotated[list[StopText], Field(max_length=MOST_STOPS)]
 Alternatives = Annotated[int, Field(ge=0, le=20)]
+MOST_BIASES = 1024
+Biases = Annotated[dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MOST_BIASES)]
+GrammarText = Annotated[str, Field(max_length=1 << 20)]
+Schema = dict[str, Any] | bool
+ANY_OBJECT: Schema = {"type": "object"}
+ENVELOPE = {"name", "description", "schema", "strict"}  # what OpenAI puts a schema into
 STOPS = f"text or a list of at most {MOST_STOPS} texts of 1 to 256 characters"
+BIASES = "an object of token ids, each with a number from -100 to 100"
+FORMATS = 'an object with a "type", or null'
 Parts = tuple["type[Strict]", ...]
 Unions = Mapping[str, str]
 NOT_YET = "is not supported yet: leave it out"
@@ -64,14 +75,58 @@ class MemberBody(Strict):
     weight: Effect = 1.0
 
 
+class ResponseFormat(Strict):
+    """The form that an answer must have, in the words of every dialect."""
+
+    unions: ClassVar[Unions] = {"json_schema": "a JSON schema", "schema": "a JSON schema"}
+
+    type: Literal["text", "json_object", "json_schema", "regex", "grammar"]
+    json_schema: Schema | None = None
+    schema_: Annotated[Schema | None, Field(alias="schema")] = None  # LoRAX's place for it
+    regex: GrammarText | None = None
+    grammar: GrammarText | None = None
+
+    @model_validator(mode="after")
+    def _has_what_its_type_needs(self) -> ResponseFormat:
+        if self.type == "json_schema" and self.json_schema is None and self.schema_ is None:
+            raise ValueError("of type json_schema needs json_schema")
+        if self.type in ("regex", "grammar") and not getattr(self, self.type):
+            raise ValueError(f"of type {self.type} needs {self.type}")
+        return self
+
+    @property
+    def constraint(self) -> Constraint | None:
+        if self.type == "regex" and self.regex:
+            return Constraint("regex", self.regex)
+        if self.type == "grammar" and self.grammar:
+            return Constraint("lark", self.grammar)
+        return None if self.type == "text" else Constraint("json_schema", json.dumps(self._schema()))
+
+    def _schema(self) -> Schema:
+        given = self.json_schema if self.schema_ is None else self.schema_
+        if self.type == "json_object" and self.schema_ is None:
+            return ANY_OBJECT
+        if isinstance(given, dict) and given.keys() <= ENVELOPE and given.keys() & {"name", "schema"}:
+            given = given.get("schema")
+        return ANY_OBJECT if given is None else given
+
+
+class LenientFormat(ResponseFormat):
+    """The same in dialects whose unknown fields are left alone."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
 class GenerateBody(Strict):
     """The body of POST /generate."""
 
-    parts: ClassVar[Parts] = (MemberBody,)
+    parts: ClassVar[Parts] = (MemberBody, ResponseFormat)
     unions: ClassVar[Unions] = {
         "prompt": "text or a list of token ids",
         "adapter": 'a name, a list of {"name", "weight"}, or null for the base model',
         "stop": STOPS,
+        "logit_bias": BIASES,
+        "response_format": FORMATS,
     }
 
     prompt: str | TokenIds
@@ -89,18 +144,14 @@ class GenerateBody(Strict):
     frequency_penalty: Penalty = 0.0
     seed: Seed | None = None
     stop: Stop | None = None
+    logit_bias: Biases | None = None
     logprobs: Alternatives = 0
+    prompt_logprobs: Alternatives = 0
     return_token_ids: bool = False
     ignore_eos: bool = False
     stream: bool = False
-    response_format: Any = None
+    response_format: ResponseFormat | None = None
     timeout_s: Annotated[float, Field(gt=0, le=86_400)] | None = None
-
-    @field_validator("response_format")
-    @classmethod
-    def _no_format(cls, value: Any) -> None:
-        if value is not None:
-            raise ValueError(NOT_YET)
 
     @property
     def stops(self) -> list[str]:
@@ -161,7 +212,9 @@ def document(model: type[Strict], *examples: dict[str, Any]) -> dict[str, Any]:
 def _refusal(model: type[Strict], errors: list[ErrorDetails]) -> InvalidRequest:
     """The first field at fault; of a union's branches the one that came farthest."""
     field = errors[0]["loc"][:1]
-    fault = max((e for e in errors if e["loc"][:1] == field), key=lambda e: len(_path(model, e)))
+    fault = max(
+        (e for e in errors if e["loc"][:1] == field), key=lambda e: (e["type"] == "too_long", len(_path(model, e)))
+    )
     path = _path(model, fault)
     param = ".".join(path) or None
     return InvalidRequest(f"{param or 'the body'} {_reason(model, fault, path)}", param=param)
@@ -182,21 +235,31 @@ def _nested(model: type[Strict]) -> Iterator[type[Strict]]:
         yield from _nested(part)
 
 
+def _models(annotation: Any) -> Iterator[type[Strict]]:
+    """Those in a field's type."""
+    if isinstance(annotation, type) and issubclass(annotation, Strict):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _models(inner)
+
+
 def _reason(model: type[Strict], error: ErrorDetails, path: list[str]) -> str:
     kind = error["type"]
     if kind == "extra_forbidden":
-        return _unknown(path[-1], model.parts[0] if len(path) > 1 else model)
+        owner = model if len(path) == 1 else next(_models(model.model_fields[path[0]].annotation), model)
+        return _unknown(path[-1], owner)
     if kind == "value_error":
         return str(error["ctx"]["error"])
     if kind.startswith("json_"):
         return f"is not valid JSON: {error['ctx']['error']}"
     unions = {name: text for part in _nested(model) for name, text in part.unions.items()}
-    if kind.endswith("_type") and path and path[-1] in unions:
+    if kind.endswith(("_type", "_parsing")) and path and path[-1] in unions:
         return f"must be {unions[path[-1]]}"
     return error["msg"].replace("Input should", "should").replace("Field required", "is required")
 
 
 def _unknown(name: str, model: type[Strict]) -> str:
-    near = difflib.get_close_matches(name, model.model_fields, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(model.model_fields)}"
+    known = [field.alias or name for name, field in model.model_fields.items()]
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
     return f"is not a field of this request; {hint}"

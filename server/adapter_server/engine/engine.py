@@ -21,13 +21,14 @@ from transformers import PreTrainedModel
 from adapter_server.config import EngineConfig
 from adapter_server.core import Event, Finished, FinishReason, Folded, Loaded, Request, Spec, Stats, Token
 from adapter_server.engine.dense import prepare
+from adapter_server.engine.guide import Guides
 from adapter_server.engine.host import Host
 from adapter_server.engine.kv import Chunk, KvPool, PagePool, SlotPool, bytes_per_token
 from adapter_server.engine.model import Model, context_length, load
 from adapter_server.engine.pool import Pool
 from adapter_server.engine.profile import Profile, part
 from adapter_server.engine.routing import Routing, Step, route
-from adapter_server.engine.sampling import Chosen, choose
+from adapter_server.engine.sampling import Chosen, Draw, choose, rate
 from adapter_server.engine.scheduler import Row, Scheduler, Slice
 from adapter_server.engine.site import Placed, Prefix
 from adapter_server.errors import (
@@ -66,7 +67,7 @@ def build(model: str | Path, config: EngineConfig, store: Store, name: str | Non
     """Load a base and make it ready; it goes by `name`, or its folder's, or its hub id. Raises BaseNotSupported."""
     device = torch.device(_device(config.device))
     name = name or (Path(model).resolve().name if Path(model).exists() else str(model))
-    return Engine(load(model, config.dtype, device, config.quantize), config, store, name)
+    return Engine(load(model, config.dtype, device, config.quantize), config, store, name, tokenizer=model)
 
 
 def _device(wanted: str) -> str:
@@ -78,19 +79,28 @@ def _device(wanted: str) -> str:
 class Engine:
     """One base, its pool of adapters, its rows. Everything here is called by one thread."""
 
-    def __init__(self, module: PreTrainedModel, config: EngineConfig, store: Store, name: str = "base") -> None:
+    def __init__(
+        self,
+        module: PreTrainedModel,
+        config: EngineConfig,
+        store: Store,
+        name: str = "base",
+        tokenizer: str | Path | None = None,
+    ) -> None:
         self.config = config
         if threads := config.threads or _few_threads(module):
             torch.set_num_threads(threads)
         self.model = prepare(module, config.pack_weights)
         self.kv, length = self._kv()
         self.info = _info(module, self.model, name, length)
+        self.guides = Guides(tokenizer, self.info.vocab, self.info.eos, config.max_grammar_bytes)
         lock = torch.Tensor.pin_memory if self.model.device.type == "cuda" else None
         self.pool = Pool(self.model, store, config.adapter_bytes, Host(config.host_bytes, lock))
         self.pool.on_evict = self._evicted
         self.scheduler = Scheduler(self.kv, config.max_rows, config.max_step_tokens, self._admit, self._starved)
         self.profile = None if config.profile is None else Profile(config.profile)
         self.steps = 0
+        self.forming: list[Row] = []  # whose constraint is being compiled
         self._rows: dict[str, Row] = {}
         self._doomed: list[tuple[Row, AdapterServerError]] = []
         self._routing: tuple[tuple[tuple[Row, int, int], ...], list[int], Routing] | None = None  # key, order, routing
@@ -126,9 +136,17 @@ class Engine:
         """Queue a request, and begin loading its adapters. Raises InvalidRequest, PromptTooLong."""
         self._check(request, offset=0)
         row = Row.of(request)
+        constraint = request.sampling.constraint
+        row.guide = None if constraint is None else self.guides.want(constraint)
         self._rows[request.id] = row
+        if row.guide is None:
+            self._queue(row)
+        else:
+            self.forming.append(row)
+
+    def _queue(self, row: Row) -> None:
         self.scheduler.waiting.append(row)
-        row.held = [self.pool.claim(m.spec, request.mode == "merged") for m in request.members]
+        row.held = [self.pool.claim(m.spec, row.request.mode == "merged") for m in row.request.members]
         row.loading = None if all(h.live for h in row.held) else time.monotonic()
 
     def _check(self, request: Request, offset: int) -> None:
@@ -175,11 +193,11 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether a step would have something to do, beside waiting for loads."""
-        return bool(self.scheduler.running or self.scheduler.waiting)
+        return bool(self._rows)
 
     def step(self) -> list[Event]:
         """One forward for all rows that can run. Events in the order in which they came about."""
-        events = [*self._settled(), *self._expired(time.monotonic())]
+        events = [*self._settled(), *self._formed(), *self._expired(time.monotonic())]
         with part("plan"):
             slices = self.scheduler.plan()
         events += self._failed(self._doomed)
@@ -204,8 +222,21 @@ class Engine:
             return [*news, *self._failed(dict(lost).items())]
         return news
 
+    def _formed(self) -> list[Event]:
+        """Rows whose constraint is compiled wait with the others now; those whose constraint was refused end."""
+        ready: list[Row] = []
+        forming: list[Row] = []
+        for row in self.forming:
+            (ready if row.guide is None or row.guide.ready else forming).append(row)
+        self.forming = forming
+        refused = [(row, row.guide.error) for row in ready if row.guide is not None and row.guide.error is not None]
+        for row in ready:
+            if row.guide is None or row.guide.error is None:
+                self._queue(row)
+        return self._failed(refused)
+
     def _expired(self, now: float) -> list[Event]:
-        late = [r for r in self.scheduler.rows() if r.request.deadline is not None and now > r.request.deadline]
+        late = [r for r in self._rows.values() if r.request.deadline is not None and now > r.request.deadline]
         return [self._finish(row, "timeout") for row in late]
 
     def _failed(self, rows: Iterable[tuple[Row, AdapterServerError]]) -> list[Event]:
@@ -303,12 +334,16 @@ class Engine:
 
     def _forward(self, slices: list[Slice]) -> tuple[list[Slice], list[Chosen]]:
         """The step's forward, or a lane's several; the slices come back with a token for each that samples."""
+        guides = [s.row.guide for s in slices if s.last and s.row.guide is not None]
+        looked = self.guides.look(guides) if guides else None
         parts = [[slices[i] for i in places] for places in self.model.split([s.count for s in slices])]
         done = [self._packed(each) for each in parts]
         chosen: list[Chosen] = []
         if logits := [each for _, each in done if each is not None]:
             with part("sampling"):
-                chosen = choose(torch.cat(logits), [s.row.draw for ran, _ in done for s in ran if s.last])
+                if looked is not None:
+                    looked()
+                chosen = _chosen(torch.cat(logits), [s.row.draw for ran, _ in done for s in ran if s.last])
         return [s for ran, _ in done for s in ran], chosen
 
     def _packed(self, slices: list[Slice]) -> tuple[list[Slice], Tensor | None]:
@@ -326,14 +361,13 @@ class Engine:
             chunks.append(Chunk(row.lease, len(ids), s.count, start))
             ids += row.tokens[row.done : row.done + s.count]
             positions += range(row.shift + row.done, row.shift + row.done + s.count)
-            if s.last:
-                keep.append(len(ids) - 1)
+            keep += [len(ids) - s.count + i for i in s.kept]
         device = self.model.device
         step = Step(routing, self._head(slices, routing), self.kv.plan(chunks, len(ids)), rope_lengths=_lengths(slices))
         ids_, positions_ = (torch.tensor(v, device=device) for v in (ids, positions))
         with part("forward"):
             logits = self.model.forward(step, ids_, positions_, torch.tensor(keep or [0], device=device))
-        return slices, logits if keep else None
+        return slices, _sampled(slices, logits)
 
     def _routed(self, slices: list[Slice]) -> tuple[list[Slice], Routing]:
         """The slices adapter by adapter, and their routing: last step's, while the same rows do the same."""
@@ -347,10 +381,16 @@ class Engine:
         return [slices[i] for i in places], routing
 
     def _head(self, slices: Sequence[Slice], routing: Routing) -> Routing:
-        """lm_head sees one token of each row that samples."""
+        """lm_head sees one token of each row that samples, and those that rate the prompt's."""
         if len(slices) == routing.tokens and all(s.last for s in slices):
             return routing
-        return route([(1, s.routed[-1][1]) for s in slices if s.last] or [(1, ())], self.model.device)
+        runs = [
+            run
+            for s in slices
+            if (kept := s.kept)
+            for run in s.row.routed(s.row.done + kept.start, s.row.done + kept.stop)
+        ]
+        return route(runs or [(1, ())], self.model.device)
 
     def _advance(self, slices: Sequence[Slice], chosen: Sequence[Chosen]) -> list[Event]:
         now, events, answers = time.monotonic(), [], iter(chosen)
@@ -362,9 +402,8 @@ class Engine:
         return events
 
     def _emit(self, row: Row, chosen: Chosen, now: float) -> list[Event]:
-        if not chosen.ok:
-            error = RequestFailed("the model's logits are not finite for this request; its adapter is the likely cause")
-            return [self._finish(row, "error", error, scrub=True)]
+        if not chosen.ok or (row.guide is not None and row.guide.error is not None):
+            return [self._finish(row, "error", _failure(row, chosen), scrub=True)]
         if row.first is None:
             row.first = now
             self.scheduler.remember(row)
@@ -372,17 +411,27 @@ class Engine:
         self.scheduler.waiting.charge(row)
         if row.offset + len(row.tokens) - 1 == self.model.rope_border:
             row.done = 0  # its keys are of other frequencies from here on
-        token = Token(row.request.id, row.emitted - 1, chosen.id, chosen.logprob, chosen.top)
-        sampling = row.request.sampling
-        if chosen.id in self.info.eos and not sampling.ignore_eos:
-            return [token, self._finish(row, "eos")]
-        return [token, self._finish(row, "length")] if row.emitted >= sampling.max_new_tokens else [token]
+        rated = tuple(row.rated) if row.emitted == 1 else ()
+        token = Token(row.request.id, row.emitted - 1, chosen.id, chosen.logprob, chosen.top, rated)
+        reason = self._reason(row, chosen.id)
+        return [token] if reason is None else [token, self._finish(row, reason)]
+
+    def _reason(self, row: Row, id: int) -> FinishReason | None:
+        """Why this token is a row's last, if it is."""
+        sampling, guide = row.request.sampling, row.guide
+        if id in self.info.eos and not (sampling.ignore_eos and guide is None):
+            return "eos"
+        if guide is not None and guide.take(id):
+            return "stop"
+        return "length" if row.emitted >= sampling.max_new_tokens else None
 
     def _finish(
         self, row: Row, reason: FinishReason, error: AdapterServerError | None = None, scrub: bool = False
     ) -> Finished:
         now, request = time.monotonic(), row.request
         del self._rows[request.id]
+        if row in self.forming:
+            self.forming.remove(row)
         if error is None:
             self.scheduler.remember(row)
         self.scheduler.release(row, scrub)
@@ -410,7 +459,7 @@ class Engine:
         waiting = Counter(key for row in self.scheduler.waiting for key in {m.spec.key for m in row.request.members})
         return Stats(
             running=len(self.scheduler.running),
-            waiting=len(self.scheduler.waiting),
+            waiting=len(self.scheduler.waiting) + len(self.forming),
             kv_used_tokens=self.kv.used,
             kv_total_tokens=self.kv.total,
             preemptions=self.scheduler.preemptions,
@@ -420,8 +469,8 @@ class Engine:
         )
 
     def on_wake(self, wake: Callable[[], None]) -> None:
-        """What a loader's thread calls when a load has ended."""
-        self.pool.wake = wake
+        """What a loader's thread calls when a load has ended, and the guides' when a constraint is compiled."""
+        self.pool.wake = self.guides.wake = wake
 
     def end_profile(self) -> None:
         """Write the trace of the steps there were. On the thread that ran them, or torch's profiler falls over."""
@@ -431,6 +480,7 @@ class Engine:
 
     def close(self) -> None:
         self.end_profile()
+        self.guides.close()
         self.pool.close()
 
 
@@ -441,6 +491,48 @@ def _task(adapter: Adapter, task_id: int | None) -> int | None:
     if task_id is None or not 0 <= task_id < known:
         raise InvalidRequest(f"task_id must be 0 to {known - 1} for this adapter", param="task_id")
     return task_id
+
+
+def _chosen(logits: Tensor, draws: Sequence[Draw]) -> list[Chosen]:
+    """A token for each row. Where that fails, it fails for the rows alone for which it fails."""
+    try:
+        return choose(logits, draws)
+    except Exception:
+        return [_chosen_alone(row[None], draw) for row, draw in zip(logits, draws, strict=True)]
+
+
+def _chosen_alone(logits: Tensor, draw: Draw) -> Chosen:
+    try:
+        return choose(logits, [draw])[0]
+    except Exception as error:
+        return Chosen(0, ok=False, failure=error)
+
+
+def _failure(row: Row, chosen: Chosen) -> AdapterServerError:
+    """Why a row that should have a token has none."""
+    if row.guide is not None and row.guide.error is not None:
+        return row.guide.error
+    if chosen.failure is None:
+        return RequestFailed("the model's logits are not finite for this request; its adapter is the likely cause")
+    name = type(chosen.failure).__name__
+    error = RequestFailed(f"no token could be chosen for this request ({name}); see the server's log")
+    error.__cause__ = chosen.failure
+    return error
+
+
+def _sampled(slices: Sequence[Slice], logits: Tensor) -> Tensor | None:
+    """Of the kept tokens' logits those that choose new ones; the others rate tokens of the prompts."""
+    own, at = [], 0
+    for s in slices:
+        if ids := [s.row.tokens[s.row.done + i + 1] for i in s.rated]:
+            s.row.rated += rate(logits[at : at + len(ids)], ids, s.row.request.sampling.prompt_logprobs)
+            at += len(ids)
+        if s.last:
+            own.append(at)
+            at += 1
+    if len(own) == at:
+        return logits if own else None
+    return logits[own] if own else None
 
 
 def _few_threads(module: PreTrainedModel) -> int:

@@ -1,4 +1,5 @@
-"""Choosing tokens: penalties, temperature, top-k, top-p, min-p, and a random stream of a row's own.
+"""Choosing tokens: biases, penalties, the tokens that a constraint allows, temperature, top-k, top-p, min-p, and a
+random stream of a row's own.
 
 Order and meaning of the filters are transformers' (`generation/logits_process.py`). A row's random numbers come from
 (seed, index of the token) alone, so what else is in the batch never changes them.
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adapter_server.core import Sampling
+from adapter_server.core import Sampling, Top
 
 _MASK = (1 << 64) - 1
 COLDEST = 1e-5  # below, the likeliest token is certain, and what a score is divided by must not vanish in float32
@@ -26,22 +27,24 @@ class Draw:
     seed: int
     tokens: Sequence[int]  # prompt and generated
     prompt: int  # how many of them are the prompt
+    mask: Tensor | None = None  # [words] int32, a bit for each token that may come; None: all may
 
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """The token of one row. `ok` is False where the logits hold no finite maximum."""
+    """The token of one row. `ok` is False where the logits hold no finite maximum, or where there was a `failure`."""
 
     id: int
     ok: bool
     logprob: float | None = None
-    top: tuple[tuple[int, float], ...] = ()
+    top: Top = ()
+    failure: Exception | None = None
 
 
 def choose(logits: Tensor, draws: Sequence[Draw]) -> list[Chosen]:
     """logits [rows, vocab] → one token a row."""
     raw = logits.float()
-    logits = _penalised(raw, draws)
+    logits = _masked(_penalised(_biased(raw, draws), draws), draws)
     best, ids = logits.max(-1)
     ok = torch.isfinite(best).tolist()
     warm = [i for i, d in enumerate(draws) if d.sampling.temperature > 0 and ok[i]]
@@ -63,6 +66,38 @@ def _mix(z: int) -> int:
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
     return z ^ (z >> 31)
+
+
+def rate(logits: Tensor, ids: Sequence[int], count: int) -> list[tuple[float, Top]]:
+    """logits [n, vocab], the n tokens that came → each one's logprob, and the `count` likeliest in its place."""
+    logits = logits.float()
+    total = logits.logsumexp(-1, keepdim=True)
+    own = logits.gather(1, torch.tensor(ids, device=logits.device)[:, None]) - total
+    values, best = logits.topk(min(count, logits.shape[1]))
+    pairs = zip(best.tolist(), (values - total).tolist(), strict=True)
+    tops: list[Top] = [tuple(zip(*pair, strict=True)) for pair in pairs]
+    return list(zip(own.squeeze(1).tolist(), tops, strict=True))
+
+
+def _biased(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """All rows' biases in one addition."""
+    entries = [(i, *entry) for i, d in enumerate(draws) for entry in d.sampling.logit_bias]
+    if not entries:
+        return logits
+    rows, ids, values = (torch.tensor(column, device=logits.device) for column in zip(*entries, strict=True))
+    return logits.index_put((rows, ids), values.to(logits.dtype), accumulate=True)
+
+
+def _masked(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """Minus infinity where a row's constraint does not allow a token; all rows' bits are spread at once."""
+    masks = [(i, d.mask) for i, d in enumerate(draws) if d.mask is not None]
+    if not masks:
+        return logits
+    words = torch.stack([mask for _, mask in masks]).to(logits.device)
+    bits = words[:, :, None] >> torch.arange(32, device=logits.device, dtype=torch.int32) & 1
+    rows = torch.tensor([i for i, _ in masks], device=logits.device)
+    refused = bits.flatten(1)[:, : logits.shape[1]] == 0
+    return logits.index_copy(0, rows, logits[rows].masked_fill(refused, -torch.inf))
 
 
 def _penalised(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
@@ -108,13 +143,13 @@ def _sampled(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     p = p.masked_fill(p.cumsum(-1) - p >= column([s.top_p for s in settings]).clamp(min=1e-9), 0)
     p = p.masked_fill(p < p[:, :1] * column([s.min_p for s in settings]), 0).cumsum(-1)
     u = column([uniform(d.seed, len(d.tokens) - d.prompt) for d in draws])
-    at = torch.searchsorted(p, u * p[:, -1:], right=True).clamp(max=p.shape[1] - 1)
+    total = p[:, -1:]
+    below = torch.nextafter(total, torch.zeros_like(total))  # u may round to 1: the last token has a chance of 0
+    at = torch.searchsorted(p, torch.minimum(u * total, below), right=True)
     return ids.gather(1, at).squeeze(1)
 
 
-def _logprobs(
-    raw: Tensor, draws: Sequence[Draw], chosen: Sequence[int]
-) -> dict[int, tuple[float, tuple[tuple[int, float], ...]]]:
+def _logprobs(raw: Tensor, draws: Sequence[Draw], chosen: Sequence[int]) -> dict[int, tuple[float, Top]]:
     """Of the raw logits, before any penalty, for the rows that ask."""
     rows = [i for i, d in enumerate(draws) if d.sampling.logprobs]
     if not rows:

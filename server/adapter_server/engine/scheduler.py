@@ -11,11 +11,12 @@ from __future__ import annotations
 import itertools
 import math
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from adapter_server.core import Request
+from adapter_server.core import Request, Top
 from adapter_server.engine.blocks import Chain
+from adapter_server.engine.guide import Guide
 from adapter_server.engine.kv import KvPool, Lease, PagePool
 from adapter_server.engine.pool import Holding
 from adapter_server.engine.routing import Use
@@ -43,6 +44,8 @@ class Row:
     loading: float | None = None  # since when it waits for its adapter
     load_s: float = 0.0
     first: float | None = None  # when its first token came
+    guide: Guide | None = None
+    rated: list[tuple[float, Top]] = field(default_factory=list)  # of the prompt's tokens, from the second
 
     @classmethod
     def of(cls, request: Request) -> Row:
@@ -66,6 +69,11 @@ class Row:
     @property
     def emitted(self) -> int:
         return len(self.tokens) - len(self.request.prompt)
+
+    @property
+    def unrated(self) -> bool:
+        """Whether logits of the prompt's own tokens are wanted still."""
+        return self.request.sampling.prompt_logprobs > 0 and len(self.rated) < len(self.request.prompt) - 1
 
     @property
     def border(self) -> int:
@@ -97,7 +105,8 @@ class Row:
 
     @property
     def draw(self) -> Draw:
-        return Draw(self.request.sampling, self.seed, self.tokens, len(self.request.prompt))
+        mask = None if self.guide is None else self.guide.mask
+        return Draw(self.request.sampling, self.seed, self.tokens, len(self.request.prompt), mask)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -114,6 +123,23 @@ class Slice:
     @property
     def routed(self) -> list[tuple[int, tuple[Use, ...]]]:
         return self.row.routed(self.row.done, self.row.done + self.count)
+
+    @property
+    def rated(self) -> range:
+        """Of which of its tokens the logits are wanted because of the prompt's token that follows; counted from 0."""
+        row = self.row
+        if not row.unrated:
+            return range(0)
+        first = max(row.done, len(row.rated))
+        return range(first - row.done, min(self.count, len(row.request.prompt) - 1 - row.done))
+
+    @property
+    def kept(self) -> range:
+        """The tokens whose logits are wanted; the last of them samples, if this slice does."""
+        rated = self.rated
+        if not rated:
+            return range(self.count - self.last, self.count)
+        return range(rated.start, rated.stop + self.last)
 
 
 @dataclass(slots=True)
@@ -132,10 +158,6 @@ class Scheduler:
     waiting: Turns = field(default_factory=Turns)
     running: list[Row] = field(default_factory=list)
     preemptions: int = 0
-
-    def rows(self) -> Iterator[Row]:
-        yield from self.running
-        yield from self.waiting
 
     def plan(self) -> list[Slice]:
         """The step: every decode first, then prompts under way, then new rows, within the token budget."""
@@ -198,11 +220,11 @@ class Scheduler:
         return None
 
     def _known(self, row: Row) -> list[bytes]:
-        """The keys of the blocks that may be known: all but the last token's, whose logits are wanted."""
+        """The keys of the blocks that may be known: all but the last token's, whose logits are wanted; or all are."""
         if self.kv.blocks is None:
             return []
         row.chain = row.chain or Chain.of(row.request, self.kv.block, row.offset, row.acts, row.acting)
-        return row.chain.upto(row.tokens, len(row.tokens) - 1)
+        return [] if row.unrated else row.chain.upto(row.tokens, len(row.tokens) - 1)
 
     def remember(self, row: Row) -> None:
         """Keep what has been computed of this row, for those that begin with the same."""

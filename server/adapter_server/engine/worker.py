@@ -52,7 +52,7 @@ class Worker:
         if self._stop_at is not None or not self.alive:
             raise Unavailable("the server is going down; try another or later", retry_after=5)
         with self._lock:
-            waiting = self._queued + len(self.engine.scheduler.waiting)
+            waiting = self._queued + len(self.engine.scheduler.waiting) + len(self.engine.forming)
             if waiting >= self.engine.config.max_waiting:
                 wait = min(60.0, max(1.0, waiting / self._rate))
                 raise QueueFull(f"{waiting} requests are waiting, which is the limit; retry later", retry_after=wait)
