@@ -136,6 +136,33 @@ def with_biases(arch: str, prompt: Sequence[int]) -> Judged:
     return alone(base, prompt)
 
 
+# Sparse deltas
+
+
+def sparse(arch: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """{parameter: (indices, values)} of all kinds of modules, the tied embedding among them."""
+    found = {}
+    for i, (name, p) in enumerate(zoo.tiny_base(arch).named_parameters()):
+        if i % 2 == 0:
+            indices = torch.randperm(p.numel(), generator=torch.Generator().manual_seed(i))[: max(p.numel() // 8, 1)]
+            found[name] = indices, noise((len(indices),), i, 0.6)
+    return found
+
+
+def save_sparse(arch: str, folder: Path) -> Path:
+    deltas = sparse(arch)
+    config = {"peft_type": "SPARSE_DELTA", "parameters": {name: len(values) for name, (_, values) in deltas.items()}}
+    tensors = {f"{ROOT}{name}.indices": indices for name, (indices, _) in deltas.items()}
+    return save(folder, config, tensors | {f"{ROOT}{name}.values": values for name, (_, values) in deltas.items()})
+
+
+def with_sparse(arch: str, prompt: Sequence[int]) -> Judged:
+    base = zoo.tiny_base(arch)
+    for name, (indices, values) in sparse(arch).items():
+        base.get_parameter(name).data.view(-1)[indices] += values
+    return alone(base, prompt)
+
+
 # AdapterHub's: what its own library answers is in golden/; this is the formula, written as hooks
 
 
@@ -218,6 +245,7 @@ def with_flat_prefix(arch: str, prompt: Sequence[int]) -> Judged:
 
 KINDS = {
     "BITFIT": Kind(("llama", "qwen2", "gpt2"), save_bitfit, with_biases),
+    "SPARSE_DELTA": Kind(("llama", "qwen2", "gpt2"), save_sparse, with_sparse),
     "ADAPTERHUB": Kind(
         ("llama", "gpt2"), save_houlsby, lambda arch, ids: alone(with_houlsby(zoo.tiny_base(arch), arch), ids), False
     ),
