@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adapter_server.engine.lowrank import Adder, LowRank, add_large
-from adapter_server.engine.routing import Routing, Segment, current
+from adapter_server.engine.routing import Routing, Segment, Use, current
 from adapter_server.errors import AdapterRefused
-from adapter_server.families.base import Adapter, AnyPatch, BlockPatch, Patch, linear_params
+from adapter_server.families.base import Adapter, AnyPatch, BlockPatch, ParamPatch, Patch, linear_params
 from adapter_server.families.quantised import is_quantised
 
 
@@ -365,7 +365,7 @@ class LinearGroup:
 
 
 class ModuleSite:
-    """A module that is no Linear (embedding, norm): its own forward for everybody, patched segments over it.
+    """A module that is no Linear (embedding, norm, experts): its own forward for everybody, patched segments over it.
 
     `axis` is the tokens' in its input and output: norms of single heads see [1, heads, T, dim] in some models.
     """
@@ -375,23 +375,50 @@ class ModuleSite:
         self.base = module.forward
         module.forward = self.forward
 
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.base(x)
-        step = current()
+    def forward(self, x: Tensor, *args: Tensor, **kwargs: Tensor) -> Tensor | tuple[Tensor, ...]:
+        step, more = current(), (*args, *kwargs.values())
         if step is None or step.routing.plain:
+            plain: Tensor | tuple[Tensor, ...] = self.base(x, *args, **kwargs)
+            return plain
+        routing = step.routing
+        here = [(s, patch) for s in routing.segments if (patch := s.placed.others.get(self.path))]
+        if len(here) == 1 and here[0][0].count == routing.tokens and _is_alone(here[0][0]):
+            return here[0][1].apply(x, self.module, *more)
+        y: Tensor | tuple[Tensor, ...] = self.base(x, *args, **kwargs)
+        if not here:
             return y
-        here = [(s, patch) for s in step.routing.segments if (patch := s.placed.others.get(self.path))]
-        return self._patched(x, y, here) if here else y
+        return self._routed(x, y, routing) if isinstance(y, tuple) else self._patched(x, y, here, more)
 
-    def _patched(self, x: Tensor, y: Tensor, here: list[tuple[Segment, AnyPatch]]) -> Tensor:
+    def _patched(self, x: Tensor, y: Tensor, here: list[tuple[Segment, AnyPatch]], more: tuple[Tensor, ...]) -> Tensor:
         out = y.clone()
         xs, ys, outs = (self._by_token(t) for t in (x, y, out))
         for segment, patch in here:
-            delta = patch.apply(xs[segment.tokens], self.module) - ys[segment.tokens]
+            rest = (self._by_token(t)[segment.tokens] for t in more)
+            delta = patch.apply(xs[segment.tokens], self.module, *rest) - ys[segment.tokens]
             if segment.weights is not None:
                 delta = delta * segment.weights.view(-1, *[1] * (delta.dim() - 1))
             _add_to(outs, segment, delta)
         return out
+
+    def _routed(self, x: Tensor, y: tuple[Tensor, ...], routing: Routing) -> tuple[Tensor, ...]:
+        """A router's outputs [T, …] are choices, which no sum of differences mixes: its parameters are mixed."""
+        xs, outs = self._by_token(x), tuple(t.clone() for t in y)
+        for i, uses in enumerate(routing.uses):
+            if (params := self._mixed(uses)) and routing.use_of is not None:
+                tokens = (routing.use_of == i).nonzero()[:, 0]
+                for out, part in zip(outs, ParamPatch(params).apply(xs[tokens], self.module), strict=True):
+                    out.index_copy_(0, tokens, part)
+        return outs
+
+    def _mixed(self, uses: Sequence[Use]) -> dict[str, Tensor]:
+        """W + Σ wᵢ (Wᵢ − W) for each parameter that some adapter replaces."""
+        mixed: dict[str, Tensor] = {}
+        for placed, weight in uses:
+            patch = placed.others.get(self.path)
+            for name, value in patch.params.items() if isinstance(patch, ParamPatch) else ():
+                own = self.module.get_parameter(name)
+                mixed[name] = mixed.get(name, own) + weight * (value - own)
+        return mixed
 
     def _by_token(self, t: Tensor) -> Tensor:
         """A view with all tokens first: [1, T, …] or, of rows with one token each, [T, 1, …]."""

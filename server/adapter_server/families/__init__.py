@@ -13,7 +13,12 @@ from adapter_server.errors import AdapterRefused
 from adapter_server.families.base import Family
 from adapter_server.families.lora_variants import SUBTRACTED
 
-READS_BASE = ("kasa_config", "trainable_token_indices", "use_dora")  # options that make a quick kind slow
+READS_BASE = (
+    "kasa_config",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_dora",
+)  # options that make a quick kind slow
 
 _LANE = "it needs a lane of its own, which is not built"
 _MERGE = "merge it into a base of its own with PEFT's merge_and_unload"

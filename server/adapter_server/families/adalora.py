@@ -17,7 +17,7 @@ from adapter_server.families.wrapping import TARGETS, Reader, Wrapped, Wrapping
 _LORA = "it is LoRA's, and AdaLoRA does not define it"
 _FOREIGN = (
     *("alora_invocation_tokens", "ensure_weight_tying", "kasa_config", "lora_bias", "monteclora_config"),
-    "trainable_token_indices",
+    *("target_parameters", "trainable_token_indices"),
     *("use_bdlora", "use_dora", "velora_config"),
 )
 TRAINING = frozenset(

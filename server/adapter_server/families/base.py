@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from adapter_server.core import Spec
 from adapter_server.families.quantised import dequantised, is_quantised
 
-Kind = Literal["linear", "conv1d", "embedding", "other"]
+Kind = Literal["linear", "conv1d", "embedding", "experts", "experts_transposed", "other"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +71,8 @@ class Base(Protocol):
 class AnyPatch(Protocol):
     """What the engine needs of a patch at a module: apply it to tokens, or fold it into the module's parameters."""
 
-    def apply(self, x: Tensor, module: nn.Module) -> Tensor:
-        """The patched module's output for x, `module` being the pristine one."""
+    def apply(self, x: Tensor, module: nn.Module, *more: Tensor) -> Tensor:
+        """The patched module's output for x and what else it is called with, `module` being the pristine one."""
 
     def fold(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The module's float32 parameters (a Linear's weight as [out, in]) with the patch folded in; new tensors."""
@@ -128,7 +128,7 @@ class Patch(_Fields):
     def rank(self) -> int:
         return 0 if self.A is None else self.A.shape[0]
 
-    def apply(self, x: Tensor, module: nn.Module) -> Tensor:
+    def apply(self, x: Tensor, module: nn.Module, *more: Tensor) -> Tensor:
         """x [..., in] → y [..., out]: the formula at the head of this file, term by term."""
         W, b = linear_params(module)
         W = W if self.weight is None else self.weight
@@ -173,7 +173,7 @@ class EmbeddingPatch(_Fields):
     def rank(self) -> int:
         return self.A.shape[0]
 
-    def apply(self, x: Tensor, module: nn.Module) -> Tensor:
+    def apply(self, x: Tensor, module: nn.Module, *more: Tensor) -> Tensor:
         """x [...] token ids → e [..., hidden]."""
         E = module.get_parameter("weight") if self.weight is None else self.weight
         e = F.embedding(x, E) + F.linear(F.embedding(x, self.A.T), self.B)
@@ -199,11 +199,11 @@ class ParamPatch:
 
     rank = 0
 
-    def apply(self, x: Tensor, module: nn.Module) -> Tensor:
+    def apply(self, x: Tensor, module: nn.Module, *more: Tensor) -> Tensor:
         """The class's own forward on a double of the module: the instance's `forward` may be a site's."""
         double = object.__new__(type(module))
         double.__dict__ = {**module.__dict__, "_parameters": {**module._parameters, **self.params}}
-        out: Tensor = type(module).forward(double, x)
+        out: Tensor = type(module).forward(double, x, *more)
         return out
 
     def fold(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:

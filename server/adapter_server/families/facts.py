@@ -74,6 +74,8 @@ def _shape(module: nn.Module) -> ModuleShape:
     if type(module).__name__ == "Conv1D":
         inp, out = params["weight"]
         return ModuleShape("conv1d", inp, out, params)
+    if hasattr(module, "has_gate") and hasattr(module, "is_transposed"):  # of transformers' experts interface
+        return ModuleShape("experts_transposed" if module.is_transposed else "experts", 0, 0, params)
     return ModuleShape("other", 0, 0, params)
 
 

@@ -6,7 +6,7 @@ y = gain · (W' x + s·B(A x)) + b + bias        s = α/r, rsLoRA α/√r;   gai
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from adapter_server.core import Spec
 from adapter_server.errors import AdapterRefused
+from adapter_server.families import parameters
 from adapter_server.families.base import (
     Adapter,
     AnyPatch,
@@ -77,6 +78,7 @@ SERVED = frozenset(
         "r",
         "rank_pattern",
         "target_modules",
+        "target_parameters",
         "trainable_token_indices",
         "use_bdlora",
         "use_dora",
@@ -110,7 +112,6 @@ REFUSED: Mapping[str, str] = {
     "enable_lora": "it splits a fused projection; " + _MERGE,
     "layer_replication": "it changes the base's depth for everybody; " + _MERGE,
     "megatron_config": "it is sharded for Megatron; export it as a plain PEFT adapter",
-    "target_parameters": "it adapts parameters that are no module; " + _MERGE,
     "use_qalora": "it pools the input of a quantised base; " + _MERGE,
 }
 
@@ -139,6 +140,7 @@ class Plan:
     tokens: Mapping[str, list[int]]  # module path: its trained rows
     tied_tokens: bool  # the head's are the embedding's
     invocation: tuple[int, ...]  # aLoRA's; empty: none
+    parameters: list[parameters.Target]
 
 
 class Lora:
@@ -153,7 +155,7 @@ class Lora:
         biases = biases_expected(plan.biases, shapes)
         tokens: Expected = {_rows_key(p, plan, shapes): (len(i), shapes.hidden) for p, i in plan.tokens.items()}
         copies, whole = copies_expected(plan.wrapped, shapes, names), saved_expected(plan.saved, shapes)
-        return keys | biases | tokens | copies | whole
+        return keys | biases | tokens | copies | whole | parameters.expected(plan.parameters)
 
     def load(self, spec: Spec, tensors: Mapping[str, Tensor], base: Base) -> Adapter:
         plan, take = resolve(spec.config, base.shapes, frozenset(tensors)), Taker(tensors)
@@ -165,6 +167,7 @@ class Lora:
             patches[path] = _module_patch(take, path, low, plan, base, weights.get(path))
         for path in plan.saved:
             patches[path] = saved_patch(take, path, base)
+        patches |= parameters.patches(plan.parameters, take, base)
         rows = {key: take(key) for key in dict.fromkeys(_rows_key(p, plan, base.shapes) for p in plan.tokens)}
         for path, indices in plan.tokens.items():
             patches[path] = with_rows(rows[_rows_key(path, plan, base.shapes)], path, indices, base)
@@ -182,7 +185,9 @@ def resolve(config: Config, shapes: Shapes, names: frozenset[str]) -> Plan:
     check_known(config, SERVED | HARMLESS | REFUSED.keys())
     refuse_set(config, REFUSED)
     _check_init(config)
-    paths = _with_tied(config, shapes, names, targeted(config, shapes))
+    bare = parameters.targets(config, shapes, _by_name(config))
+    named = targeted(config, shapes) if config.get("target_modules") or not bare else []
+    paths = _with_tied(config, shapes, names, named)
     saved = _with_tied(config, shapes, names, saved_modules(config, shapes))
     refuse_overlap(paths, saved)
     dora, lora_bias = flag(config, "use_dora"), flag(config, "lora_bias")
@@ -198,9 +203,12 @@ def resolve(config: Config, shapes: Shapes, names: frozenset[str]) -> Plan:
     if form.subtracts and {shapes.embed, shapes.head} & set(paths):
         raise AdapterRefused("adapter_config.json: this initialisation cannot be undone at the embedding or the head")
     lows, invocation = _lows(config, paths), _invocation(config, shapes)
+    if bare:
+        refuse_overlap([*paths, *biases, *saved, *tokens], [target.module for target in bare])
+        _check_plain(form, dora or lora_bias or bool(groups) or bool(invocation))
     if invocation:
         _check_alora(config, shapes, paths, form)
-    return Plan(lows, tuple(saved), biases, dora, lora_bias, groups, form, tokens, tied_tokens, invocation)
+    return Plan(lows, tuple(saved), biases, dora, lora_bias, groups, form, tokens, tied_tokens, invocation, bare)
 
 
 def _invocation(config: Config, shapes: Shapes) -> tuple[int, ...]:
@@ -265,18 +273,30 @@ def _tokens(config: Config, shapes: Shapes) -> tuple[dict[str, list[int]], bool]
     return ({**found, shapes.head: found[shapes.embed]}, True) if tied else (found, False)
 
 
+def _check_plain(form: Variant, special: bool) -> None:
+    """PEFT wraps a bare parameter in plain LoRA alone."""
+    if special or not form.plain:
+        raise AdapterRefused(f"adapter_config.json: '{parameters.TARGETS}' is defined for plain LoRA and rsLoRA alone")
+
+
 def _lows(config: Config, paths: Iterable[str]) -> dict[str, Low]:
+    lookup = _by_name(config)
+    return {path: Low(*lookup(path)) for path in paths}
+
+
+def _by_name(config: Config) -> Callable[[str], tuple[int, float]]:
+    """Rank and scaling by the name of a module, or of a parameter."""
     rank = by_pattern(config, "rank_pattern", table(config, "rank_pattern"), config.get("r", 8))
     alpha = by_pattern(config, "alpha_pattern", table(config, "alpha_pattern"), config.get("lora_alpha", 8))
     root = flag(config, "use_rslora")
-    return {path: _low(as_integer(rank(path), "r"), as_number(alpha(path), "lora_alpha"), root) for path in paths}
+    return lambda name: _low(as_integer(rank(name), "r"), as_number(alpha(name), "lora_alpha"), root)
 
 
-def _low(rank: int, alpha: float, root: bool) -> Low:
+def _low(rank: int, alpha: float, root: bool) -> tuple[int, float]:
     scaling = alpha / (math.sqrt(rank) if root else rank)
     if abs(scaling) > MAX_SCALING:
         raise AdapterRefused(f"adapter_config.json: the scaling {scaling:g} is beyond {MAX_SCALING:g}")
-    return Low(rank, scaling)
+    return rank, scaling
 
 
 def _rows_key(path: str, plan: Plan, shapes: Shapes) -> str:
