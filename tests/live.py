@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -45,6 +45,7 @@ class Live:
     server: Server
     worker: Worker
     thread: threading.Thread
+    at_rest: dict[str, Any] = field(default_factory=dict)  # what adapters hold that stand before the prompt
 
     def ask(self, question: Question, **fields: Any) -> httpx.Response:
         body = {"prompt": question.prompt, "adapter": question.adapter, "max_new_tokens": 64}
@@ -66,9 +67,19 @@ class Live:
     def settle(self, patience_s: float = PATIENCE_S) -> None:
         """Waits until nothing is left of any request; fails if something stays."""
         until = time.monotonic() + patience_s
-        while held := self.occupied():
+        while (held := self.occupied()) != self.at_rest:
             assert time.monotonic() < until, f"still held: {held}"
             time.sleep(0.02)
+
+    def warm(self, questions: list[Question]) -> list[Question]:
+        """Those that it answers rightly, one by one; what their adapters hold from now on is no request's."""
+        known = [q for q in questions if self.ask(q).json()["text"] == q.answer]
+        until = time.monotonic() + PATIENCE_S
+        while set(held := self.occupied()) - {"kv_used"}:
+            assert time.monotonic() < until, f"still held: {held}"
+            time.sleep(0.02)
+        self.at_rest = held
+        return known
 
     def wait_for(self, **least: int) -> None:
         """Waits until `running`, `waiting` or `steps` are at least so many."""

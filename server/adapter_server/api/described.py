@@ -46,7 +46,7 @@ def answered(*media: str, why: str = "The answer") -> Responses:
     return {200: {"description": why, "content": {kind: {"schema": {}} for kind in media}}}
 
 
-ANYWHERE = refused(403, 413, 500)  # a foreign Host header, a body too large, a mistake of ours
+ANYWHERE = refused(403, 408, 413, 431, 500)  # a foreign Host header, a body or headers beyond bounds, our mistakes
 KEYED = refused(401)
 ASKED = (401, 403, 404, 413, 424, 429, 500, 503, 504)  # what can be wrong with a prompt, its adapter, the engine
 GENERATED = refused(422, *ASKED, shape=Refusal | LoraxRefusal)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from adapter_server.api import refusals
@@ -25,6 +26,7 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 UPLOAD = re.compile(r"/adapters/[^/]+")
 UPLOAD_MORE = guard.MAX_CONFIG_BYTES + (1 << 20)  # beside the weights: the config and the form around both
 QUIET = frozenset({"/livez", "/readyz", "/health", "/metrics"})
+LEFT = 499  # in the log alone, as nginx has it
 log = structlog.get_logger()
 
 
@@ -55,6 +57,8 @@ class Envelope:
         exchange = _Exchange(scope, receive, send, self._limits_of(scope))
         try:
             await exchange.run(self._app)
+        except ClientDisconnect:  # before the request was whole: nobody hears an answer
+            exchange.status = exchange.status or LEFT
         except Exception:
             log.exception("request failed", request_id=exchange.id)
             if exchange.status is not None:
