@@ -78,21 +78,23 @@ def test_tokens_are_the_bases_and_pefts(case: str, tmp_path: Path) -> None:
     assert engine.info.lane == "dense"
     names = [None, "lora", "dora", "ia3", "prefix", "prompt", None]
     cases = [(name, rig.PROMPTS[i % 5]) for i, name in enumerate(names)]
-    answers = rig.run(engine, [rig.ask(engine, name, prompt, logprobs=0) for name, prompt in cases], stagger=1)
+    asked = [rig.ask(engine, name, prompt, logprobs=0, prompt_logprobs=1) for name, prompt in cases]
+    answers = rig.run(engine, asked, stagger=1)
     for (name, prompt), answer in zip(cases, answers, strict=True):
         assert answer.end is not None
         assert answer.end.error is None, (name, answer.end.error.__cause__)
-        assert tuple(answer.ids) == alone(case, tmp_path, name, prompt), (name, prompt)
+        ids, rated = alone(case, tmp_path, name, prompt)
+        assert tuple(answer.ids) == ids, (name, prompt)
+        assert [own for own, _ in answer.prompt] == pytest.approx(rated, abs=1e-4), (name, prompt)
     engine.close()
 
 
-def alone(case: str, root: Path, name: str | None, prompt: tuple[int, ...]) -> tuple[int, ...]:
+def alone(case: str, root: Path, name: str | None, prompt: tuple[int, ...]) -> tuple[tuple[int, ...], list[float]]:
+    """The greedy tokens, and the logprobs of the prompt's own from its second."""
     model = base(case) if name is None else zoo.load_peft(base(case), root / name)
+    asked = {"input_ids": torch.tensor([prompt]), "attention_mask": torch.ones(1, len(prompt), dtype=torch.long)}
     with torch.inference_mode(), zoo.quiet():
-        out = model.generate(
-            input_ids=torch.tensor([prompt]),
-            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-            max_new_tokens=rig.NEW,
-            do_sample=False,
-        )
-    return tuple(out[0, len(prompt) :].tolist())
+        out = model.generate(**asked, max_new_tokens=rig.NEW, do_sample=False)
+        logprobs = model(**asked).logits[0, -len(prompt) : -1].log_softmax(-1)
+    rated = [row[id].item() for row, id in zip(logprobs, prompt[1:], strict=True)]
+    return tuple(out[0, len(prompt) :].tolist()), rated

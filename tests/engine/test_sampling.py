@@ -9,6 +9,7 @@ import torch
 from transformers import (
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -78,6 +79,57 @@ def test_presence_and_frequency_count_what_was_emitted_alone() -> None:
     assert moved == [9, 30]
     assert (LOGITS[0] - row)[9].item() == pytest.approx(0.5 + 2 * 0.25)
     assert (LOGITS[0] - row)[30].item() == pytest.approx(0.75)
+
+
+def bits(*ids: int) -> torch.Tensor:
+    """The mask that allows these of 50 tokens."""
+    words = [sum(1 << (i % 32) for i in ids if i // 32 == word) for word in range(2)]
+    return torch.tensor([word - (1 << 32) if word >> 31 else word for word in words], dtype=torch.int32)
+
+
+def test_biases_are_transformers_and_come_before_penalties() -> None:
+    bias = ((3, 2.5), (40, -100.0), (9, 1.0))
+    want = SequenceBiasLogitsProcessor({(i,): v for i, v in bias})(torch.tensor([[4, 9]]), LOGITS.clone())
+    got = sampling._biased(LOGITS.repeat(3, 1), [draw(), draw(logit_bias=bias), draw(logit_bias=((0, 7.0),))])
+    assert torch.equal(got[0], LOGITS[0])
+    assert torch.equal(got[1], want[0])
+    assert (got[2] - LOGITS[0]).nonzero().flatten().tolist() == [0]
+    [chosen] = choose(LOGITS, [draw(temperature=0, logit_bias=((7, 100.0),), repetition_penalty=100.0, tokens=(7,))])
+    assert chosen.id != 7
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 0.0}, {}, {"top_k": 3}, {"top_p": 0.3}, {"min_p": 0.9}])
+def test_only_what_a_mask_allows_is_chosen_and_only_in_its_row(settings: dict[str, float]) -> None:
+    masks = [None, bits(5, 31, 32, 49), None, bits(12)]
+    rows = [Draw(Sampling(**{"temperature": 1.0, **settings}), seed, (1,), 1, masks[seed % 4]) for seed in range(200)]
+    chosen = [c.id for c in choose(LOGITS.expand(200, -1), rows)]
+    assert set(chosen[1::4]) <= {5, 31, 32, 49}
+    assert set(chosen[3::4]) == {12}
+    plain = [Draw(r.sampling, r.seed, (1,), 1) for r in rows]
+    assert [c.id for c in choose(LOGITS.expand(200, -1), plain)][::2] == chosen[::2]
+
+
+def test_logprobs_are_of_what_no_mask_or_bias_has_touched() -> None:
+    settings = Sampling(logprobs=2, logit_bias=((12, 50.0),))
+    [chosen] = choose(LOGITS, [Draw(settings, 0, (1,), 1, bits(12))])
+    assert chosen.id == 12
+    assert chosen.logprob == pytest.approx(LOGITS[0].log_softmax(-1)[12].item())
+
+
+def test_the_last_token_with_a_chance_is_drawn_where_the_number_rounds_to_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "uniform", lambda seed, index: 1 - 2.0**-53)
+    [chosen] = choose(LOGITS, [Draw(Sampling(temperature=1.0), 0, (1,), 1, bits(5, 12))])
+    assert chosen.id in (5, 12)
+
+
+def test_rates_are_log_softmax() -> None:
+    ids = [3, 44, 7]
+    rows = torch.randn(3, 50, generator=torch.Generator().manual_seed(1))
+    want = rows.log_softmax(-1)
+    for i, (own, top) in enumerate(sampling.rate(rows, ids, 4)):
+        assert own == pytest.approx(want[i, ids[i]].item(), abs=1e-6)
+        assert [id for id, _ in top] == want[i].topk(4).indices.tolist()
+        assert [value for _, value in top] == pytest.approx(want[i].topk(4).values.tolist(), abs=1e-6)
 
 
 def test_a_number_is_of_its_seed_and_place_alone() -> None:
