@@ -28,6 +28,7 @@ class EngineConfig:
     max_rows: int = 64  # rows that run at once
     max_step_tokens: int = 512  # token budget of one step, prefill chunks and decodes together
     max_waiting: int = 1024  # requests in the queue before 429
+    max_waiting_tokens: int = 4 << 20  # of their prompts and answers, the same
     kv_bytes: int = 2 * GIB  # memory for keys and values
     kv_layout: Literal["auto", "slots", "pages"] = "auto"  # auto: slots on the CPU, pages on CUDA
     page_tokens: int = 16  # also the blocks in which beginnings of prompts are kept
@@ -52,10 +53,13 @@ class ServerConfig:
     max_body_bytes: int = 8 << 20
     max_header_bytes: int = 64 << 10
     body_timeout_s: float = 30.0  # for a request's body to come; for an upload, between two parts of it
+    stream_buffer_tokens: int = 16_384  # that wait for a client that does not read its stream
+    write_timeout_s: float = 60.0  # for a client to take some of its answer
     request_timeout_s: float = 600.0
     drain_timeout_s: float = 30.0
     insecure: bool = False
     api_key: tuple[str, ...] = field(default=(), repr=False)  # any of them may ask; none: everybody may
     admin_key: tuple[str, ...] = field(default=(), repr=False)  # for the adapters' routes
+    api_keys_file: str | None = None  # more keys, each with its rights and limits
     gateway_metrics: bool = True
     log_level: Literal["debug", "info", "warning", "error"] = "info"

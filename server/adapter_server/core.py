@@ -89,6 +89,11 @@ class Request:
     arrived: float = 0.0
     deadline: float | None = None
 
+    @property
+    def cost(self) -> int:
+        """Tokens that it may take: those of the prompt, and as many new ones as it allows."""
+        return len(self.prompt) + self.sampling.max_new_tokens
+
 
 @dataclass(frozen=True, slots=True)
 class Token:

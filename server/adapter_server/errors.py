@@ -8,6 +8,7 @@ AdapterServerError
 ├── BodyTooLarge        413  the body is larger than the server reads
 ├── HeadersTooLarge     431  the same of the headers
 ├── BodyTooSlow         408  the body did not come in time
+├── ClientTooSlow       408  the client does not read its stream
 ├── AdapterNotFound     404  no adapter, or no version, of that name
 ├── AdapterRefused      424  the adapter's files break a rule
 │   └── VersionGone     424  the files changed between admission and load
@@ -16,6 +17,7 @@ AdapterServerError
 ├── StorageFailed       500  the disk refused a write: what was there before is there still
 ├── NotMergeable        422  the adapter has no merged form (409 on the admin routes)
 ├── QueueFull           429  with `retry_after` seconds
+├── RateLimited         429  this key has used what it may, with `retry_after` seconds
 ├── Unavailable         503  starting, draining or dead, with `retry_after` seconds
 ├── RequestFailed       500  this request failed inside
 ├── DeadlineExceeded    504  the deadline passed before the first token
@@ -96,6 +98,14 @@ class NotMergeable(AdapterServerError):
 
 class QueueFull(AdapterServerError):
     status, code = 429, "queue_full"
+
+
+class RateLimited(AdapterServerError):
+    status, code = 429, "rate_limited"
+
+
+class ClientTooSlow(AdapterServerError):
+    status, code = 408, "client_too_slow"
 
 
 class Unavailable(AdapterServerError):

@@ -17,11 +17,14 @@ import pytest
 from adapter_server import __version__
 from adapter_server.api import lorax, refusals
 from adapter_server.api.access import check_host
+from adapter_server.api.app import create_app
 from adapter_server.api.envelope import Envelope
 from adapter_server.config import ServerConfig
 from adapter_server.errors import AdapterServerError, InvalidRequest, RequestFailed, VersionGone
 from adapter_server.metrics import Metrics
+from adapter_server.registry.store import Store
 from adapter_server.text import Text
+from fakes import INFO, FakeWorker
 from serving import Served, serving
 
 
@@ -279,3 +282,56 @@ def test_an_admitted_request_that_fails_is_counted_once(own: Served) -> None:
     own.worker.limit = 0
     assert own.generate().status_code == 429
     assert count(own, "adapter_server_refused_total", "queue_full") == 1
+
+
+# Clients that do not read
+
+
+async def stalled(app: Any, config: ServerConfig, body: dict[str, Any]) -> list[Any]:
+    """What a client got that takes a first chunk and then waits: a while, or for good."""
+    taken: list[Any] = []
+    service = app.state.service
+    slow = config.write_timeout_s > 1
+
+    async def receive() -> Any:
+        if not taken and not service.worker.requests:
+            return {"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}
+        return await asyncio.sleep(60)
+
+    async def send(message: Any) -> None:
+        taken.append(message)
+        if len(taken) == 2:
+            await asyncio.sleep(1.0 if slow else 60)
+
+    scope = {"type": "http", "path": "/generate", "raw_path": b"/generate", "query_string": b"", "root_path": ""}
+    scope |= {"method": "POST", "headers": [], "scheme": "http", "server": ("localhost", 80), "http_version": "1.1"}
+    async with app.router.lifespan_context(app):
+        await app(scope, receive, send)
+        until = asyncio.get_running_loop().time() + 5
+        while service.worker.rows or service.bridge.open_requests:
+            assert asyncio.get_running_loop().time() < until
+            await asyncio.sleep(0.01)
+    return taken
+
+
+def test_a_stream_that_nobody_reads_is_cut_off_and_the_engine_goes_on(text: Text, adapters: Path) -> None:
+    config = ServerConfig(stream_buffer_tokens=40)
+    app = create_app(lambda deliver: FakeWorker(deliver, step_s=0.002), Store(adapters), text, INFO, config)
+    ask = {"prompt": "x" * 200, "stream": True, "logprobs": 1, "max_new_tokens": 50}
+    taken = asyncio.run(stalled(app, config, ask))
+    events = [
+        json.loads(line.removeprefix("data: ")) for m in taken[1:] for line in m["body"].decode().splitlines() if line
+    ]
+    assert events[-1]["error"]["code"] == "client_too_slow"
+    assert 20 <= len(events) - 1 <= 25  # what was there when the buffer was full, and no more
+    metrics = app.state.service.metrics
+    assert b'outcome="client_too_slow"' in metrics.render(app.state.service.worker.stats(), {})
+
+
+def test_a_client_that_takes_nothing_is_let_go(text: Text, adapters: Path) -> None:
+    config = ServerConfig(write_timeout_s=0.1)
+    app = create_app(lambda deliver: FakeWorker(deliver, step_s=0.01), Store(adapters), text, INFO, config)
+    start = time.monotonic()
+    taken = asyncio.run(stalled(app, config, {"prompt": "x" * 200, "stream": True, "max_new_tokens": 50}))
+    assert len(taken) == 2
+    assert time.monotonic() - start < 3

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,10 @@ import pytest
 from typer.testing import CliRunner
 
 from adapter_server import cli
-from adapter_server.api.access import check_host, guards_host
+from adapter_server.api.access import Keys, check_host, guards_host
+from adapter_server.api.callers import Caller
 from adapter_server.config import ServerConfig
-from adapter_server.errors import InvalidRequest
+from adapter_server.errors import InvalidRequest, RateLimited
 from adapter_server.text import Text
 from serving import Served, serving
 
@@ -194,6 +197,7 @@ def test_the_host_that_was_set_is_known_too(text: Text, adapters: Path) -> None:
         (ServerConfig(host="::1"), True),
         (ServerConfig(admin_key=("a",)), True),
         (ServerConfig(api_key=("a",)), False),
+        (ServerConfig(api_keys_file="keys.toml"), False),
         (ServerConfig(insecure=True), False),
         (ServerConfig(host="0.0.0.0", insecure=True), False),
     ],
@@ -204,8 +208,158 @@ def test_hosts_are_looked_at_where_this_machine_is_trusted(config: ServerConfig,
 
 def test_with_keys_others_may_reach_the_server() -> None:
     check_host(ServerConfig(host="0.0.0.0", api_key=("a",)))
+    check_host(ServerConfig(host="0.0.0.0", api_keys_file="keys.toml"))
     with pytest.raises(InvalidRequest, match="--api-key"):
         check_host(ServerConfig(host="0.0.0.0", admin_key=("a",)))
+
+
+# A file of keys
+
+
+FILE = """
+[[keys]]
+name = "reports"
+key = "reports-secret"
+adapters = ["sh*", "prefix"]
+base = false
+
+[[keys]]
+name = "busy"
+sha256 = "BUSY"
+tokens_per_minute = 600
+concurrent = 2
+
+[[keys]]
+name = "keeper"
+key = "keeper-secret"
+admin = true
+adapters = ["pirate"]
+""".replace("BUSY", hashlib.sha256(b"busy-secret").hexdigest())
+
+
+@pytest.fixture
+def filed(text: Text, adapters: Path, tmp_path: Path) -> Iterator[Served]:
+    (tmp_path / "keys.toml").write_text(FILE)
+    with serving(text, adapters, ServerConfig(api_keys_file=str(tmp_path / "keys.toml"))) as served:
+        yield served
+
+
+def generate(served: Served, key: str, **fields: Any) -> httpx.Response:
+    return ask(served, ("POST", "/generate", {"prompt": "ab", **fields}), key)
+
+
+def test_a_key_may_use_the_adapters_of_its_patterns(filed: Served) -> None:
+    assert generate(filed, "reports-secret", adapter="shout").status_code == 200
+    for adapter in ("pirate", "nobody", "pirate@v1", [{"name": "shout"}, {"name": "pirate"}]):
+        assert "may not use an adapter" in refused(generate(filed, "reports-secret", adapter=adapter), 403)
+    assert "may not use the base" in refused(generate(filed, "reports-secret"), 403)
+    assert "may not use the base" in refused(generate(filed, "reports-secret", adapter="tiny-base"), 403)
+    lorax = {"inputs": "ab", "parameters": {"adapter_id": "pirate"}}
+    assert set(ask(filed, ("POST", "/", lorax), "reports-secret").json()) == {"error", "error_type"}
+    model = ("POST", "/v1/completions", {"prompt": "ab", "model": "tiny-base:pirate"})
+    refused(ask(filed, model, "reports-secret"), 403)
+    assert len(filed.worker.requests) == 1
+
+
+def test_a_key_sees_what_it_may_use(filed: Served) -> None:
+    models = ask(filed, ("GET", "/v1/models", None), "reports-secret").json()["data"]
+    assert [card["id"] for card in models] == ["prefix", "shout"]
+    everything = ask(filed, ("GET", "/v1/models", None), "busy-secret").json()["data"]
+    assert {"tiny-base", "pirate", "shout"} <= {card["id"] for card in everything}
+    refused(ask(filed, ("GET", "/v1/models/pirate", None), "reports-secret"), 403)
+    refused(ask(filed, ("GET", "/v1/models/tiny-base", None), "reports-secret"), 403)
+    refused(ask(filed, ("GET", "/metrics", None), "reports-secret"), 403)
+    assert ask(filed, ("GET", "/metrics", None), "busy-secret").status_code == 200
+    near = refused(generate(filed, "reports-secret", adapter="shou"), 404)
+    assert "shout" not in near
+    assert "nearest: shout" in refused(generate(filed, "busy-secret", adapter="shou"), 404)
+    card = refused(ask(filed, ("GET", "/v1/models/shirate", None), "reports-secret"), 404)
+    assert "pirate" not in card
+
+
+def test_an_admin_key_of_the_file_manages_its_own(filed: Served) -> None:
+    listed = ask(filed, LIST, "keeper-secret").json()["adapters"]
+    assert [adapter["name"] for adapter in listed] == ["pirate"]
+    assert ask(filed, ("POST", "/adapters/pirate/load", None), "keeper-secret").status_code == 200
+    for route in (LOAD, ("GET", "/adapters/shout", None), ("DELETE", "/adapters/shout", None)):
+        refused(ask(filed, route, "keeper-secret"), 403)
+    for name, path in (("pirate", "shout"), ("shout", "pirate"), ("pirate", "x/../shout")):
+        load = ("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": path})
+        refused(ask(filed, load, "keeper-secret"), 403)
+    for key in ("reports-secret", "busy-secret"):
+        refused(ask(filed, LIST, key), 403)
+    refused(ask(filed, LIST), 401)
+    refused(ask(filed, ASK), 401)
+    assert filed.worker.calls == [("load", "pirate")]
+
+
+def test_a_key_has_a_rate_of_tokens(filed: Served) -> None:
+    used = generate(filed, "busy-secret", prompt="x" * 90, max_new_tokens=100)
+    assert used.status_code == 200  # 190 tokens of 600, of which 9 came back
+    for _ in range(2):
+        assert generate(filed, "busy-secret", prompt="x" * 90, max_new_tokens=100).status_code == 200
+    late = generate(filed, "busy-secret", prompt="x" * 90, max_new_tokens=100)
+    assert "600 tokens a minute" in refused(late, 429)
+    assert late.json()["error"]["code"] == "rate_limited"
+    assert 1 <= int(late.headers["retry-after"]) <= 19
+    assert generate(filed, "busy-secret", prompt="x", max_new_tokens=2).status_code == 200
+
+
+def test_a_key_runs_so_many_at_once(filed: Served) -> None:
+    filed.worker.step_s = 0.05
+    body = {"model": "shout", "prompt": "ab", "max_tokens": 20, "n": 3}
+    assert "runs 2 requests" in refused(ask(filed, ("POST", "/v1/completions", body), "busy-secret"), 429)
+    assert ask(filed, ("POST", "/v1/completions", {**body, "n": 2}), "busy-secret").status_code == 200
+
+
+def test_the_log_names_keys_and_tells_none(filed: Served, capsys: pytest.CaptureFixture[str]) -> None:
+    for key in ("reports-secret", "busy-secret", "keeper-secret"):
+        generate(filed, key, adapter="shout")
+    printed = "".join(capsys.readouterr())
+    assert "key=reports" in printed
+    assert "secret" not in printed
+
+
+def test_what_a_request_did_not_need_comes_back() -> None:
+    caller = Caller("a", tokens_per_minute=100, concurrent=1)
+    caller.admit(1000)  # passes, as nothing was used
+    assert caller.left == -900
+    caller.release(950)
+    assert 49 < caller.left < 52
+    with pytest.raises(RateLimited) as late:
+        caller.admit(80)
+    assert 15 < (late.value.retry_after or 0) <= 18
+    caller.admit(10)
+    with pytest.raises(RateLimited, match="runs 1"):
+        caller.admit(1)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("", "keys is required"),
+        ("keys = []", "at least 1"),
+        ("keys = []\nx = 5", "not a field"),
+        ('[[keys]]\nname = "a"\nkey = "s3cret"\nadapter = ["x"]', "did you mean 'adapters'"),
+        ('[[keys]]\nname = "a b"\nkey = "s3cret"', "keys.0.name"),
+        ('[[keys]]\nname = "a"', "needs either"),
+        ('[[keys]]\nname = "a"\nkey = "s3cret"\nsha256 = "' + "0" * 64 + '"', "needs either"),
+        ('[[keys]]\nname = "a"\nkey = ""', "keys.0.key"),
+        ('[[keys]]\nname = "a"\nsha256 = "s3cret"', "keys.0.sha256"),
+        ('[[keys]]\nname = "a"\nkey = "s3cret"\ntokens_per_minute = 0', "greater than or equal to 1"),
+        ('[[keys]]\nname = "a"\nkey = "s3cret"\n[[keys]]\nname = "b"\nkey = "s3cret"', "twice"),
+        ('[[keys]]\nname = "a"\nkey = "s3cret"\n[[keys]]\nname = "a"\nkey = "t"', "twice"),
+        ('[[keys]]\nname = "a"\nkey = 2026-01-01', "no file of keys"),
+        ("[[keys]]\nkey = s3cret", "no file of keys"),
+    ],
+)
+def test_a_faulty_file_is_refused_and_never_quoted(tmp_path: Path, content: str, said: str) -> None:
+    (tmp_path / "keys.toml").write_text(content)
+    with pytest.raises(InvalidRequest, match=re.escape(said)) as caught:
+        Keys(ServerConfig(api_keys_file=str(tmp_path / "keys.toml")))
+    assert "s3cret" not in caught.value.message
+    with pytest.raises(InvalidRequest, match="no file of keys"):
+        Keys(ServerConfig(api_keys_file=str(tmp_path / "nowhere")))
 
 
 # The command line

@@ -13,6 +13,7 @@ import pytest
 import rig
 from adapter_server.core import Event, Finished, Token
 from adapter_server.engine import Worker
+from adapter_server.engine.worker import Pace
 from adapter_server.errors import NotMergeable, PromptTooLong, QueueFull, Unavailable
 
 
@@ -74,6 +75,33 @@ def test_a_full_queue_is_refused_at_once_with_a_time_to_retry(worker: Worker, ma
     assert {a.end.reason for a in mail.wait(accepted)} <= {"cancelled", "length"}
     worker.submit(rig.ask(worker.engine, None, (5,), id="after"))
     assert mail.wait(["after"])[0].end.reason == "length"
+
+
+def test_waiting_tokens_have_a_bound_and_an_empty_queue_takes_any_request(worker: Worker, mail: Mail) -> None:
+    worker.engine.config = replace(worker.engine.config, max_waiting=1000, max_waiting_tokens=300)
+    requests = iter([rig.ask(worker.engine, None, (5,), id=f"t{i}", max_new_tokens=200) for i in range(20)])
+    with pytest.raises(QueueFull, match="tokens"):
+        any(worker.submit(request) for request in requests)
+    accepted = [f"t{i}" for i in range(19 - len(list(requests)))]
+    assert accepted
+    for id in accepted:
+        worker.cancel(id)
+    mail.wait(accepted)
+    worker.submit(rig.ask(worker.engine, None, (5,), id="large", max_new_tokens=250))
+    assert mail.wait(["large"])[0].end.reason == "length"
+    assert (worker._cost, worker._open) == (0, {})
+
+
+def test_the_pace_is_of_the_time_in_which_something_was_done() -> None:
+    pace = Pace(0.0)
+    assert pace.seconds(1000) == 0
+    pace.add(100, 1.0)
+    pace.rest(1000.0)
+    pace.add(100, 1001.0)
+    assert pace.seconds(1000) == pytest.approx(10)
+    for second in range(1002, 1302):
+        pace.add(10, second)
+    assert pace.seconds(1000) == pytest.approx(100, rel=0.02)
 
 
 def test_a_refusal_of_the_engine_comes_as_the_end(worker: Worker, mail: Mail) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 import ipaddress
+import secrets
 from collections.abc import Iterable
 from typing import Annotated
 from urllib.parse import urlsplit
@@ -14,7 +14,8 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from adapter_server.api import refusals
+from adapter_server.api import callers, refusals
+from adapter_server.api.callers import Caller
 from adapter_server.config import ServerConfig
 from adapter_server.errors import Forbidden, InvalidRequest, Unauthorized
 
@@ -22,35 +23,74 @@ Bearer = Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_
 
 
 class Keys:
-    """The digests of the keys. No kind of key: what it is for is open to all."""
+    """Callers by their keys. No kind of key: what it is for is open to all.
+
+    A key is looked up by a hash that a secret of this process goes into, and compared in constant time: neither tells
+    anything of a key that is nearly right, however many there are.
+    """
 
     def __init__(self, config: ServerConfig) -> None:
-        self._inference = _digests(config.api_key, "api_key")
-        self._admin = _digests(config.admin_key, "admin_key")
+        self._secret = secrets.token_bytes(32)
+        self._known: dict[bytes, tuple[bytes, Caller]] = {}
+        listed = callers.read(config.api_keys_file) if config.api_keys_file else {}
+        flags = {key: Caller("inference") for key in _digests(config.api_key, "api_key")}
+        admins = {key: Caller("admin", admin=True) for key in _digests(config.admin_key, "admin_key")}
+        for key, caller in (listed | flags | admins).items():
+            self._known[self._index(key)] = key, caller
+        self._anybody = Caller()
+        self._open = not (config.api_key or config.api_keys_file)
+        self._unkept = not self._known
+        self._has_admin = any(caller.admin for _, caller in self._known.values())
 
-    def check_inference(self, given: Bearer) -> None:
+    def inference(self, given: Bearer) -> Caller:
         """An admin key will do as well."""
-        if self._inference and not _known(given, self._inference + self._admin):
+        caller = self._find(given) or (self._anybody if self._open else None)
+        if caller is None:
             raise Unauthorized(f"{_fault(given)}: send Authorization: Bearer and an API key of this server")
+        return caller
 
-    def check_admin(self, given: Bearer) -> None:
+    def admin(self, given: Bearer) -> Caller:
         """An inference key is known here, and not enough."""
-        if not (self._inference or self._admin) or _known(given, self._admin):
-            return
-        if _known(given, self._inference):
-            hint = "use an admin key" if self._admin else "the server must be started with --admin-key for that"
+        if self._unkept:
+            return self._anybody
+        caller = self._find(given)
+        if caller is None:
+            raise Unauthorized(f"{_fault(given)}: send Authorization: Bearer and an admin key of this server")
+        if not caller.admin:
+            hint = "use an admin key" if self._has_admin else "the server must be started with --admin-key for that"
             raise Forbidden(f"this key is for inference: {hint}")
-        raise Unauthorized(f"{_fault(given)}: send Authorization: Bearer and an admin key of this server")
+        return caller
+
+    def _index(self, key: bytes) -> bytes:
+        return hmac.digest(self._secret, key, "sha256")
+
+    def _find(self, given: Bearer) -> Caller | None:
+        mine = callers.digest(given.credentials.encode("latin-1") if given else b"")  # a header's bytes, as they came
+        theirs, caller = self._known.get(self._index(mine), (bytes(len(mine)), None))
+        return caller if hmac.compare_digest(mine, theirs) else None
 
 
 async def inference(request: Request, given: Bearer) -> None:
     """A dependency of routers that answer prompts, or tell of the server."""
-    _keys(request).check_inference(given)
+    request.scope["caller"] = _keys(request).inference(given)
+
+
+async def whole(request: Request) -> None:
+    """After `inference`, for what speaks of all adapters."""
+    caller_of(request).check_sees_all()
 
 
 async def admin(request: Request, given: Bearer) -> None:
-    """A dependency of routers that move or change adapters."""
-    _keys(request).check_admin(given)
+    """A dependency of routers that move or change adapters; a key may be limited to some of them."""
+    request.scope["caller"] = _keys(request).admin(given)
+    if name := request.path_params.get("name"):
+        caller_of(request).check([name], "name")
+
+
+def caller_of(request: Request) -> Caller:
+    """Whose key this request came with."""
+    caller: Caller = request.scope["caller"]
+    return caller
 
 
 def _keys(request: Request) -> Keys:
@@ -61,17 +101,7 @@ def _keys(request: Request) -> Keys:
 def _digests(keys: Iterable[str], name: str) -> tuple[bytes, ...]:
     if not all(keys):
         raise InvalidRequest(f"{name} is empty: a key has at least one character", param=name)
-    return tuple(_digest(key.encode("utf-8", "surrogateescape")) for key in keys)
-
-
-def _digest(key: bytes) -> bytes:
-    return hashlib.sha256(key).digest()
-
-
-def _known(given: HTTPAuthorizationCredentials | None, digests: Iterable[bytes]) -> bool:
-    """All are compared, each in constant time: how long it takes tells nothing."""
-    mine = _digest(given.credentials.encode("latin-1") if given else b"")  # a header's bytes, as they came
-    return sum([hmac.compare_digest(mine, digest) for digest in digests]) > 0
+    return tuple(callers.digest(key.encode("utf-8", "surrogateescape")) for key in keys)
 
 
 def _fault(given: HTTPAuthorizationCredentials | None) -> str:
@@ -103,12 +133,16 @@ class HostGuard:
 
 def guards_host(config: ServerConfig) -> bool:
     """With keys a page elsewhere gains nothing: it has none."""
-    return is_loopback(config.host) and not config.api_key and not config.insecure
+    return is_loopback(config.host) and not _has_keys(config) and not config.insecure
+
+
+def _has_keys(config: ServerConfig) -> bool:
+    return bool(config.api_key or config.api_keys_file)
 
 
 def check_host(config: ServerConfig) -> None:
     """Without keys only this machine may ask, unless somebody says otherwise."""
-    if config.insecure or config.api_key or is_loopback(config.host):
+    if config.insecure or _has_keys(config) or is_loopback(config.host):
         return
     raise InvalidRequest(
         f"{config.host} is not a loopback address and anybody who reaches it could use this server: "

@@ -36,8 +36,8 @@ router = APIRouter(prefix="/adapters", dependencies=[Depends(access.admin)], res
 @router.get("", summary="Every adapter and its state")
 async def list_adapters(request: Request) -> dict[str, Any]:
     """What is in the registry, joined with what the engine holds."""
-    service = service_of(request)
-    entries = await asyncio.to_thread(service.store.entries)
+    service, caller = service_of(request), access.caller_of(request)
+    entries = [entry for entry in await asyncio.to_thread(service.store.entries) if caller.may_use(entry.name)]
     held = residents_by_name(service.worker.stats().residents)
     views = [_view(service, entry, held.get(entry.name, [])) for entry in entries]
     return {"base": service.info.model, "adapters": views}

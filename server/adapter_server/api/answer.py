@@ -12,12 +12,14 @@ from fastapi import Request
 
 from adapter_server import core
 from adapter_server.api import resolve
+from adapter_server.api.access import caller_of
 from adapter_server.api.bridge import Channel, refusal_of
+from adapter_server.api.callers import Caller, for_eyes_of
 from adapter_server.api.refusals import ended_by
 from adapter_server.api.schemas import GenerateBody
 from adapter_server.api.service import Service, note
 from adapter_server.core import Finished, FinishReason, Member, Token, Top
-from adapter_server.errors import AdapterServerError, InvalidRequest, VersionGone
+from adapter_server.errors import AdapterNotFound, AdapterServerError, InvalidRequest, VersionGone
 
 ATTEMPTS = 3  # at an adapter whose files change between admission and load
 LONG_TEXT = 1 << 14  # characters, from which encoding leaves the event loop
@@ -47,7 +49,7 @@ class Answer:
         self._stream = service.text.stream(request.prompt, body.stops, self._ends)
         self._scope = http.scope
         self._bridge = service.bridge
-        self._channel: Channel = service.bridge.submit(request)
+        self._channel: Channel = service.bridge.submit(request, caller_of(http))
         self._watch = asyncio.create_task(self._cancel_when_gone(http))
         self._events: Sequence[Token | Finished] = ()
         self._error: AdapterServerError | None = None
@@ -173,16 +175,17 @@ class Answer:
 async def begin(service: Service, body: GenerateBody, http: Request) -> Answer:
     """An answer whose first event is here. An adapter that was replaced meanwhile is resolved again."""
     service.check_open()
+    _check_rights(service, body, http)
     body = _by_own_names(service, body)
     arrived = time.monotonic()
     deadline = arrived + _timeout(service, body)
     prompt = await encode(service, body.prompt)
     tried: tuple[Member, ...] = ()
     for attempt in range(ATTEMPTS):
-        request = await _admissible(service, body, prompt, arrived, deadline)
+        request = await _admissible(service, body, prompt, arrived, deadline, caller_of(http))
         if attempt and request.members == tried:  # a copy is under way
             await asyncio.sleep(service.store.settle_s)
-            request = await _admissible(service, body, prompt, arrived, deadline)
+            request = await _admissible(service, body, prompt, arrived, deadline, caller_of(http))
         tried = request.members
         note(http, x_adapter=_names(request.members) or "base", x_adapter_version=_versions(request.members))
         answer = Answer(service, body, request, http)
@@ -224,6 +227,14 @@ def finite(logprob: float) -> float:
     return logprob if logprob > LOWEST_LOGPROB else LOWEST_LOGPROB  # NaN compares false
 
 
+def _check_rights(service: Service, body: GenerateBody, http: Request) -> None:
+    """By the names as they were asked for."""
+    names = [name for name, _ in resolve.adapter_refs(body, service.info)]
+    caller_of(http).check(names)
+    if not names:
+        caller_of(http).check_base()
+
+
 def _by_own_names(service: Service, body: GenerateBody) -> GenerateBody:
     asked = body.adapter
     if not asked or not service.aliases:
@@ -242,12 +253,15 @@ def _timeout(service: Service, body: GenerateBody) -> float:
 
 
 async def _admissible(
-    service: Service, body: GenerateBody, prompt: tuple[int, ...], arrived: float, deadline: float
+    service: Service, body: GenerateBody, prompt: tuple[int, ...], arrived: float, deadline: float, caller: Caller
 ) -> core.Request:
     residents = service.worker.stats().residents
     make = partial(resolve.admissible, body, prompt, service.store, service.info, residents, arrived, deadline)
     # The store reads files, and hashes them the first time.
-    return await asyncio.to_thread(make) if body.adapter else make()
+    try:
+        return await asyncio.to_thread(make) if body.adapter else make()
+    except AdapterNotFound as error:
+        raise for_eyes_of(caller, error) from None
 
 
 def _names(members: Sequence[Member]) -> str:

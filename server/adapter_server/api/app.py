@@ -45,7 +45,7 @@ def create_app(
     """`connect` is given where to deliver events and gives the worker; `on_death` is called if the engine dies."""
     metrics = Metrics(config.gateway_metrics)
     metrics.build.info({"version": __version__, "model": info.model, "device": info.device, "dtype": info.dtype})
-    bridge = Bridge(metrics)
+    bridge = Bridge(metrics, config.stream_buffer_tokens)
     bridge.worker = connect(bridge.deliver)
     service = Service(bridge.worker, bridge, store, text, info, config, metrics)
     app = FastAPI(
@@ -176,7 +176,13 @@ async def info(request: Request) -> dict[str, Any]:
     }
 
 
-@router.get("/metrics", summary="Metrics for Prometheus", response_class=Response, responses=PLAIN)
+@router.get(
+    "/metrics",
+    summary="Metrics for Prometheus",
+    response_class=Response,
+    responses=PLAIN,
+    dependencies=[Depends(access.whole)],
+)
 async def metrics(request: Request) -> Response:
     """The gauges are of this moment."""
     service = service_of(request)

@@ -11,8 +11,9 @@ from typing import Literal, Protocol
 
 import structlog
 
+from adapter_server.api.callers import Caller
 from adapter_server.core import Event, Finished, FinishReason, Request, Spec, Stats, Token
-from adapter_server.errors import AdapterServerError, DeadlineExceeded, Unavailable
+from adapter_server.errors import AdapterServerError, ClientTooSlow, DeadlineExceeded, Unavailable
 from adapter_server.metrics import Metrics
 
 Operation = Literal["load", "unload", "pin", "unpin", "merge", "unmerge"]
@@ -44,29 +45,34 @@ class Usage:
 class Channel:
     """The events of one request, on the event loop."""
 
-    __slots__ = ("_queue", "request", "timer")
+    __slots__ = ("_queue", "caller", "request", "timer", "unread")
 
-    def __init__(self, request: Request, timer: asyncio.TimerHandle | None) -> None:
+    def __init__(self, request: Request, caller: Caller, timer: asyncio.TimerHandle | None) -> None:
         self._queue: asyncio.Queue[Token | Finished] = asyncio.Queue()
         self.request = request
+        self.caller = caller
         self.timer = timer
+        self.unread = 0  # tokens, and alternatives to them, that nobody has taken yet
 
     def put(self, event: Token | Finished) -> None:
         self._queue.put_nowait(event)
+        self.unread += 1 + len(event.top) if isinstance(event, Token) else 0
 
     async def next(self) -> list[Token | Finished]:
         """Waits for one event, and takes what else is there."""
         events = [await self._queue.get()]
         while not self._queue.empty():
             events.append(self._queue.get_nowait())
+        self.unread = 0
         return events
 
 
 class Bridge:
     """Requests go down, events come up. All but `deliver` belongs to the event loop."""
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: Metrics, most_unread: int) -> None:
         self.worker: Worker
+        self._most_unread = most_unread
         self.usage: defaultdict[str, Usage] = defaultdict(Usage)
         self._metrics = metrics
         self._channels: dict[str, Channel] = {}
@@ -89,10 +95,15 @@ class Bridge:
         members = (member for channel in list(self._channels.values()) for member in channel.request.members)
         return {member.spec.version for member in members if member.spec.name == name}
 
-    def submit(self, request: Request) -> Channel:
-        """Admits a request, or raises what the worker raises. No event of it can be lost: they come by this loop."""
-        self.worker.submit(request)
-        channel = self._channels[request.id] = Channel(request, self._timer(request))
+    def submit(self, request: Request, caller: Caller) -> Channel:
+        """Admits a request, or raises what its key or the worker has against it. Its events come by this loop."""
+        caller.admit(request.cost)
+        try:
+            self.worker.submit(request)
+        except BaseException:
+            caller.release(request.cost)
+            raise
+        channel = self._channels[request.id] = Channel(request, caller, self._timer(request))
         self._metrics.admitted(request)
         return channel
 
@@ -133,8 +144,18 @@ class Bridge:
 
     def _put(self, token: Token) -> None:
         channel = self._channels.get(token.request_id)
-        if channel is not None:
-            channel.put(token)
+        if channel is None:
+            return
+        channel.put(token)
+        if channel.unread > self._most_unread:
+            self._give_up(channel)
+
+    def _give_up(self, channel: Channel) -> None:
+        """The engine waits for no reader, and what is kept for one has a bound."""
+        id = channel.request.id
+        self.cancel(id)
+        message = f"more than {self._most_unread:,} tokens were waiting to be read: read faster, or ask without stream"
+        self._dispatch([Finished(id, "error", ClientTooSlow(message))])
 
     def _close(self, end: Finished) -> None:
         channel = self._channels.pop(end.request_id, None)
@@ -143,6 +164,8 @@ class Bridge:
         if channel.timer is not None:
             channel.timer.cancel()
         channel.put(end)
+        used = 0 if end.error else len(channel.request.prompt) + end.completion_tokens
+        channel.caller.release(max(0, channel.request.cost - used))
         for member in channel.request.members:
             usage = self.usage[member.spec.name]
             usage.served, usage.last_used = usage.served + 1, time.time()

@@ -46,9 +46,10 @@ def answered(*media: str, why: str = "The answer") -> Responses:
     return {200: {"description": why, "content": {kind: {"schema": {}} for kind in media}}}
 
 
-ANYWHERE = refused(403, 408, 413, 431, 500)  # a foreign Host header, a body or headers beyond bounds, our mistakes
+ANYWHERE = refused(403, 408, 413, 431, 500)  # a foreign Host header, too slow, too large, a mistake of ours
 KEYED = refused(401)
-ASKED = (401, 403, 404, 413, 424, 429, 500, 503, 504)  # what can be wrong with a prompt, its adapter, the engine
+# What can be wrong with a prompt, its adapter, the engine.
+ASKED = (401, 403, 404, 408, 413, 424, 429, 431, 500, 503, 504)
 GENERATED = refused(422, *ASKED, shape=Refusal | LoraxRefusal)
 COMPLETED = refused(400, *ASKED)
 STREAMED = answered(EVENTS, why="An answer, or its events where a stream is asked for")

@@ -32,11 +32,15 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Of what a client may send: bytes, and seconds for a body to come. An upload has so many for each part of it."""
+    """Of a client: bytes of what it sends, seconds for its body to come and for it to take a part of the answer.
+
+    An upload has its seconds for each part of it.
+    """
 
     headers: int
     body: int
     seconds: float
+    write_s: float
     upload: bool = False
 
 
@@ -45,7 +49,9 @@ class Envelope:
 
     def __init__(self, app: ASGIApp, config: ServerConfig, wordings: Mapping[str, Wording]) -> None:
         self._app = app
-        self._limits = Limits(config.max_header_bytes, config.max_body_bytes, config.body_timeout_s)
+        self._limits = Limits(
+            config.max_header_bytes, config.max_body_bytes, config.body_timeout_s, config.write_timeout_s
+        )
         self._uploads = replace(self._limits, body=config.max_adapter_bytes + UPLOAD_MORE, upload=True)
         self._wordings = wordings
 
@@ -57,7 +63,9 @@ class Envelope:
         exchange = _Exchange(scope, receive, send, self._limits_of(scope))
         try:
             await exchange.run(self._app)
-        except ClientDisconnect:  # before the request was whole: nobody hears an answer
+        except ClientDisconnect:  # before the request was whole, or without reading: nobody hears an answer
+            if exchange.status is not None:
+                log.warning("the client does not read its answer", request_id=exchange.id)
             exchange.status = exchange.status or LEFT
         except Exception:
             log.exception("request failed", request_id=exchange.id)
@@ -125,7 +133,11 @@ class _Exchange:
             headers = MutableHeaders(scope=message)
             headers.update(self._scope["reply_headers"])
             headers.setdefault("server-timing", f"total;dur={self._seconds * 1e3:.2f}")
-        await self._send(message)
+        try:
+            async with asyncio.timeout(self._limits.write_s):
+                await self._send(message)
+        except TimeoutError:
+            raise ClientDisconnect from None
 
     def report(self) -> None:
         quiet = self._scope["path"] in QUIET
@@ -135,6 +147,7 @@ class _Exchange:
             method=self._scope["method"],
             path=self._scope["path"],
             status=self.status,
+            key=self._scope["caller"].name if "caller" in self._scope else None,
             adapter=self._scope["reply_headers"].get("x-adapter"),
             seconds=round(self._seconds, 4),
         )

@@ -13,6 +13,7 @@ from fastapi import APIRouter, Depends, Request, Response
 
 from adapter_server.api import access, resolve
 from adapter_server.api.answer import LONG_TEXT, Answer, Piece, begin_all, encode, finite, logprob_of
+from adapter_server.api.callers import for_eyes_of
 from adapter_server.api.described import COMPLETED, KEYED, STREAMED, refused
 from adapter_server.api.openai_bodies import ChatBody, CompletionBody, adapter_of
 from adapter_server.api.refusals import shape, speak
@@ -20,7 +21,7 @@ from adapter_server.api.schemas import GenerateBody, document, parse
 from adapter_server.api.service import Service, note, service_of
 from adapter_server.api.sse import DONE, EventStream, data, reply, together
 from adapter_server.core import Token
-from adapter_server.errors import AdapterServerError, InvalidRequest, NotMergeable, PromptTooLong
+from adapter_server.errors import AdapterNotFound, AdapterServerError, InvalidRequest, NotMergeable, PromptTooLong
 
 PARAMS = {"adapter": "model", "max_new_tokens": "max_tokens"}  # our fields by their names here
 REASONS = {"eos": "stop"}
@@ -54,20 +55,26 @@ router = APIRouter(prefix="/v1", dependencies=[Depends(_speak), Depends(access.i
 @router.get("/models", summary="The base and its adapters, as OpenAI lists models")
 async def list_models(request: Request) -> Json:
     """The base first. An adapter's `parent` is the base; no `root` is a path."""
-    service = service_of(request)
+    service, caller = service_of(request), access.caller_of(request)
     entries = await asyncio.to_thread(service.store.entries)
     names = dict.fromkeys([*(entry.name for entry in entries if entry.spec), *service.aliases])
-    return {"object": "list", "data": [_card(service), *(_card(service, name) for name in names)]}
+    cards = [_card(service, name) for name in names if caller.may_use(name)]
+    return {"object": "list", "data": [_card(service), *cards] if caller.base else cards}
 
 
 @router.get("/models/{model:path}", summary="One of them", responses=refused(400, 404, 422, 424))
 async def show_model(request: Request, model: str) -> Json:
     """By the names that `model` may have in a request."""
-    service = service_of(request)
+    service, caller = service_of(request), access.caller_of(request)
     name = adapter_of(model, service.info.model) or ""
     if name in ("", service.info.model):
+        caller.check_base()
         return _card(service)
-    spec = await asyncio.to_thread(service.store.resolve, service.own_name(name))
+    caller.check([name])
+    try:
+        spec = await asyncio.to_thread(service.store.resolve, service.own_name(name))
+    except AdapterNotFound as error:
+        raise for_eyes_of(caller, error) from None
     return _card(service, name if name in service.aliases else spec.name)
 
 

@@ -61,6 +61,7 @@ async def load(request: Request) -> Response:
     """Answers once the adapter is in memory; its name is known from then on, until it is unloaded."""
     service, body = service_of(request), parse(LoadBody, await request.body())
     service.check_open()
+    access.caller_of(request).check([body.lora_name, Path(body.lora_path).name], "lora_name")
     if not body.lora_name or not body.lora_path:
         raise InvalidRequest(BOTH, param="lora_path" if body.lora_name else "lora_name")
     _check_free(service, body)
@@ -78,6 +79,7 @@ async def unload(request: Request) -> Response:
     service, name = service_of(request), parse(UnloadBody, await request.body()).lora_name
     if not name:
         raise InvalidRequest("'lora_name' needs to be provided to unload a LoRA adapter.", param="lora_name")
+    access.caller_of(request).check([name], "lora_name")
     folder = service.aliases.pop(name, None)
     if folder is None:
         raise AdapterNotFound(f"The lora adapter '{name}' cannot be found.", param="lora_name")

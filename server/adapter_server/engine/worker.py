@@ -13,6 +13,8 @@ from adapter_server.engine.engine import Engine, Op
 from adapter_server.errors import AdapterServerError, QueueFull, Unavailable
 
 IDLE_S = 0.05  # how long an idle loop sleeps when nothing wakes it; deadlines are seen this late at most
+LONGEST_WAIT_S = 60.0  # that a refused caller is told to wait
+HALF_LIFE_S = 30.0  # of what is known about the pace
 STATS_S = 0.05  # how old the picture of a busy engine may be
 
 
@@ -27,8 +29,9 @@ class Worker:
         self._stop_at: float | None = None
         self._queued = 0  # submitted and not yet seen by the engine
         self._lock = threading.Lock()
-        self._rate = 1.0  # requests finished per second, smoothed
-        self._last_finish = time.monotonic()
+        self._open: dict[str, Request] = {}  # submitted and not finished
+        self._cost = 0  # tokens of all of these
+        self._pace = Pace(time.monotonic())
         self.failure: BaseException | None = None
         engine.on_wake(lambda: self._inbox.put(list))
 
@@ -52,12 +55,22 @@ class Worker:
         if self._stop_at is not None or not self.alive:
             raise Unavailable("the server is going down; try another or later", retry_after=5)
         with self._lock:
-            waiting = self._queued + len(self.engine.scheduler.waiting) + len(self.engine.forming)
-            if waiting >= self.engine.config.max_waiting:
-                wait = min(60.0, max(1.0, waiting / self._rate))
-                raise QueueFull(f"{waiting} requests are waiting, which is the limit; retry later", retry_after=wait)
+            self._check_room(request)
             self._queued += 1
+            self._open[request.id] = request
+            self._cost += request.cost
         self._inbox.put(lambda: self._submit(request))
+
+    def _check_room(self, request: Request) -> None:
+        """Whether it may wait. An empty queue takes a request of any size."""
+        config, scheduler = self.engine.config, self.engine.scheduler
+        waiting = self._queued + len(scheduler.waiting) + len(self.engine.forming)
+        tokens = self._cost - sum(row.request.cost for row in tuple(scheduler.running))
+        many = waiting >= config.max_waiting
+        if many or (waiting and tokens + request.cost > config.max_waiting_tokens):
+            what = f"{waiting} requests" if many else f"requests of {tokens:,} tokens"
+            wait = min(LONGEST_WAIT_S, max(1.0, self._pace.seconds(tokens)))
+            raise QueueFull(f"{what} are waiting, which is the limit; retry later", retry_after=wait)
 
     def _submit(self, request: Request) -> list[Event]:
         with self._lock:
@@ -126,6 +139,7 @@ class Worker:
             self._picture()
         self._send(events)
         if self.engine.steps == before and not events and self._inbox.empty():
+            self._pace.rest(time.monotonic())
             self._sleep()
 
     def _read(self) -> list[Event]:
@@ -144,10 +158,35 @@ class Worker:
         self._stats, self._pictured = self.engine.stats(), time.monotonic()
 
     def _send(self, events: list[Event]) -> None:
-        finished = sum(isinstance(e, Finished) for e in events)
-        if finished:
-            now = time.monotonic()
-            rate = finished / max(1e-3, now - self._last_finish)
-            self._rate, self._last_finish = 0.9 * self._rate + 0.1 * rate, now
+        ended = [event for event in events if isinstance(event, Finished)]
+        if ended:
+            self._pace.add(sum(self._closed(end) for end in ended), time.monotonic())
         if events:
             self.deliver(events)
+
+    def _closed(self, end: Finished) -> int:
+        """The tokens that were read and written for it; 0 where its prompt was not read."""
+        with self._lock:
+            request = self._open.pop(end.request_id, None)
+            self._cost -= request.cost if request else 0
+        return len(request.prompt) + end.completion_tokens if request and end.completion_tokens else 0
+
+
+class Pace:
+    """Tokens finished a second, of the time in which there is something to do; the last minute counts most."""
+
+    def __init__(self, now: float) -> None:
+        self._tokens, self._busy, self._seen = 0.0, 0.0, now
+
+    def rest(self, now: float) -> None:
+        """Nothing was done until now."""
+        self._seen = now
+
+    def add(self, tokens: int, now: float) -> None:
+        passed, self._seen = now - self._seen, now
+        kept = 0.5 ** (passed / HALF_LIFE_S)
+        self._tokens, self._busy = self._tokens * kept + tokens, self._busy * kept + passed
+
+    def seconds(self, tokens: int) -> float:
+        """How long so many will take; 0 while nothing is known."""
+        return tokens * self._busy / self._tokens if self._tokens else 0.0
