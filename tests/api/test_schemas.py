@@ -76,6 +76,7 @@ def test_a_value_out_of_range_is_refused_by_its_field(field: str, values: list[A
         ({"adaptor": "a"}, "adaptor", "'adapter'"),
         ({"adapter": [{"name": "a", "wieght": 1}]}, "adapter.0.wieght", "'weight'"),
         ({"zzz": 1}, "zzz", "known are prompt"),
+        ({"": 1}, None, "known are prompt"),
         ({"prompt": 5}, "prompt", "text or a list of token ids"),
         ({"prompt": [1, "a"]}, "prompt.1", "integer"),
         ({"adapter": 5}, "adapter", "null for the base"),

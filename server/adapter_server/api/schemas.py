@@ -222,11 +222,13 @@ def _refusal(model: type[Strict], errors: list[ErrorDetails]) -> InvalidRequest:
 
 def _path(model: type[Strict], error: ErrorDetails) -> list[str]:
     """Where, without the union branches that pydantic puts between the names."""
-    first, *rest = error["loc"] or ("",)
+    if not error["loc"]:
+        return []
+    first, *rest = error["loc"]
     known = {name for part in _nested(model) for name in part.model_fields}
     if error["type"] == "extra_forbidden":
         known.add(str(error["loc"][-1]))
-    return [str(first), *(str(at) for at in rest if isinstance(at, int) or at in known)] if first else []
+    return [str(first), *(str(at) for at in rest if isinstance(at, int) or at in known)]
 
 
 def _nested(model: type[Strict]) -> Iterator[type[Strict]]:
