@@ -16,10 +16,22 @@ from adapter_server.engine.lowrank import SMALL, Banked, LowRank, rank_class
 from adapter_server.engine.routing import Routing, Step, Use, route, running
 from adapter_server.engine.site import LinearGroup, Placed
 from adapter_server.families.base import Adapter, Patch
+from adapter_server.families.deltas import Kronecker, Mirror, Sparse, Turn
 
 CPU = torch.device("cpu")
 IN, OUTS = 12, (10, 6, 6)
-KINDS = ("lora", "dora", "scale", "bias", "override", "shift", "shift_rank")
+KINDS = (
+    *("lora", "dora", "scale", "bias", "override", "shift", "shift_rank"),
+    *("sparse", "kronecker", "turn", "mirror", "turn_more", "mirror_more", "delta_more", "delta_override"),
+)
+
+
+def few(out: int) -> Sparse:
+    return Sparse.of(torch.randint(out, (9,)), torch.randint(IN, (9,)), torch.randn(9), (out, IN))
+
+
+def other(out: int) -> Mirror:
+    return Mirror(torch.randperm(out), torch.randn(out))
 
 
 def patch(kind: str, out: int, rank: int) -> Patch:
@@ -32,6 +44,14 @@ def patch(kind: str, out: int, rank: int) -> Patch:
         "override": Patch(weight=torch.randn(out, IN), bias=torch.randn(out)),
         "shift": Patch(in_scale=torch.rand(IN)),
         "shift_rank": Patch(in_scale=torch.rand(IN), A=A, B=B, gain=torch.rand(out)),
+        "sparse": Patch(delta=few(out)),
+        "kronecker": Patch(delta=Kronecker(torch.randn(2, 3), torch.randn(out // 2, IN // 3)), A=A, B=B),
+        "turn": Patch(turn=Turn(torch.randn(3, 4, 4)), gain=torch.rand(out) + 0.5),
+        "mirror": Patch(mirror=other(out), out_scale=torch.rand(out)),
+        "turn_more": Patch(turn=Turn(torch.randn(1, 6, 6)), A=A, B=B, bias=torch.randn(out), out_scale=torch.rand(out)),
+        "mirror_more": Patch(mirror=other(out), bias=torch.randn(out), A=A, B=B),
+        "delta_more": Patch(delta=few(out), A=A, B=B, bias=torch.randn(out), gain=torch.rand(out)),
+        "delta_override": Patch(delta=few(out), out_scale=torch.rand(out), turn=Turn(torch.randn(1, 2, 2))),
     }[kind]
 
 

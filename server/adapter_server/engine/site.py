@@ -6,6 +6,8 @@ A `Site` replaces a module's `forward` (never the module) and holds no adapter. 
     y = x · Wᵀ + b                 one product for the group, all tokens
     y = y + mul ⊙ y + add          gathered vectors: DoRA, IA3, biases      (x ← in_scale ⊙ x before, IA3 feed-forward)
     y = y + w · B (A x)            low rank, `lowrank.py`
+    y[segment] += w · ΔW x         sparse, spectral, Kronecker, circulant changes; mirrored outputs of the base
+    y[segment] += w · W (x R − x)  turned inputs: one product for all that turn theirs
     y[segment] = x · W'ᵀ + b'      replaced weights: saved modules, merged snapshots
     y[segment] = f(y[segment], r)  bottleneck adapters, r the residual stream, which a `Tap` has noted
 """
@@ -16,6 +18,7 @@ import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +28,10 @@ from adapter_server.engine.lowrank import Adder, LowRank, add_large
 from adapter_server.engine.routing import Routing, Segment, Use, current
 from adapter_server.errors import AdapterRefused
 from adapter_server.families.base import Adapter, AnyPatch, BlockPatch, ParamPatch, Patch, linear_params
+from adapter_server.families.deltas import Delta, Mirror, TensorFields, Turn
 from adapter_server.families.quantised import is_quantised
+
+Part = TypeVar("Part", Delta, Mirror, "Turned")
 
 
 class Product:
@@ -73,6 +79,15 @@ class Separate:
         return _joined_biases([b for _, b in params], [w for w, _ in params])
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Turned(TensorFields):
+    """One member's turned input, and what scales its outputs."""
+
+    member: int
+    turn: Turn
+    scale: Tensor | None = None  # [out]
+
+
 @dataclass(frozen=True, eq=False)
 class GroupPatch:
     """An adapter's patches at one group, laid out for the run.
@@ -85,6 +100,9 @@ class GroupPatch:
     mul: Tensor | None = None  # [outs], times the base's output
     add: Tensor | None = None  # [outs]
     shift: Tensor | None = None  # [in], in_scale − 1: x + shift ⊙ x
+    deltas: tuple[tuple[slice, Delta], ...] = ()  # each at a member's columns
+    mirrors: tuple[tuple[slice, Mirror], ...] = ()
+    turns: tuple[Turned, ...] = ()
     product: Product | None = None  # replaces the base's, and all the above
     block: BlockPatch | None = None  # alone
 
@@ -102,9 +120,13 @@ class GroupPatch:
 
     @property
     def bytes(self) -> int:
-        vectors = (self.A, self.mul, self.add, self.shift, *(pair[1] for pair in self.pairs if pair))
-        block = sum(t.nbytes for t in self.block.tensors()) if self.block else 0
-        return sum(t.nbytes for t in vectors if t is not None) + (self.product.bytes if self.product else 0) + block
+        vectors = [self.A, self.mul, self.add, self.shift, *(pair[1] for pair in self.pairs if pair)]
+        for _, delta in self.deltas:
+            vectors += delta.tensors()
+        for part in (*(mirror for _, mirror in self.mirrors), *self.turns):
+            vectors += part.tensors()
+        vectors += self.block.tensors() if self.block else ()
+        return sum(t.nbytes for t in vectors if t is not None) + (self.product.bytes if self.product else 0)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -153,6 +175,9 @@ class Plan:
     add: Tensor | None = None  # [uses, outs]
     small: Sequence[Adder] = ()
     large: Sequence[Segment] = ()
+    deltas: Sequence[tuple[Segment, slice, Delta]] = ()
+    mirrors: Sequence[tuple[Segment, slice, Mirror]] = ()
+    turns: Mapping[int, Sequence[tuple[Segment, Turned]]] = field(default_factory=dict)  # by member
     replaced: Sequence[tuple[Segment, Product]] = ()
     blocks: Sequence[tuple[Segment, BlockPatch]] = ()
 
@@ -223,9 +248,9 @@ class LinearGroup:
 
     def _mixed(self, x: Tensor, plan: Plan, routing: Routing) -> Tensor:
         y = self.base(x if plan.in_scale is None else x * routing.by_token(plan.in_scale))
-        plain = y
-        if routing.composed and plan.in_scale is not None and (plan.mul is not None or plan.blocks):
-            plain = self.base(x)
+        plain = self.base(x) if routing.composed and plan.in_scale is not None else y
+        added = [(s, at, mirror.apply(plain[s.tokens, at])) for s, at, mirror in plan.mirrors]
+        added += [(s, at, delta.apply(x[s.tokens])) for s, at, delta in plan.deltas]
         after = [(segment, _after_block(plain, _stream(block.reads), segment, block)) for segment, block in plan.blocks]
         if plan.mul is not None:
             y.addcmul_(plain, routing.by_token(plan.mul))
@@ -235,11 +260,23 @@ class LinearGroup:
             small.add(y, x)
         for segment in plan.large:
             add_large(y, x, segment, self)
+        for segment, columns, part in added:
+            _add_to(y[:, columns], segment, part if segment.weights is None else part * segment.weights)
+        for member, turns in plan.turns.items():
+            self._turn(y[:, self.columns[member]], x, self.base.weight[self.columns[member]], turns)
         for segment, product in plan.replaced:
             self._replace(y, x, segment, product)
         for segment, delta in after:
             _add_to(y, segment, delta)
         return y
+
+    def _turn(self, y: Tensor, x: Tensor, W: Tensor, turns: Sequence[tuple[Segment, Turned]]) -> None:
+        """One product with the member's weight for all adapters that turn its input."""
+        each = [(s, t, x[s.tokens]) for s, t in turns]
+        moved = F.linear(torch.cat([t.turn.apply(part) - part for _, t, part in each]), W)
+        for (segment, turned, _), part in zip(each, torch.split(moved, [s.count for s, *_ in each]), strict=True):
+            part = part if turned.scale is None else part * turned.scale
+            _add_to(y, segment, part if segment.weights is None else part * segment.weights)
 
     def _replace(self, y: Tensor, x: Tensor, segment: Segment, product: Product) -> None:
         part = product(x[segment.tokens])
@@ -265,9 +302,19 @@ class LinearGroup:
             add=self._vectors(routing, "add"),
             small=small,
             large=large,
+            deltas=[(s, *delta) for s, patch in here for delta in patch.deltas],
+            mirrors=[(s, *mirror) for s, patch in here for mirror in patch.mirrors],
+            turns=self._turns(here),
             replaced=replaced,
             blocks=[(s, patch.block) for s, patch in here if patch.block is not None],
         )
+
+    def _turns(self, here: Sequence[tuple[Segment, GroupPatch]]) -> dict[int, list[tuple[Segment, Turned]]]:
+        found: dict[int, list[tuple[Segment, Turned]]] = {}
+        for segment, patch in here:
+            for turned in patch.turns:
+                found.setdefault(turned.member, []).append((segment, turned))
+        return found
 
     def span(self, run: range) -> slice:
         """Where the outputs of neighbouring members stand."""
@@ -294,6 +341,7 @@ class LinearGroup:
         if any(p is not None and self._is_override(p) for p in mine):
             return GroupPatch(pairs=(None,) * len(mine), product=self._override(mine))
         A, pairs = self._low_rank(mine)
+        members = [(at, p) for at, p in zip(self.columns, mine, strict=True) if p is not None]
         return GroupPatch(
             A=A,
             pairs=pairs,
@@ -302,6 +350,11 @@ class LinearGroup:
                 [None if p is None else self._add(b, p) for b, p in zip(self.biases, mine, strict=True)]
             ),
             shift=next((self._cast(p.in_scale - 1) for p in mine if p and p.in_scale is not None), None),
+            deltas=tuple((at, self._moved(p.delta)) for at, p in members if p.delta is not None),
+            mirrors=tuple((at, self._moved(p.mirror)) for at, p in members if p.mirror is not None),
+            turns=tuple(
+                self._moved(Turned(m, p.turn, _scale(p))) for m, p in enumerate(mine) if p and p.turn is not None
+            ),
         )
 
     def place_block(self, block: BlockPatch) -> GroupPatch:
@@ -310,12 +363,20 @@ class LinearGroup:
             raise AdapterRefused(f"{self.paths[0]} is no block's last Linear: it shares its input with others")
         return GroupPatch(pairs=(None,), block=block.to(self.device, self.dtype))
 
+    def _moved(self, part: Part) -> Part:
+        return part.to(self.device, self.dtype)
+
     def _is_override(self, patch: Patch) -> bool:
-        """Replaced weights, and input scales that are not alone: their sum with others is no vector operation."""
-        mixed = patch.in_scale is not None and (
-            len(self.paths) > 1 or any(v is not None for v in (patch.A, patch.gain, patch.out_scale))
+        """Replaced weights, and what only acts alone where it stands beside more: folded into weights of their own."""
+        if patch.weight is not None or (patch.turn is not None and isinstance(self.base, Separate)):
+            return True
+        inner = [v is not None for v in (patch.A, patch.delta, patch.gain, patch.turn)]
+        outer = [v is not None for v in (patch.out_scale, patch.mirror)]
+        return (
+            (patch.in_scale is not None and (len(self.paths) > 1 or any(inner) or any(outer)))
+            or (patch.mirror is not None and any(inner))
+            or (patch.delta is not None and any(outer))
         )
-        return patch.weight is not None or mixed
 
     def _override(self, mine: Sequence[Patch | None]) -> Product:
         weights, biases = [], []
@@ -352,7 +413,7 @@ class LinearGroup:
         bias = patch.bias
         if patch.gain is not None and b is not None:
             bias = (0 if bias is None else bias) + b * (1 - patch.gain)
-        return bias if bias is None or patch.out_scale is None else bias * patch.out_scale
+        return None if bias is None else patch.out(bias)
 
     def _joined_vectors(self, vectors: Sequence[Tensor | None]) -> Tensor | None:
         if all(v is None for v in vectors):
@@ -501,9 +562,15 @@ def _runs_alike(outs: Sequence[int]) -> list[range]:
     return [range(a, b) for a, b in itertools.pairwise([*starts, len(outs)])]
 
 
-def _mul(patch: Patch) -> Tensor | None:
+def _scale(patch: Patch) -> Tensor | None:
+    """What multiplies the base's product."""
     scales = [s for s in (patch.gain, patch.out_scale) if s is not None]
-    return torch.stack(scales).prod(0) - 1 if scales else None
+    return torch.stack(scales).prod(0) if scales else None
+
+
+def _mul(patch: Patch) -> Tensor | None:
+    scale = _scale(patch)
+    return None if scale is None else scale - 1
 
 
 def _is_alone(segment: Segment) -> bool:

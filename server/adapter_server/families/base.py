@@ -6,13 +6,13 @@
 
 The normal form, for every kind that PEFT has at a Linear (shapes per module, tokens in rows):
 
-    y = out_scale * ( gain * W' (in_scale * x) + B (A x) + b + bias )
+    u = gain * W' (in_scale * x R) + B (A x) + ΔW x + b + bias        y = out_scale * u + mirror(u)
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adapter_server.core import Spec
+from adapter_server.families.deltas import Delta, Mirror, TensorFields, Turn
 from adapter_server.families.quantised import dequantised, is_quantised
 
 Kind = Literal["linear", "conv1d", "embedding", "experts", "experts_transposed", "other"]
@@ -98,22 +99,8 @@ class BlockPatch(Protocol):
     def to(self, device: torch.device, dtype: torch.dtype) -> BlockPatch: ...
 
 
-class _Fields:
-    """Iterating and moving the tensor fields of a dataclass."""
-
-    def tensors(self) -> Iterator[Tensor]:
-        for f in fields(self):  # type: ignore[arg-type]
-            value = getattr(self, f.name)
-            if isinstance(value, Tensor):
-                yield value
-
-    def _moved(self, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
-        return {k: v.to(device, dtype) if isinstance(v, Tensor) else v for k, v in values.items()}
-
-
 @dataclass(frozen=True, slots=True, eq=False)
-class Patch(_Fields):
+class Patch(TensorFields):
     """The normal form at a Linear or Conv1D. A field left None does nothing. s (and gain) are folded into B."""
 
     A: Tensor | None = None  # [r, in]
@@ -123,6 +110,9 @@ class Patch(_Fields):
     out_scale: Tensor | None = None  # [out], after the bias
     bias: Tensor | None = None  # [out], added to the base's
     weight: Tensor | None = None  # W' [out, in], instead of the base's
+    delta: Delta | None = None  # ΔW [out, in]
+    turn: Turn | None = None  # R, before W' alone
+    mirror: Mirror | None = None
 
     @property
     def rank(self) -> int:
@@ -132,32 +122,37 @@ class Patch(_Fields):
         """x [..., in] → y [..., out]: the formula at the head of this file, term by term."""
         W, b = linear_params(module)
         W = W if self.weight is None else self.weight
-        y = F.linear(x if self.in_scale is None else x * self.in_scale, W)
+        z = x if self.in_scale is None else x * self.in_scale
+        y = F.linear(z if self.turn is None else self.turn.apply(z), W)
         y = y if self.gain is None else y * self.gain
         y = y if self.A is None or self.B is None else y + F.linear(F.linear(x, self.A), self.B)
+        y = y if self.delta is None else y + self.delta.apply(x.reshape(-1, x.shape[-1])).view_as(y)
         y = y if b is None else y + b
         y = y if self.bias is None else y + self.bias
-        return y if self.out_scale is None else y * self.out_scale
+        return self.out(y)
+
+    def out(self, u: Tensor) -> Tensor:
+        """What happens to the sum u [..., out] → y."""
+        y = u if self.out_scale is None else u * self.out_scale
+        return y if self.mirror is None else y + self.mirror.apply(u)
 
     def fold(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """{"weight": [out, in], "bias": [out]?} float32 → the same with this patch folded in."""
-        W = params["weight"] if self.weight is None else self.weight.float()
-        W = W if self.in_scale is None else W * self.in_scale.float()
-        W = W if self.gain is None else W * self.gain.float()[:, None]
-        W = W if self.A is None or self.B is None else W + self.B.float() @ self.A.float()
+        wide = self.to(params["weight"].device, torch.float32)
+        W = params["weight"] if wide.weight is None else wide.weight
+        W = W if wide.turn is None else wide.turn.fold(W)
+        W = W if wide.in_scale is None else W * wide.in_scale
+        W = W if wide.gain is None else W * wide.gain[:, None]
+        W = W if wide.A is None or wide.B is None else W + wide.B @ wide.A
+        W = W if wide.delta is None else W + wide.delta.dense()
         b = params.get("bias")
-        b = b if self.bias is None else self.bias.float() if b is None else b + self.bias.float()
-        if self.out_scale is not None:
-            scale = self.out_scale.float()
-            W, b = W * scale[:, None], b if b is None else b * scale
+        b = b if wide.bias is None else wide.bias if b is None else b + wide.bias
+        W, b = wide.out(W.T).T, b if b is None else wide.out(b)
         return {"weight": W.clone()} if b is None else {"weight": W.clone(), "bias": b.clone()}
-
-    def to(self, device: torch.device, dtype: torch.dtype) -> Patch:
-        return Patch(**self._moved(device, dtype))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class EmbeddingPatch(_Fields):
+class EmbeddingPatch(TensorFields):
     """Low rank at an embedding: e = gain * (E'[id] + B A[:, id]) · scale (PEFT `lora/layer.py`, class Embedding).
 
     s is folded into B, gain is not. `scale` is the base module's own factor after look-up (Gemma), else 1.
@@ -188,7 +183,7 @@ class EmbeddingPatch(_Fields):
     def to(self, device: torch.device, dtype: torch.dtype) -> EmbeddingPatch:
         """The scale is rounded with the rest, as the base module rounds its own."""
         scale = float(torch.tensor(self.scale).to(dtype))
-        return EmbeddingPatch(**self._moved(device, dtype) | {"scale": scale})
+        return replace(TensorFields.to(self, device, dtype), scale=scale)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -217,7 +212,7 @@ class ParamPatch:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Skills(_Fields):
+class Skills(TensorFields):
     """Low ranks at a Linear of which each task mixes its own: no patch before the task is known. s is in B."""
 
     A: Tensor  # [splits, skills, in/splits, r]

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from adapter_server.errors import AdapterRefused
-from adapter_server.families.base import _Fields
+from adapter_server.families.deltas import TensorFields
 from adapter_server.families.options import Config, as_integer, as_number, choice, flag, integer
 from adapter_server.families.parts import Expected, Taker
 from adapter_server.families.peanut import ACTIVATIONS
@@ -33,7 +33,7 @@ MAX_WIDTH = 1 << 16
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Bottleneck(_Fields):
+class Bottleneck(TensorFields):
     """A bottleneck on what a block adds to the residual stream (AdapterHub `methods/modeling.py`).
 
     f(x) = up · act(down · norm(x) + d) + u      the scaling is folded into up and u
@@ -75,9 +75,6 @@ class Bottleneck(_Fields):
     def _f(self, x: Tensor) -> Tensor:
         hidden = ACTIVATIONS[self.act](F.linear(_norm(x, self.before), self.down, self.down_bias))
         return F.linear(hidden, self.up, self.up_bias)
-
-    def to(self, device: torch.device, dtype: torch.dtype) -> Bottleneck:
-        return Bottleneck(**self._moved(device, dtype))
 
 
 def _norm(x: Tensor, norm: Tensor | None) -> Tensor:

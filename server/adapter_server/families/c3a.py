@@ -7,11 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.fft import fft, ifft
-
 from adapter_server.families.base import Family, Patch
+from adapter_server.families.deltas import Circulant
 from adapter_server.families.options import integer
 from adapter_server.families.parts import Expected
 from adapter_server.families.wrapping import TARGETS, Reader, Wrapped, Wrapping
@@ -20,7 +17,6 @@ from adapter_server.families.wrapping import TARGETS, Reader, Wrapped, Wrapping
 class C3A(Wrapping):
     name = "C3A"
     known = (TARGETS - {"exclude_modules"}) | {"bias", "block_size", "block_size_pattern", "init_weights"}
-    slow = True
     patterns = {"block_size_pattern": "block_size"}  # noqa: RUF012
 
     def tensors(self, at: Wrapped) -> Expected:
@@ -28,15 +24,7 @@ class C3A(Wrapping):
         return {"c3a_kernel": (at.parts(at.out, size, "block_size"), at.parts(at.inp, size, "block_size"), size)}
 
     def patch(self, at: Wrapped, read: Reader, common: Any) -> Patch:
-        return Patch(weight=read.weight() + _circulant(read("c3a_kernel")) / at.inp)
-
-
-def _circulant(w: Tensor) -> Tensor:
-    """[m, n, b] → [m·b, n·b] (PEFT `c3a/utils.py`, `get_circulant_fast`)."""
-    _, n, b = w.shape
-    x = torch.einsum("inb,mnb->imb", ifft(torch.eye(n * b).view(-1, n, b)), fft(w))
-    found: Tensor = fft(x).real.flatten(1).T
-    return found
+        return Patch(delta=Circulant(read("c3a_kernel") / at.inp))
 
 
 FAMILY: Family = C3A()

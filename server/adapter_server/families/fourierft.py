@@ -12,6 +12,7 @@ from torch import Tensor
 
 from adapter_server.errors import AdapterRefused
 from adapter_server.families.base import Family, Patch
+from adapter_server.families.deltas import Spectral
 from adapter_server.families.options import as_number, integer
 from adapter_server.families.parts import Expected
 from adapter_server.families.vera import seed
@@ -25,7 +26,6 @@ SPECTRAL = TARGETS | {
 class FourierFT(Wrapping):
     name = "FOURIERFT"
     known = SPECTRAL
-    slow = True
     conv1d = True
     patterns = {"n_frequency_pattern": "n_frequency"}  # noqa: RUF012
 
@@ -33,9 +33,9 @@ class FourierFT(Wrapping):
         return {"fourierft_spectrum": (frequencies(at, 1000),)}
 
     def patch(self, at: Wrapped, read: Reader, common: Any) -> Patch:
-        S = scattered(at, read("fourierft_spectrum"))
         scaling = as_number(at.config.get("scaling", 150.0), "scaling")
-        return Patch(weight=read.weight() + scaling * torch.fft.ifft2(S).real)
+        values = scaling * read("fourierft_spectrum")
+        return Patch(delta=Spectral.of(*places(at, len(values)), values, (at.out, at.inp)))
 
 
 def frequencies(at: Wrapped, default: int) -> int:
@@ -45,11 +45,11 @@ def frequencies(at: Wrapped, default: int) -> int:
     return n
 
 
-def scattered(at: Wrapped, values: Tensor) -> Tensor:
-    """[n] → [out, in], zero but at the first n places of the seed's permutation."""
+def places(at: Wrapped, count: int) -> tuple[Tensor, Tensor]:
+    """Rows and columns of the first `count` places of the seed's permutation."""
     generator = torch.Generator().manual_seed(seed(at.config, "random_loc_seed", 777))
-    places = torch.randperm(at.out * at.inp, generator=generator)[: len(values)]
-    return torch.zeros(at.out * at.inp).index_put((places,), values).view(at.out, at.inp)
+    flat = torch.randperm(at.out * at.inp, generator=generator)[:count]
+    return flat // at.inp, flat % at.inp
 
 
 FAMILY: Family = FourierFT()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from adapter_server.errors import AdapterRefused
 from adapter_server.families.base import Family, Patch
+from adapter_server.families.deltas import Kronecker
 from adapter_server.families.options import as_number, flag, integer
 from adapter_server.families.parts import Expected
 from adapter_server.families.wrapping import TARGETS, Reader, Wrapped, Wrapping
@@ -23,7 +24,6 @@ class LoKr(Wrapping):
         *("alpha", "alpha_pattern", "decompose_both", "decompose_factor", "init_weights", "module_dropout", "r"),
         *("rank_dropout", "rank_dropout_scale", "rank_pattern", "use_effective_conv2d"),
     }
-    slow = True
     patterns = {"alpha_pattern": "alpha", "rank_pattern": "r"}  # noqa: RUF012
 
     def tensors(self, at: Wrapped) -> Expected:
@@ -37,7 +37,7 @@ class LoKr(Wrapping):
         scaling = as_number(at.config.get("alpha", 8), "alpha") / at.rank()
         (L1, R1), (L2, R2) = (_split(read, name, whole) for name, (_, whole) in _factors(at).items())
         if 2 * L1.shape[1] * L2.shape[1] > min(at.inp, at.out):
-            return Patch(weight=read.weight() + scaling * torch.kron(L1 @ R1, L2 @ R2))
+            return Patch(delta=Kronecker(scaling * L1 @ R1, L2 @ R2))
         return Patch(A=torch.kron(R1, R2), B=scaling * torch.kron(L1, L2))
 
 

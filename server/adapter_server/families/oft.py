@@ -13,6 +13,7 @@ from torch import Tensor
 
 from adapter_server.errors import AdapterRefused
 from adapter_server.families.base import Family, Patch
+from adapter_server.families.deltas import Turn
 from adapter_server.families.options import as_number, flag, integer
 from adapter_server.families.orthogonal import MAX_TERMS, cayley, neumann, skew
 from adapter_server.families.parts import Expected
@@ -25,7 +26,6 @@ class Oft(Wrapping):
         *("bias", "block_share", "coft", "eps", "fan_in_fan_out", "init_weights", "module_dropout"),
         *("num_cayley_neumann_terms", "oft_block_size", "r", "use_cayley_neumann"),
     }
-    slow = True
 
     def tensors(self, at: Wrapped) -> Expected:
         size = _size(at)
@@ -38,7 +38,7 @@ class Oft(Wrapping):
             R = neumann(Q, integer(at.config, "num_cayley_neumann_terms", 5, most=MAX_TERMS))
         else:
             R = cayley(-Q)
-        return Patch(weight=_rotated(read.weight(), R))
+        return Patch(turn=Turn(R))
 
 
 class Boft(Wrapping):
@@ -47,7 +47,6 @@ class Boft(Wrapping):
         *("bias", "boft_block_num", "boft_block_size", "boft_dropout", "boft_n_butterfly_factor", "fan_in_fan_out"),
         "init_weights",
     }
-    slow = True
 
     def tensors(self, at: Wrapped) -> Expected:
         blocks, size = _blocks(at)
@@ -55,7 +54,7 @@ class Boft(Wrapping):
 
     def patch(self, at: Wrapped, read: Reader, common: Any) -> Patch:
         D = read("boft_R")[0]
-        return Patch(weight=_rotated(read.weight(), cayley((D.mT - D) / 2)) * read("boft_s"))
+        return Patch(turn=Turn(cayley((D.mT - D) / 2)), gain=read("boft_s").flatten())
 
 
 def _size(at: Wrapped) -> int:
@@ -96,12 +95,6 @@ def _blocks(at: Wrapped) -> tuple[int, int]:
         raise AdapterRefused("adapter_config.json: exactly one of 'boft_block_size' and 'boft_block_num' must be 0")
     other = at.parts(at.inp, size or count, "boft_block_size" if size else "boft_block_num")
     return (other, size) if size else (count, other)
-
-
-def _rotated(W: Tensor, R: Tensor) -> Tensor:
-    """W [out, in] for the rotated input: W blockdiag(R)ᵀ; one R for all blocks, or one each [n, size, size]."""
-    blocks = W.view(W.shape[0], -1, R.shape[-1])
-    return torch.einsum("onc,nkc->onk", blocks, R.expand(blocks.shape[1], -1, -1)).flatten(1)
 
 
 FAMILIES: tuple[Family, ...] = (Oft(), Boft())

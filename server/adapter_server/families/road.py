@@ -13,6 +13,7 @@ from torch import Tensor
 
 from adapter_server.errors import AdapterRefused
 from adapter_server.families.base import Family, Patch
+from adapter_server.families.deltas import Mirror
 from adapter_server.families.options import choice, integer
 from adapter_server.families.parts import Expected
 from adapter_server.families.wrapping import NARROW, Reader, Wrapped, Wrapping
@@ -23,7 +24,6 @@ NUMBERS = {"road_1": (1, 2), "road_2": (1, 1), "road_4": (2, 1)}  # of θ, for e
 class Road(Wrapping):
     name = "ROAD"
     known = NARROW | {"group_size", "init_weights", "variant"}
-    slow = True
 
     def tensors(self, at: Wrapped) -> Expected:
         many, few = NUMBERS[_variant(at)]
@@ -31,10 +31,12 @@ class Road(Wrapping):
         return dict.fromkeys(("road_alpha", "road_theta"), (at.out * many // few,))
 
     def patch(self, at: Wrapped, read: Reader, common: Any) -> Patch:
-        group, bias = _group(at), read.bias()
+        group = _group(at)
         c1, c2 = _columns(_variant(at), group, read("road_theta"), read("road_alpha"))
-        moved = None if bias is None else _turned(bias, group, c1, c2) - bias
-        return Patch(weight=_turned(read.weight().T, group, c1, c2).T.contiguous(), bias=moved)
+        first, second = torch.arange(at.out).view(-1, 2, group // 2).unbind(1)
+        partner = torch.stack((second, first), 1).flatten()
+        sign = torch.stack((-torch.ones_like(first), torch.ones_like(second)), 1).flatten()
+        return Patch(out_scale=c1, mirror=Mirror(partner, sign * c2))
 
 
 def _variant(at: Wrapped) -> str:
@@ -57,12 +59,6 @@ def _columns(variant: str, group: int, theta: Tensor, alpha: Tensor) -> tuple[Te
     if variant == "road_1":
         theta, alpha = (v.view(-1, group // 2).repeat_interleave(2, dim=0).flatten() for v in (theta, alpha))
     return alpha * theta.cos(), alpha * theta.sin()
-
-
-def _turned(z: Tensor, group: int, c1: Tensor, c2: Tensor) -> Tensor:
-    """z […, out]"""
-    first, second = z.reshape(-1, 2, group // 2).unbind(1)
-    return z * c1 + torch.stack((-second, first), 1).reshape(z.shape) * c2
 
 
 FAMILY: Family = Road()

@@ -9,6 +9,7 @@ from typing import Any
 
 from adapter_server.errors import AdapterRefused
 from adapter_server.families.base import Family, Patch
+from adapter_server.families.deltas import Sparse
 from adapter_server.families.parts import Expected, Integers
 from adapter_server.families.wrapping import NARROW, Reader, Wrapped, Wrapping
 
@@ -16,7 +17,6 @@ from adapter_server.families.wrapping import NARROW, Reader, Wrapped, Wrapping
 class Shira(Wrapping):
     name = "SHIRA"
     known = NARROW | {"fan_in_fan_out", "init_weights", "mask_type", "r", "random_seed"}
-    slow = True
 
     def tensors(self, at: Wrapped) -> Expected:
         n = at.rank(default=32) * (at.inp + at.out)
@@ -28,7 +28,7 @@ class Shira(Wrapping):
         rows, columns = read.integers("shira_indices", max(at.inp, at.out))
         if int(rows.max()) >= at.out or int(columns.max()) >= at.inp:
             raise AdapterRefused(f"tensor '{at.path}.shira_indices' holds indices outside the weight")
-        return Patch(weight=read.weight().index_put((rows, columns), read("shira_weight"), accumulate=True))
+        return Patch(delta=Sparse.of(rows, columns, read("shira_weight"), (at.out, at.inp)))
 
 
 FAMILY: Family = Shira()

@@ -13,6 +13,7 @@ from torch import Tensor
 from adapter_server.core import Spec
 from adapter_server.errors import AdapterRefused
 from adapter_server.families.base import Adapter, AnyPatch, Base, Family, ParamPatch, Patch, Shapes
+from adapter_server.families.deltas import sparse
 from adapter_server.families.options import Config, as_integer, check_known, table
 from adapter_server.families.parts import LINEAR, ROOT, Expected, Integers, Taker
 
@@ -73,11 +74,12 @@ def _patch(path: str, params: Mapping[str, Tensor], base: Base) -> AnyPatch:
     shape = base.shapes.modules[path]
     if shape.kind not in LINEAR:
         return ParamPatch(params)
-    weight = params.get("weight")
-    if weight is not None and shape.kind == "conv1d":
-        weight = weight.T.contiguous()
     bias = params["bias"] - base.param(path, "bias") if "bias" in params else None
-    return Patch(weight=weight, bias=bias)
+    if "weight" not in params:
+        return Patch(bias=bias)
+    weight = params["weight"].T.contiguous() if shape.kind == "conv1d" else params["weight"]
+    few = sparse(weight - base.weight(path))
+    return Patch(weight=weight, bias=bias) if few is None else Patch(delta=few, bias=bias)
 
 
 FAMILY: Family = SparseDelta()

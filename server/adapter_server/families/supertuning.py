@@ -11,6 +11,7 @@ import torch
 
 from adapter_server.errors import AdapterRefused
 from adapter_server.families.base import Family, Patch
+from adapter_server.families.deltas import Sparse
 from adapter_server.families.options import Config, as_number, flag
 from adapter_server.families.parts import Expected, Integers
 from adapter_server.families.wrapping import NARROW, Reader, Wrapped, Wrapping
@@ -40,11 +41,12 @@ class Supertuning(Wrapping):
         else:
             largest = flag({"select_top": True, **at.config}, "select_top")
             places = torch.topk(W.abs().flatten(), _count(at), largest=largest).indices
-        W = W.flatten().scatter_add(0, places, read("supertuning_values")).view_as(W)
-        if at.config.get("r") is not None:
-            scaling = as_number(at.config.get("lora_alpha"), "lora_alpha") / at.rank()
-            W += scaling * read("supertuning_lora_B.weight") @ read("supertuning_lora_A.weight")
-        return Patch(weight=W)
+        delta = Sparse.of(places // at.inp, places % at.inp, read("supertuning_values"), (at.out, at.inp))
+        if at.config.get("r") is None:
+            return Patch(delta=delta)
+        scaling = as_number(at.config.get("lora_alpha"), "lora_alpha") / at.rank()
+        A, B = read("supertuning_lora_A.weight"), scaling * read("supertuning_lora_B.weight")
+        return Patch(A=A, B=B, delta=delta)
 
 
 def _count(at: Wrapped) -> int:

@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from adapter_server.families.base import Family, Patch, Shapes
-from adapter_server.families.fourierft import SPECTRAL, frequencies, scattered
+from adapter_server.families.deltas import Sparse
+from adapter_server.families.fourierft import SPECTRAL, frequencies, places
 from adapter_server.families.options import Config, as_number, choice, flag, integer
 from adapter_server.families.parts import Expected
-from adapter_server.families.wrapping import Reader, Wrapped, Wrapping
+from adapter_server.families.wrapping import Reader, Wrapped, Wrapping, added
 
 DEFAULT = 2592
 
@@ -42,9 +43,9 @@ class WaveFT(Wrapping):
         return {"waveft_spectrum": (frequencies(at, DEFAULT),)}
 
     def patch(self, at: Wrapped, read: Reader, common: Any) -> Patch:
-        S = scattered(at, read("waveft_spectrum"))
-        scaling = as_number(at.config.get("scaling", 25.0), "scaling")
-        return Patch(weight=read.weight() + scaling * (_haar(S) if _transformed(at.config) else S))
+        values = as_number(at.config.get("scaling", 25.0), "scaling") * read("waveft_spectrum")
+        S = Sparse.of(*places(at, len(values)), values, (at.out, at.inp))
+        return added(_haar(S.dense()), read) if _transformed(at.config) else Patch(delta=S)
 
 
 def _transformed(config: Config) -> bool:

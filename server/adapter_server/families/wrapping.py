@@ -17,6 +17,7 @@ from torch import Tensor
 from adapter_server.core import Spec
 from adapter_server.errors import AdapterRefused
 from adapter_server.families.base import Adapter, AnyPatch, Base, ModuleShape, Patch, Shapes, Skills
+from adapter_server.families.deltas import sparse
 from adapter_server.families.options import Config, check_known, integer, refuse_set, table
 from adapter_server.families.parts import (
     LINEAR,
@@ -176,6 +177,12 @@ def low_rank(A: Tensor, B: Tensor, read: Reader) -> Patch:
     """B A as it is, or as a replaced weight where its rank is so high that this is cheaper.  [r,in] [out,r]"""
     rank, (inp, out) = A.shape[0], (A.shape[1], B.shape[0])
     return Patch(A=A, B=B) if 2 * rank <= min(inp, out) else Patch(weight=read.weight() + B @ A)
+
+
+def added(dense: Tensor, read: Reader) -> Patch:
+    """ΔW [out, in] by its numbers that are not zero, or as a replaced weight where they are many."""
+    few = sparse(dense)
+    return Patch(weight=read.weight() + dense) if few is None else Patch(delta=few)
 
 
 def _trained(take: Taker, path: str, biases: Mapping[str, str]) -> Tensor | None:

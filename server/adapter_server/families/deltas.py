@@ -1,0 +1,179 @@
+"""What an adapter changes at a Linear that is no low rank and yet far smaller than a weight.
+
+Delta   y += ΔW x           Sparse: some numbers of W    Spectral: some of its Fourier coefficients
+                            Kronecker: w₁ ⊗ w₂           Circulant: blocks of one row each
+Turn    W (x R)             the input rotated, block by block
+Mirror  y += f ∘ y[index]   outputs mixed in pairs
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Protocol, Self
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # torch says once that CSR is in beta: the products used here have tests
+    torch.sparse_csr_tensor([0, 1], [0], torch.zeros(1), (1, 1), check_invariants=True)
+
+DENSE = 4  # a matrix is held as sparse when no more than one in so many of its numbers is not zero
+
+
+class Delta(Protocol):
+    """ΔW [out, in], never written out but for a fold."""
+
+    def apply(self, x: Tensor) -> Tensor:
+        """x [T, in] → ΔW x [T, out]."""
+
+    def dense(self) -> Tensor:
+        """ΔW [out, in], float32."""
+
+    def tensors(self) -> Iterator[Tensor]: ...
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Self: ...
+
+
+class TensorFields:
+    """A dataclass whose tensors, its parts' among them, are iterated and moved together; indices keep their dtype."""
+
+    def tensors(self) -> Iterator[Tensor]:
+        for f in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, f.name)
+            if isinstance(value, Tensor):
+                yield value
+            elif isinstance(value, TensorFields):
+                yield from value.tensors()
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Self:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        moved = {name: _moved(v, device, dtype) for name, v in values.items() if isinstance(v, Tensor | TensorFields)}
+        return dataclasses.replace(self, **moved)  # type: ignore[type-var]
+
+
+def _moved(value: Tensor | TensorFields, device: torch.device, dtype: torch.dtype) -> Tensor | TensorFields:
+    whole = isinstance(value, Tensor) and not value.is_floating_point()
+    return value.to(device) if whole else value.to(device, dtype)  # type: ignore[call-arg]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sparse(TensorFields):
+    """n numbers of ΔW by rows: row i has numbers starts[i] … starts[i+1] − 1. A place that comes twice counts twice."""
+
+    starts: Tensor  # [out + 1], int32
+    columns: Tensor  # [n], int32
+    values: Tensor  # [n]
+    inp: int
+
+    @classmethod
+    def of(cls, rows: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Sparse:
+        """From n places (row, column), in any order."""
+        order = torch.argsort(rows * shape[1] + columns)
+        counts = torch.bincount(rows, minlength=shape[0])
+        starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
+        return cls(starts, columns[order].int(), values[order].contiguous(), shape[1])
+
+    def apply(self, x: Tensor) -> Tensor:
+        return self._times(x.float()).to(x.dtype)
+
+    def _times(self, x: Tensor) -> Tensor:
+        shape = len(self.starts) - 1, self.inp
+        matrix = torch.sparse_csr_tensor(self.starts, self.columns, self.values.float(), shape, check_invariants=False)
+        out: Tensor = (matrix @ x.T).T
+        return out
+
+    def dense(self) -> Tensor:
+        rows = torch.repeat_interleave(torch.arange(len(self.starts) - 1), self.starts.diff().long().cpu())
+        zeros = torch.zeros(len(self.starts) - 1, self.inp)
+        return zeros.index_put((rows, self.columns.long().cpu()), self.values.float().cpu(), accumulate=True)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Spectral(Sparse):
+    """ΔW = Re ifft2(S), S the sparse matrix: the input transformed, S, the output transformed back."""
+
+    def apply(self, x: Tensor) -> Tensor:
+        waves = torch.fft.ifft(x.float())
+        y = torch.complex(self._times(waves.real), self._times(waves.imag))
+        out: Tensor = torch.fft.ifft(y).real.to(x.dtype)
+        return out
+
+    def dense(self) -> Tensor:
+        delta: Tensor = torch.fft.ifft2(Sparse.dense(self)).real
+        return delta
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Kronecker(TensorFields):
+    """ΔW = left ⊗ right: output (a, b) reads input (i, j) by left[a, i] · right[b, j]."""
+
+    left: Tensor  # [o1, i1]
+    right: Tensor  # [o2, i2]
+
+    def apply(self, x: Tensor) -> Tensor:
+        pairs = x.view(-1, self.left.shape[1], self.right.shape[1])  # [T, i1, i2]
+        return (self.left @ F.linear(pairs, self.right)).flatten(1)
+
+    def dense(self) -> Tensor:
+        return torch.kron(self.left.float(), self.right.float())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Circulant(TensorFields):
+    """Blocks [b, b] of ΔW, each row the one above moved on by one: a product of Fourier transforms."""
+
+    kernel: Tensor  # [out/b, in/b, b], a block's first row
+
+    def apply(self, x: Tensor) -> Tensor:
+        _, n, b = self.kernel.shape
+        spectrum = torch.fft.rfft(x.float().view(-1, n, b))
+        y = torch.einsum("tnf,mnf->tmf", spectrum, torch.fft.rfft(self.kernel.float()).conj())
+        out: Tensor = torch.fft.irfft(y, b).flatten(1).to(x.dtype)
+        return out
+
+    def dense(self) -> Tensor:
+        m, n, b = self.kernel.shape
+        at = (torch.arange(b) - torch.arange(b)[:, None]) % b  # [row, column]: which number of the first row
+        return self.kernel.float()[:, :, at].transpose(1, 2).reshape(m * b, n * b)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Turn(TensorFields):
+    """The input turned block by block before W: x R, one R for all blocks or one each."""
+
+    R: Tensor  # [1 or in/b, b, b]
+
+    def apply(self, x: Tensor) -> Tensor:
+        """x [..., in] → x R [..., in]."""
+        b = self.R.shape[-1]
+        blocks = x.reshape(-1, x.shape[-1] // b, b).transpose(0, 1)  # [in/b, T, b]
+        return torch.matmul(blocks, self.R).transpose(0, 1).reshape(x.shape)
+
+    def fold(self, W: Tensor) -> Tensor:
+        """W [out, in] → W Rᵀ, which reads the input as it is."""
+        return Turn(self.R.float().mT).apply(W)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Mirror(TensorFields):
+    """y[i] += factor[i] · u[index[i]], u the outputs before."""
+
+    index: Tensor  # [out], int64
+    factor: Tensor  # [out]
+
+    def apply(self, u: Tensor) -> Tensor:
+        """u [..., out] → what is added."""
+        return u[..., self.index] * self.factor
+
+
+def sparse(dense: Tensor) -> Sparse | None:
+    """A matrix [out, in] that is mostly zero, by its other numbers; None where that would not be smaller."""
+    rows, columns = dense.nonzero(as_tuple=True)
+    if len(rows) * DENSE > dense.numel():
+        return None
+    return Sparse.of(rows, columns, dense[rows, columns], (dense.shape[0], dense.shape[1]))
