@@ -88,6 +88,22 @@ class Live:
             assert time.monotonic() < until, f"never {least}: {self.worker.stats()}"
             time.sleep(0.005)
 
+    @contextmanager
+    def slowly(self, step_s: float) -> Iterator[None]:
+        """Steps that take so much longer."""
+        model = self.worker.engine.model
+        forward = model.forward
+
+        def late(*args: Any, **kwargs: Any) -> Any:
+            time.sleep(step_s)
+            return forward(*args, **kwargs)
+
+        model.forward = late  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            model.forward = forward  # type: ignore[method-assign]
+
 
 @contextmanager
 def demo(

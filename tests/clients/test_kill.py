@@ -41,23 +41,6 @@ def demo() -> Iterator[Live]:
 
 
 @contextmanager
-def slowly(demo: Live) -> Iterator[None]:
-    """Steps that take their time."""
-    model = demo.worker.engine.model
-    forward = model.forward
-
-    def late(*args: Any, **kwargs: Any) -> Any:
-        time.sleep(STEP_S)
-        return forward(*args, **kwargs)
-
-    model.forward = late  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        model.forward = forward  # type: ignore[method-assign]
-
-
-@contextmanager
 def loader_busy(demo: Live) -> Iterator[None]:
     """Loads wait behind another one."""
     over = threading.Event()
@@ -99,7 +82,7 @@ def vanish(demo: Live, client: socket.socket) -> int:
 
 def test_who_leaves_in_prefill_is_forgotten(demo: Live) -> None:
     scheduler = demo.worker.engine.scheduler
-    with slowly(demo), ThreadPoolExecutor(1) as other:
+    with demo.slowly(STEP_S), ThreadPoolExecutor(1) as other:
         answer = other.submit(demo.ask, SURE)
         client = call(demo, prompt="x" * 400, max_new_tokens=50)
         until(lambda: any(0 < row.done < len(row.request.prompt) for row in scheduler.running), "in prefill")
@@ -111,7 +94,7 @@ def test_who_leaves_in_prefill_is_forgotten(demo: Live) -> None:
 @pytest.mark.parametrize("stream", [True, False])
 def test_who_leaves_in_decode_is_forgotten(demo: Live, stream: bool) -> None:
     scheduler = demo.worker.engine.scheduler
-    with slowly(demo), ThreadPoolExecutor(1) as other:
+    with demo.slowly(STEP_S), ThreadPoolExecutor(1) as other:
         client = call(demo, **LONG, stream=stream)
         until(lambda: any(row.emitted for row in scheduler.running), "in decode")
         answer = other.submit(demo.ask, SURE)
@@ -123,7 +106,7 @@ def test_who_leaves_in_decode_is_forgotten(demo: Live, stream: bool) -> None:
 
 def test_who_leaves_the_queue_is_forgotten(demo: Live) -> None:
     scheduler = demo.worker.engine.scheduler
-    with slowly(demo), ThreadPoolExecutor(ROWS) as others:
+    with demo.slowly(STEP_S), ThreadPoolExecutor(ROWS) as others:
         answers = [others.submit(demo.ask, SURE) for _ in range(ROWS)]
         until(lambda: len(scheduler.running) == ROWS, "full")
         client = call(demo, **LONG)
