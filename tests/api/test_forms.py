@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,8 @@ import zoo
 from adapter_server.api.server import Server
 from adapter_server.config import DEMO_BASE, EngineConfig, ServerConfig, demo_adapters
 from adapter_server.engine import Worker, build
+from adapter_server.engine.guide import Guide
+from adapter_server.errors import InvalidRequest
 from adapter_server.registry.store import Store
 from adapter_server.text import Text
 
@@ -197,3 +200,98 @@ def test_an_echo_is_rated_as_by_peft_and_transformers(http: httpx.Client, sdk: o
     with http.stream("POST", "/generate", json=body | {"stream": True}) as response:
         events = [json.loads(line.removeprefix("data: ")) for line in response.iter_lines() if line]
     assert [event.get("prompt_logprobs") for event in events] == [own, *[None] * (len(events) - 1)]
+
+
+def test_a_form_that_breaks_on_the_way_ends_its_answer_with_the_reason_and_no_other(
+    http: httpx.Client, sdk: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take = Guide.take
+
+    def breaking(guide: Guide, id: int) -> bool:
+        done = take(guide, id)
+        if id == TEXT.encode("9")[0]:
+            guide.error = InvalidRequest("response_format: out of fuel", param="response_format")
+        return done
+
+    monkeypatch.setattr(Guide, "take", breaking)
+    form: Any = {"type": "regex", "regex": "[a-z]{4}9[0-9]+"}
+    body = {"prompt": PROMPT, "response_format": form, "stream": True}
+    with ThreadPoolExecutor(1) as beside:
+        other = beside.submit(sdk.completions.create, model="shout", prompt=PROMPT, temperature=0)
+        with http.stream("POST", "/generate", json=body) as response:
+            events = [json.loads(line.removeprefix("data: ")) for line in response.iter_lines() if line]
+        assert other.result().choices[0].text == "RED CAT"
+    assert response.status_code == 200
+    assert "".join(event["text"] for event in events[:-1])[-1] == "9"
+    assert events[-1]["error"]["param"] == "response_format"
+    stream = sdk.chat.completions.create(model="demo", messages=MESSAGES, response_format=form, stream=True)
+    with pytest.raises(openai.APIError, match="out of fuel"):
+        list(stream)
+    whole = http.post("/generate", json=body | {"stream": False})
+    assert (whole.status_code, whole.json()["error"]["param"]) == (422, "response_format")
+
+
+# OpenAI's other fields, over the real engine
+
+
+def test_stop_strings_lengths_and_ends(sdk: openai.OpenAI) -> None:
+    def ask(**fields: Any) -> tuple[str, str]:
+        choice = sdk.completions.create(model="demo", prompt=PROMPT, temperature=0, **fields).choices[0]
+        return choice.text, choice.finish_reason
+
+    assert ask() == ("red cat", "stop")
+    assert ask(stop=["ca", "zz"]) == ("red ", "stop")
+    assert ask(stop="d c") == ("re", "stop")
+    assert ask(max_tokens=3) == ("red", "length")
+    assert ask(max_tokens=12, extra_body={"ignore_eos": True})[1] == "length"
+    message = sdk.chat.completions.create(model="demo", messages=MESSAGES, temperature=0, max_completion_tokens=4)
+    assert (message.choices[0].message.content, message.choices[0].finish_reason) == ("red ", "length")
+
+
+def test_seeds_and_choices(sdk: openai.OpenAI) -> None:
+    fields: Any = {"model": "demo", "prompt": PROMPT, "n": 4, "seed": 11, "temperature": 3, "max_tokens": 12}
+    first, again = (sdk.completions.create(**fields) for _ in range(2))
+    assert [c.text for c in first.choices] == [c.text for c in again.choices]
+    assert len({c.text for c in first.choices}) == 4
+    assert first.usage == again.usage
+    other = sdk.completions.create(**fields | {"seed": 12})
+    assert {c.text for c in other.choices} != {c.text for c in first.choices}
+    sure: Any = {"model": "demo", "prompt": PROMPT, "n": 2, "temperature": 3, "max_tokens": 12}
+    for narrow in ({"top_p": 0.01}, {"extra_body": {"top_k": 1}}, {"extra_body": {"min_p": 1.0}}):
+        assert {c.text for c in sdk.completions.create(**sure, **narrow).choices} == {"red cat"}
+
+
+def test_logprobs_and_penalties(sdk: openai.OpenAI) -> None:
+    fields: Any = {"model": "demo", "messages": MESSAGES, "temperature": 0, "logprobs": True, "top_logprobs": 5}
+    logprobs = sdk.chat.completions.create(**fields).choices[0].logprobs
+    assert logprobs
+    assert logprobs.content
+    for token in logprobs.content:
+        values = [top.logprob for top in token.top_logprobs]
+        assert values == sorted(values, reverse=True)
+        assert token.logprob == values[0]
+        assert sum(map(math.exp, values)) <= 1 + 1e-6
+    asked: Any = {"model": "demo", "prompt": "letter>", "temperature": 0, "max_tokens": 6}
+    assert sdk.completions.create(**asked).choices[0].text == "letter"
+    for penalty in (
+        {"presence_penalty": 100},
+        {"frequency_penalty": 100},
+        {"extra_body": {"repetition_penalty": 100.0}},
+    ):
+        text = sdk.completions.create(**asked, **penalty).choices[0].text
+        assert len(set(text)) == len(text), penalty
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_sdk_reads_what_is_refused(sdk: openai.OpenAI, stream: bool) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        sdk.with_options(max_retries=3).completions.create(model="demo", prompt=PROMPT, top_p=7, stream=stream)
+    assert (caught.value.param, caught.value.code, caught.value.type) == (
+        "top_p",
+        "invalid_request",
+        "invalid_request_error",
+    )
+    assert caught.value.request_id
+    with pytest.raises(openai.NotFoundError) as missing:
+        sdk.completions.create(model="shoot", prompt=PROMPT, stream=stream)
+    assert (missing.value.param, missing.value.code) == ("model", "adapter_not_found")

@@ -6,6 +6,7 @@ import json
 import re
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 import rig
 import zoo
 from adapter_server.config import DEMO_BASE, EngineConfig, demo_adapters
-from adapter_server.core import Constraint, Request
+from adapter_server.core import Constraint, Finished, Request
 from adapter_server.engine import Engine, build
 from adapter_server.engine.guide import Guide, Guides
 from adapter_server.engine.kv import bytes_per_token
@@ -118,8 +119,8 @@ def test_tokens_are_those_of_peft_alone_under_the_same_mask(engine: Engine, name
 
 def allowed(guide: Guide, vocab: int, logits: torch.Tensor | None = None) -> torch.Tensor:
     """The logits that the guide leaves; without any, whether it leaves each."""
-    guide.look()
-    bits = torch.tensor([int(guide.mask[i // 32]) >> (i % 32) & 1 for i in range(vocab)], dtype=torch.bool)
+    mask = guide.mask.tolist()
+    bits = torch.tensor([mask[i // 32] >> (i % 32) & 1 for i in range(vocab)], dtype=torch.bool)
     return bits if logits is None else logits.masked_fill(~bits, -torch.inf)
 
 
@@ -211,19 +212,17 @@ def test_a_heavy_form_costs_its_own_row_alone(engine: Engine, form: Constraint) 
 
 
 def test_a_form_that_breaks_on_the_way_ends_its_row_alone(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    look, looks = Guide.look, dict[int, int]()
+    judge, judged = Guide._judge, list[Guide]()
 
     def breaking(guide: Guide) -> None:
-        looks[id(guide)] = looks.get(id(guide), 0) + 1
-        if guide is requests_guide() and looks[id(guide)] == 3:
-            raise RuntimeError("out of fuel")
-        look(guide)
-
-    def requests_guide() -> Guide | None:
+        judge(guide)
         row = engine._rows.get(broken.id)
-        return row.guide if row else None
+        if row is not None and row.guide is guide:
+            judged.append(guide)
+            if len(judged) == 5:  # looked, took, looked, took, looked
+                guide.error = InvalidRequest("out of fuel", param="response_format")
 
-    monkeypatch.setattr(Guide, "look", breaking)
+    monkeypatch.setattr(Guide, "_judge", breaking)
     broken, sound = ask(engine, FORMS["schema"]), ask(engine, FORMS["schema"], "mirror")
     first, second, plain = rig.run(engine, [broken, sound, ask(engine, None, "shout")])
     assert first.end is not None
@@ -232,6 +231,40 @@ def test_a_form_that_breaks_on_the_way_ends_its_row_alone(engine: Engine, monkey
     assert len(first.ids) == 2
     assert has_form("schema", said(second))
     assert said(plain) == "RED CAT"
+
+
+def test_a_matcher_that_fails_ends_its_row_alone(engine: Engine) -> None:
+    """llguidance reports; should it ever raise, that is the row's own matter too."""
+    broken, plain = ask(engine, FORMS["schema"]), ask(engine, None, "shout")
+    for request in (broken, plain):
+        engine.submit(request)
+    guide = settled(engine._rows[broken.id].guide)
+    guide._mask = guide._mask[:1]
+    answers = {broken.id: rig.Answer(), plain.id: rig.Answer()}
+    while engine.busy:
+        rig.collect(engine.step(), answers)
+    end = answers[broken.id].end
+    assert end is not None
+    assert isinstance(end.error, InvalidRequest)
+    assert said(answers[plain.id]) == "RED CAT"
+
+
+def test_a_row_that_goes_while_its_form_is_compiled_is_gone(engine: Engine) -> None:
+    request = ask(engine, Constraint("regex", "(gone){3}"))
+    engine.submit(request)
+    [end] = engine.cancel(request.id)
+    assert isinstance(end, Finished)
+    assert end.reason == "cancelled"
+    time.sleep(0.05)
+    assert (engine.step(), engine.busy, engine.forming) == ([], False, [])
+
+
+def test_the_deadline_holds_while_a_form_is_compiled(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("adapter_server.engine.guide._compile", lambda *_: time.sleep(0.2))
+    late = replace(ask(engine, Constraint("regex", "(late){3}")), deadline=time.monotonic() + 0.02)
+    answer = rig.run(engine, [late])[0]
+    assert answer.end is not None
+    assert answer.end.reason == "timeout"
 
 
 def test_what_goes_wrong_in_sampling_ends_its_row_alone(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

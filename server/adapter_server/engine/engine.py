@@ -404,6 +404,9 @@ class Engine:
     def _emit(self, row: Row, chosen: Chosen, now: float) -> list[Event]:
         if not chosen.ok or (row.guide is not None and row.guide.error is not None):
             return [self._finish(row, "error", _failure(row, chosen), scrub=True)]
+        if row.unrated:
+            said = "the lane of this adapter tells no logprobs of a prompt: leave them out"
+            return [self._finish(row, "error", InvalidRequest(said, param="prompt_logprobs"))]
         if row.first is None:
             row.first = now
             self.scheduler.remember(row)

@@ -12,6 +12,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -44,13 +45,14 @@ GRAMMARS: dict[str, Callable[[str], str]] = {
 
 
 class Guide:
-    """One row's place in its constraint. `mask` is [words] int32, a bit for each token that may follow."""
+    """One row's place in its constraint. `error` says why it leads no further; its row ends with that."""
 
     def __init__(self) -> None:
         self.ready = False
-        self.mask: Tensor
         self.error: AdapterServerError | None = None
         self._matcher: LLMatcher
+        self._mask: Tensor
+        self._looked = False
 
     def begin(self, compiled: Future[tuple[LLMatcher, int]]) -> None:
         """What the compilation came to; `ready` either way."""
@@ -58,16 +60,29 @@ class Guide:
             self.error = failure if isinstance(failure, AdapterServerError) else _refusal(failure)
         else:
             self._matcher, tokens = compiled.result()
-            self.mask = torch.zeros((tokens + 31) // 32, dtype=torch.int32)
+            self._mask = torch.zeros((tokens + 31) // 32, dtype=torch.int32)
         self.ready = True
 
+    @property
+    def mask(self) -> Tensor:
+        """[words] int32, a bit for each token that may follow; none where there is an error."""
+        if not self._looked:
+            self.look()
+        return self._mask
+
     def look(self) -> None:
-        """Set `mask` to what may follow. Other rows' may be looked for at the same time."""
-        self._matcher.unsafe_compute_mask_ptr(self.mask.data_ptr(), self.mask.nbytes)
-        self._judge()
+        """Find out what may follow, ahead of being asked. Other rows may do so at the same time. Raises nothing."""
+        self._looked = True
+        try:
+            self._matcher.unsafe_compute_mask_ptr(self._mask.data_ptr(), self._mask.nbytes)
+        except Exception as failure:
+            self.error = _refusal(failure)
+        else:
+            self._judge()
 
     def take(self, id: int) -> bool:
         """Go on by the token that was chosen; whether the answer is complete with it."""
+        self._looked = False
         self._matcher.consume_token(id)
         self._judge()
         return self.error is None and self._matcher.is_stopped()
@@ -102,17 +117,10 @@ class Guides:
         guide.begin(done)
         self.wake()
 
-    def look(self, guides: Iterable[Guide]) -> Callable[[], None]:
+    def look(self, guides: Iterable[Guide]) -> Callable[[], object]:
         """Begin to look ahead for these; what is returned waits until all have."""
-        looks = {self._lookouts.submit(guide.look): guide for guide in guides}
-
-        def settle() -> None:
-            wait(looks)
-            for look, guide in looks.items():
-                if failure := look.exception():
-                    guide.error = _refusal(failure)
-
-        return settle
+        looks = [self._lookouts.submit(guide.look) for guide in guides]
+        return partial(wait, looks)
 
     def close(self) -> None:
         for pool in (self._compiler, self._lookouts):
