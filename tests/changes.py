@@ -22,6 +22,7 @@ from adapter_server.registry.publish import Publisher
 from adapter_server.registry.store import Store
 
 CONFIG = json.dumps(files.CONFIG).encode()
+DAMAGED = -1
 CALLS = ("create", "write", "fsync", "mkdir", "symlink", "rename", "exchange", "unlink", "rmdir")
 
 
@@ -102,13 +103,28 @@ def _over(root: Path) -> None:
     _by_hand(root)
 
 
-# name: what is there, the change, what is served before and after (seeds; None: nothing)
+def damage(root: Path) -> None:
+    """A byte of the current version's weights is another."""
+    path = root / "a" / "adapter_model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def _damaged(root: Path) -> None:
+    _published(1, 2)(root)
+    damage(root)
+
+
+# name: what is there, the change, what is served before and after (seeds; None: nothing; DAMAGED: refused)
 CHANGES: dict[str, tuple[Callable[[Path], object], Callable[[Publisher], object], int | None, int | None]] = {
     "first": (lambda root: None, _publish(2), None, 2),
     "next": (_published(1), _publish(2), 1, 2),
     "prunes": (_published(3, 4, 1), _publish(2), 1, 2),
     "over-hand": (_by_hand, _publish(2), 1, 2),
     "again": (_published(2, 1), _publish(2), 1, 2),
+    "heals": (_damaged, _publish(2), DAMAGED, 2),
+    "heals-back": (_damaged, lambda p: p.rollback("a"), DAMAGED, 1),
     "rollback": (_published(2, 1), lambda p: p.rollback("a"), 1, 2),
     "rollback-hand": (_over, lambda p: p.rollback("a"), 1, 6),
     "delete": (_published(2, 1), lambda p: p.delete("a"), 1, None),

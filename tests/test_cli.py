@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import shutil
 import signal
 import urllib.request
 from dataclasses import fields
@@ -19,6 +21,7 @@ import live
 import tiny
 from adapter_server import __version__, cli, config
 from adapter_server.config import EngineConfig, ServerConfig
+from adapter_server.registry import guard
 
 FIELDS = [field for kind in (EngineConfig, ServerConfig) for field in fields(kind)]
 
@@ -131,6 +134,32 @@ def test_a_bad_adapter_fails_the_check(tmp_path: Path) -> None:
     files.age(files.write(tmp_path / "bad", weights=b"[red]no"))
     assert "refused" in run("adapters", "check", "--adapters", tmp_path).output
     assert run("adapters", "check", "--adapters", tmp_path).exit_code == 1
+
+
+def test_the_check_reads_every_version(root: Path, tmp_path: Path) -> None:
+    for seed in (1, 2):
+        run("adapters", "add", files.write(tmp_path / f"new{seed}", seed), "--name", "a", "--adapters", tmp_path)
+    where = ("--adapters", tmp_path)
+    for folder in (tmp_path / "new1", tmp_path / "new2"):
+        shutil.rmtree(folder)
+    assert run("adapters", "check", *where).exit_code == 0
+    [old] = {path.name for path in (tmp_path / ".versions" / "a").iterdir()} - {os.readlink(tmp_path / "a")[-12:]}
+    weights = tmp_path / ".versions" / "a" / old / guard.WEIGHTS
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    checked = run("adapters", "check", *where)
+    assert checked.exit_code == 1
+    assert [line.split()[:2] for line in checked.output.splitlines()] == [["ok", "a"], ["refused", "a@v1:"]]
+    assert f"version {old} is damaged" in checked.output
+
+
+def test_the_check_warns_of_another_base(root: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(root / "adapters" / "shout", tmp_path / "shout")
+    config = json.loads((folder / guard.CONFIG).read_text()) | {"base_model_name_or_path": "org/other"}
+    (folder / guard.CONFIG).write_text(json.dumps(config))
+    files.age(folder)
+    checked = run("adapters", "check", "--adapters", tmp_path, "--model", root / "tiny")
+    assert checked.exit_code == 0, checked.output
+    assert "(warning: adapter_config.json: it was trained on 'org/other', and" in checked.output
 
 
 def test_an_adapter_of_another_base_fails_the_check_against_this_one(root: Path, tmp_path: Path) -> None:

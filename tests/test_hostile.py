@@ -432,6 +432,19 @@ def test_strings_of_a_config_do_nothing(live: Live, case: str) -> None:
     assert live.state() == before
 
 
+def test_another_base_is_refused_alike_where_that_is_strict(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, weights = changed(setting(base_model_name_or_path="org/other-base"))
+    with unharmed(live), monkeypatch.context() as patch:
+        patch.setattr(live.store, "base", guard.Base((BASE,)))
+        patch.setattr(live.store, "strict_base", True)
+        said = [by_upload(live, "bad", config, weights)]
+        folder = files.write(live.root / "bad", weights=weights)
+        (folder / guard.CONFIG).write_bytes(config)
+        said.append(by_copy(live, "bad"))
+        shutil.rmtree(folder)
+        check_alike([reason(message, "bad") for message in said], "trained on 'org/other-base', and 'tiny-base' is")
+
+
 def test_templates_and_tokenizers_beside_an_adapter_are_not_read(live: Live) -> None:
     before, folder = live.state(), shutil.copytree(saved(), live.root / "twin")
     for file in ("chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "modeling.py", "added_tokens.json"):

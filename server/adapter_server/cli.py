@@ -64,6 +64,8 @@ HELP = {
     "port": "Port to listen on; 0: any free one",
     "adapters": "Folder of adapters, one sub-folder each",
     "max_adapter_bytes": "Largest weights file of an adapter, such as 512M",
+    "strict_base": "Refuse adapters whose config names another base; without it they are served with a warning",
+    "max_uploads": "Uploads of adapters at once; others get 429",
     "keep_versions": "Published versions that are kept of each adapter, beside those in use",
     "max_body_bytes": "Largest body of a request",
     "max_header_bytes": "Most bytes of a request's headers",
@@ -204,7 +206,7 @@ def _serve(model: str, engine: EngineConfig, server: ServerConfig, announce: Cal
     check_host(server)
     configure_logs(server.log_level)
     store, built, text = _build(model, engine, Path(server.adapters))
-    store.max_bytes = server.max_adapter_bytes
+    store.max_bytes, store.strict_base = server.max_adapter_bytes, server.strict_base
     _publisher(store)
     from adapter_server.engine import Worker
 
@@ -221,6 +223,7 @@ def _build(model: str, config: EngineConfig, adapters: Path) -> tuple[Store, Eng
     _quiet()
     with err.status(f"loading {_plain(model)}"):
         from adapter_server.engine import build
+        from adapter_server.registry.guard import Base
         from adapter_server.registry.store import Store
         from adapter_server.text import Text
 
@@ -229,6 +232,8 @@ def _build(model: str, config: EngineConfig, adapters: Path) -> tuple[Store, Eng
         store = Store(adapters, reserved=(model, name or Path(model).name))
         built = build(model, config, store, name)
         store.judge = built.pool.judge
+        commit = getattr(built.model.module.config, "_commit_hash", None)  # of a base from a hub
+        store.base = Base((model, built.info.model), commit)
         return store, built, text
 
 
@@ -359,7 +364,16 @@ def adapters_check(
 def _check(store: Store, name: str | None, check: Callable[[str], object], expected: Expect | None = None) -> bool:
     entries: list[Entry] = store.entries()
     names = [name] if name else [entry.name for entry in entries]
-    return not [each for each in names if not _sound(store, each, check, expected)]
+    refs = [ref for each in names for ref in (each, *_old(store, each))]
+    return not [ref for ref in refs if not _sound(store, ref, check, expected)]
+
+
+def _old(store: Store, name: str) -> list[str]:
+    """The published versions of a name but the current one."""
+    from adapter_server.registry import versions
+
+    current = versions.linked(store.root, name)
+    return [f"{name}@v{version.number}" for version in store.versions(name) if version.id != current]
 
 
 def _sound(store: Store, name: str, check: Callable[[str], object], expected: Expect | None) -> bool:
@@ -367,10 +381,11 @@ def _sound(store: Store, name: str, check: Callable[[str], object], expected: Ex
         check(name)
     except AdapterServerError as error:
         out.print(f"[red]refused[/] {_plain(name)}: {_plain(error.message)}", highlight=False)
-        if isinstance(error, AdapterRefused):
+        if isinstance(error, AdapterRefused) and "@" not in name:
             _print_rules(store.root / name.partition("@")[0], expected)
         return False
-    out.print(f"[green]ok[/]      {_plain(name)}", highlight=False)
+    warning = store.warning(store.resolve(name))
+    out.print(f"[green]ok[/]      {_plain(name)}{_plain(f' (warning: {warning})') if warning else ''}", highlight=False)
     return True
 
 

@@ -49,6 +49,8 @@ class ServerConfig:
     port: int = 8000
     adapters: str = "./adapters"
     max_adapter_bytes: int = 4 * GIB  # of one adapter's weights
+    strict_base: bool = False  # refuse adapters that name another base
+    max_uploads: int = 2  # at once; each may take max_adapter_bytes of memory and of temporary disk
     keep_versions: int = 5  # published versions of each adapter
     max_body_bytes: int = 8 << 20
     max_header_bytes: int = 64 << 10

@@ -127,12 +127,13 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """An adapter's load ended, well or badly."""
+    """An adapter's load ended, well or badly. `warning`: what is odd about an adapter that is served all the same."""
 
     name: str
     version: str
     seconds: float
     error: str | None = None
+    warning: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,13 @@ def put(live: Served, name: str, seed: int = 1, **other: bytes) -> httpx.Respons
     return live.http.put(f"/adapters/{name}", files=upload)
 
 
+def wait_until(condition: Callable[[], bool]) -> None:
+    until = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
 def error(response: httpx.Response) -> tuple[int, str]:
     return response.status_code, response.json()["error"]["code"]
 
@@ -46,6 +56,38 @@ def test_an_upload_is_served_at_once(live: Served) -> None:
     assert response.headers["x-adapter-version"] == made["version"]
     answer = live.generate(adapter="fresh").json()
     assert answer["adapter_version"] == made["version"]
+
+
+def slow_upload(live: Served, name: str, until: threading.Event, seconds: float = 10) -> httpx.Response:
+    """The last bytes of a form come when the event is set, or so much later."""
+    whole = httpx.Request("PUT", live.http.base_url, files={guard.CONFIG: b"{}", guard.WEIGHTS: b"x"})
+    body = whole.read()
+
+    def pieces() -> Iterator[bytes]:
+        yield body[:20]
+        until.wait(seconds)
+        yield body[20:]
+
+    return live.http.put(f"/adapters/{name}", content=pieces(), headers={"content-type": whole.headers["content-type"]})
+
+
+def test_few_uploads_are_under_way_at_once(live: Served) -> None:
+    until, most = threading.Event(), ServerConfig().max_uploads
+    with ThreadPoolExecutor(most) as threads:
+        held = [threads.submit(slow_upload, live, f"slow{i}", until) for i in range(most)]
+        wait_until(lambda: live.server._service.uploads == most)
+        response = put(live, "late")
+        assert error(response) == (429, "queue_full")
+        assert int(response.headers["retry-after"]) >= 1
+        until.set()
+        assert [error(done.result()) for done in held] == [(422, "adapter_refused")] * most
+    assert put(live, "late").status_code == 201
+
+
+def test_an_upload_that_stalls_gives_its_place_up(text: Text, tmp_path: Path) -> None:
+    with serving(text, tmp_path, ServerConfig(request_timeout_s=0.2, max_uploads=1)) as live:
+        assert error(slow_upload(live, "slow", threading.Event(), seconds=0.6)) == (504, "deadline_exceeded")
+        assert put(live, "next").status_code == 201
 
 
 def test_versions_are_listed_newest_first_and_go_back(live: Served) -> None:

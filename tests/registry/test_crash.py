@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import changes
-from adapter_server.errors import AdapterNotFound, StorageFailed
+from adapter_server.errors import AdapterNotFound, AdapterRefused, StorageFailed
 from adapter_server.registry import versions
 from adapter_server.registry.store import Store
 
@@ -26,16 +26,23 @@ def served(root: Path) -> int | None:
         data = store.read(store.resolve("a")).data
     except AdapterNotFound:
         return None
+    except AdapterRefused as refused:
+        if "is damaged" not in refused.message:
+            raise
+        return changes.DAMAGED
     return next(seed for seed in range(9) if data == changes.weights(seed))
 
 
-def check_clean(root: Path, now: int | None) -> None:
-    """After the sweep of the next start: the same is served, every version is whole, and nothing else is there."""
+def check_clean(root: Path, now: int | None, damaged: bool = False) -> None:
+    """After the sweep of the next start: the same is served, every version is whole but one that was `damaged` before,
+    and nothing else is there."""
     changes.publisher(root).recover()
     assert served(root) == now
     store = Store(root, settle_s=0)
-    for version in store.versions("a"):
+    sound = [v for v in store.versions("a") if versions.whole(root, "a", v)]
+    for version in sound:
         assert store.read(store.resolve(f"a@{version.id}"))
+    assert len(store.versions("a")) - len(sound) <= damaged
     home = root / versions.HOME
     found = {path.name for path in home.glob("*/*")} if home.exists() else set()
     assert found == {version.id for version in store.versions("a")}
@@ -64,7 +71,7 @@ def test_any_failing_call_leaves_the_old_or_the_new(tmp_path: Path, change: str,
             now = served(root) if stays else before
         assert served(root) == now, (k, names[k - 1])
         assert now in (before, after)
-        check_clean(root, now)
+        check_clean(root, now, before == changes.DAMAGED)
 
 
 @pytest.fixture(scope="module")
@@ -89,4 +96,4 @@ def test_a_kill_at_any_call_leaves_the_old_or_the_new(wrecks: dict[str, list[Pat
     assert said == [before] * turn + [after] * (len(said) - turn)
     assert 0 < turn < len(said)
     for root, now in zip(wrecks[change], said, strict=True):
-        check_clean(root, now)
+        check_clean(root, now, before == changes.DAMAGED)

@@ -360,3 +360,24 @@ def test_without_a_base_the_report_says_that_it_did_not_look_at_the_keys(tmp_pat
 def test_the_report_of_nothing_refuses_and_does_not_raise(tmp_path: Path) -> None:
     found = rules(guard.report(tmp_path / "none"))
     assert (found["files"], found["config"], found["header"], found["keys"]) == (False, False, False, None)
+
+
+@pytest.mark.parametrize(
+    ("named", "revision", "fits"),
+    [
+        ("org/Tiny", None, True), ("/data/models/tiny/", "main", True), (r"C:\models\Tiny", None, True),
+        ("tiny", None, True), ("", None, True), (None, None, True), (7, None, True), ("org/Tiny", ["b" * 40], True),
+        ("org/Tiny-2", None, False), ("tiny/other", None, False),
+        ("org/Tiny", "a" * 40, True), ("org/Tiny", "b" * 40, False),
+    ],
+)  # fmt: skip
+def test_the_base_that_a_config_names(named: object, revision: object, fits: bool) -> None:
+    config = {"base_model_name_or_path": named, "revision": revision}
+    base = guard.Base(("org/Tiny", "demo"), commit="a" * 40)
+    guard.check_base(config, guard.Base())
+    guard.check_base({}, base)
+    if fits:
+        guard.check_base(config, base)
+    else:
+        with pytest.raises(AdapterRefused, match=r"it was trained on .* is served"):
+            guard.check_base(config, base)

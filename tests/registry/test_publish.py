@@ -175,6 +175,85 @@ def test_what_is_not_there_is_not_found(publisher: Publisher, root: Path, name: 
     assert os.listdir(root) == []
 
 
+# Damage
+
+
+def spoil(root: Path, id: str, file: str = guard.WEIGHTS) -> None:
+    path = root / ".versions" / "a" / id / file
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_damaged_version_is_never_served_and_says_so(publisher: Publisher, store: Store, root: Path) -> None:
+    old, now = (publisher.publish("a", *content(seed)) for seed in (1, 2))
+    spoil(root, now.version)
+    for ref in ("a", "a@v2", f"a@{now.version}"):
+        with pytest.raises(AdapterRefused, match=r"is damaged, .*publish it again, or go back"):
+            store.read(store.resolve(ref))
+    with pytest.raises(AdapterRefused, match="is damaged"):
+        store.read(now)
+    assert served(store, "a@v1") == 1
+    assert publisher.rollback("a").version == old.version
+    assert served(store, "a") == 1
+    spoil(root, old.version)
+    with pytest.raises(AdapterRefused, match="is damaged"):
+        Store(root).resolve("a")
+
+
+def test_a_version_without_its_file_is_damaged_too(publisher: Publisher, store: Store, root: Path) -> None:
+    spec = publisher.publish("a", *content(1))
+    (root / "a" / guard.WEIGHTS).unlink()
+    with pytest.raises(AdapterRefused, match="damaged"):
+        store.read(spec)
+    with pytest.raises(AdapterRefused, match="missing"):
+        store.resolve("a")
+
+
+def test_publishing_it_again_mends_a_damaged_version(publisher: Publisher, store: Store, root: Path) -> None:
+    for seed in (1, 2):
+        publisher.publish("a", *content(seed))
+    for file in (guard.WEIGHTS, guard.CONFIG):
+        spoil(root, store.versions("a")[-1].id, file)
+        with pytest.raises(AdapterRefused):
+            store.resolve("a")
+        publisher.publish("a", *content(2))
+        assert served(store, "a") == 2
+    assert hidden(root) == []
+    assert [versions.whole(root, "a", version) for version in store.versions("a")] == [True, True]
+
+
+def test_what_was_deleted_in_use_can_be_published_again(root: Path, store: Store) -> None:
+    used: set[str] = set()
+    publisher = Publisher(store, in_use=lambda name: used)
+    before = publisher.publish("a", *content(1))
+    used.add(before.version)
+    publisher.delete("a")
+    assert publisher.publish("a", *content(1)).version == before.version
+    assert (served(store, "a"), numbers(store, "a")) == (1, [1])
+    assert store.read(before)
+    assert hidden(root) == []
+
+
+def strict(root: Path) -> Store:
+    store = Store(root)
+    store.base, store.strict_base = guard.Base(("org/Tiny",)), True
+    return store
+
+
+def test_another_base_is_refused_where_that_is_strict(publisher: Publisher, store: Store, root: Path) -> None:
+    config = json.dumps(files.CONFIG | {"base_model_name_or_path": "org/Other"}).encode()
+    weights = files.safetensors(files.tensors(1))
+    store.base = guard.Base(("org/Tiny",))
+    spec = publisher.publish("a", config, io.BytesIO(weights))
+    assert store.warning(spec) == "adapter_config.json: it was trained on 'org/Other', and 'org/Tiny' is served"
+    for ref in ("a", "a@v1"):
+        with pytest.raises(AdapterRefused, match="trained on"):
+            strict(root).resolve(ref)
+    with pytest.raises(AdapterRefused, match="trained on"):
+        Publisher(strict(root)).publish("b", config, io.BytesIO(weights))
+
+
 # A folder copied by hand
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast, get_args
 
 import structlog
@@ -16,7 +17,14 @@ from adapter_server.api.bridge import Operation, Usage
 from adapter_server.api.described import KEYED, refused
 from adapter_server.api.service import Service, note, service_of
 from adapter_server.core import TIERS, Resident, Spec, Tier
-from adapter_server.errors import AdapterRefused, AdapterServerError, InvalidRequest, NotMergeable
+from adapter_server.errors import (
+    AdapterRefused,
+    AdapterServerError,
+    DeadlineExceeded,
+    InvalidRequest,
+    NotMergeable,
+    QueueFull,
+)
 from adapter_server.registry import guard, versions
 from adapter_server.registry.publish import Publisher
 from adapter_server.registry.store import Entry
@@ -54,22 +62,14 @@ async def show_adapter(request: Request, name: str) -> dict[str, Any]:
     status_code=201,
     summary="Publish a new version",
     openapi_extra=UPLOAD,
-    responses=refused(409, 422, 424, 503),
+    responses=refused(409, 422, 424, 429, 503, 504),
 )
 async def publish(request: Request, name: str) -> dict[str, Any]:
     """Both files as multipart; checked whole, and compiled, before anybody sees it."""
     service = service_of(request)
     service.check_open()
-    form = await _form(request)
-    try:
-        config, weights = (_part(form, file) for file in FILES)
-        raw = await config.read(guard.MAX_CONFIG_BYTES + 1)
-        spec = await asyncio.to_thread(_publisher(service).publish, name, raw, weights.file, "upload")
-    except AdapterRefused as refused:
-        refused.status = 422
-        raise
-    finally:
-        await form.close()
+    with _slot(service):
+        spec = await _published(request, service, name)
     note(request, x_adapter=spec.name, x_adapter_version=spec.version)
     return await _show(service, spec.name)
 
@@ -145,6 +145,35 @@ def _publisher(service: Service) -> Publisher:
     return Publisher(service.store, service.bridge.in_use, service.config.keep_versions)
 
 
+@contextmanager
+def _slot(service: Service) -> Iterator[None]:
+    """One of the few uploads that may be under way: what they take of memory and disk is bounded."""
+    if service.uploads >= service.config.max_uploads:
+        raise QueueFull(f"{service.uploads} uploads are under way, which is the limit: retry", retry_after=5)
+    service.uploads += 1
+    try:
+        yield
+    finally:
+        service.uploads -= 1
+
+
+async def _published(request: Request, service: Service, name: str) -> Spec:
+    try:
+        async with asyncio.timeout(service.config.request_timeout_s):  # one that stalls gives its place up
+            form = await _form(request)
+    except TimeoutError:
+        raise DeadlineExceeded("the upload took too long: send it faster, or raise --request-timeout-s") from None
+    try:
+        config, weights = (_part(form, file) for file in FILES)
+        raw = await config.read(guard.MAX_CONFIG_BYTES + 1)
+        return await asyncio.to_thread(_publisher(service).publish, name, raw, weights.file, "upload")
+    except AdapterRefused as refused:
+        refused.status = 422
+        raise
+    finally:
+        await form.close()
+
+
 async def _form(request: Request) -> FormData:
     """The parts, the large ones in files that go with them."""
     try:
@@ -181,6 +210,7 @@ def _view(service: Service, entry: Entry, held: list[Resident]) -> dict[str, Any
         "family": spec.family if spec else None,
         "state": _state(entry, now),
         "reason": entry.reason or (now.error if now else None),
+        "warning": service.store.warning(spec) if spec else None,
         "version": version or None,
         "rank": now.rank if now else None,
         "bytes": spec.bytes if spec else 0,

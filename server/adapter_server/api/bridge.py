@@ -12,7 +12,7 @@ from typing import Literal, Protocol
 import structlog
 
 from adapter_server.api.callers import Caller
-from adapter_server.core import Event, Finished, FinishReason, Request, Spec, Stats, Token
+from adapter_server.core import Event, Finished, FinishReason, Loaded, Request, Spec, Stats, Token
 from adapter_server.errors import AdapterServerError, ClientTooSlow, DeadlineExceeded, Unavailable
 from adapter_server.metrics import Metrics
 
@@ -141,6 +141,8 @@ class Bridge:
                 self._close(event)
             elif event.error is not None:
                 log.warning("adapter failed", adapter=event.name, version=event.version, reason=event.error)
+            elif isinstance(event, Loaded) and event.warning is not None:
+                log.warning("adapter is odd", adapter=event.name, version=event.version, reason=event.warning)
 
     def _put(self, token: Token) -> None:
         channel = self._channels.get(token.request_id)

@@ -29,6 +29,7 @@ class Service:
     config: ServerConfig
     metrics: Metrics
     aliases: dict[str, str] = field(default_factory=dict)  # names that callers gave, and the adapters' own
+    uploads: int = 0  # under way
     draining: bool = False
     started: float = field(default_factory=time.time)  # in seconds since 1970
 

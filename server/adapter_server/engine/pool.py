@@ -222,9 +222,12 @@ class Pool:
 
     def _told(self, holding: Holding) -> Event:
         _resolve(holding.waiters, holding.error)
-        kind = Folded if holding.merged else Loaded
+        name, version = holding.spec.key
+        seconds = time.monotonic() - holding.since
         error = None if holding.error is None else holding.error.message
-        return kind(holding.spec.name, holding.spec.version, time.monotonic() - holding.since, error)
+        if holding.merged:
+            return Folded(name, version, seconds, error)
+        return Loaded(name, version, seconds, error, self.store.warning(holding.spec))
 
     def _make_room(self, holding: Holding) -> bool:
         """Evict what nobody uses until this fits. False: rows that run now must finish first."""

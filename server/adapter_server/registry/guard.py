@@ -41,6 +41,7 @@ SHOWN = 4  # names that a message lists before it counts
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 RESERVED = frozenset({"base"})
+COMMIT = re.compile(r"[0-9a-f]{40}")
 PEFT_TYPE = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
 # Possessive, and with an optional end: one pass, whatever the bytes.
 JSON_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
@@ -119,6 +120,30 @@ def _adapterhub_kind(config: Mapping[str, Any]) -> str:
     members = members if isinstance(members, list) else [config]
     prefixed = any(isinstance(m, dict) and m.get("architecture") == "prefix_tuning" for m in members)
     return "ADAPTERHUB_PREFIX" if prefixed else "ADAPTERHUB"
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """The names that the served base goes by, and its commit where it is of a hub; no names: nothing is compared."""
+
+    names: tuple[str, ...] = ()
+    commit: str | None = None
+
+
+def check_base(config: Mapping[str, Any], base: Base) -> None:
+    """Refuses an adapter that names another base. A folder's name is enough: the path before it says nothing."""
+    named, revision = config.get("base_model_name_or_path", config.get("model_name")), config.get("revision")
+    if not isinstance(named, str) or not named or not base.names:
+        return
+    if _last(named) not in map(_last, base.names):
+        _refuse(CONFIG, f"it was trained on {show(named)}, and {show(base.names[0])} is served")
+    pinned = isinstance(revision, str) and COMMIT.fullmatch(revision)
+    if pinned and base.commit and revision != base.commit:
+        _refuse(CONFIG, f"it was trained on revision {show(revision)} of the base, and {show(base.commit)} is served")
+
+
+def _last(path: str) -> str:
+    return path.replace("\\", "/").rstrip("/").rpartition("/")[2].casefold()
 
 
 def _json_object(file: str, data: bytes, depth: int, brackets: int) -> dict[str, Any]:

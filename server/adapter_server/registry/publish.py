@@ -51,7 +51,7 @@ class Publisher:
             kept = versions.listed(self.root, name)
             last = kept[-1].number if kept else 0
             number = last + 1 + self._by_hand(name)  # a folder to be replaced is the version before
-            if all(version.id != spec.version for version in kept):
+            if not any(version.id == spec.version and versions.whole(self.root, name, version) for version in kept):
                 version = _version(number, config, data, spec.config, source)
                 self._write(shelf, version, config, data)
             self._point(name, shelf, spec.version, last + 1)
@@ -92,7 +92,7 @@ class Publisher:
     def _checked(self, name: str, config: bytes, data: bytearray) -> Spec:
         """Everything that can be wrong with it, before a byte is written."""
         self.store.check_name(name)
-        parsed = guard.parse_config(config)
+        parsed = self.store.parse(config)
         header = guard.parse_header(data, max_bytes=self.store.max_bytes)
         guard.check_finite(data, header)
         id = versions.digest(config, data)[: versions.VERSION_DIGITS]
@@ -163,8 +163,15 @@ class Publisher:
         self.disk.save(new / guard.WEIGHTS, data)
         self.disk.save(new / versions.MANIFEST, version.dump())
         self.disk.sync(new)
-        self.disk.rename(new, shelf / version.id)
+        self._shelve(new, shelf / version.id)
         self.disk.sync(shelf)
+
+    def _shelve(self, folder: Path, place: Path) -> None:
+        """A whole version gets its name. What has it is damaged, or deleted and still in use: it is swept up."""
+        if place.exists():
+            self._exchange(folder, place)
+        else:
+            self.disk.rename(folder, place)
 
     def _point(self, name: str, shelf: Path, id: str, number: int) -> None:
         """root/NAME becomes a link to this version. A folder in its place ends on the shelf, as version `number`."""
@@ -240,15 +247,17 @@ class Publisher:
         except AdapterRefused:
             self.disk.rename(path, shelf / f"{REFUSED}{number}-{time.time_ns()}")
             return
-        if (shelf / version.id).exists():
+        if versions.whole(self.root, shelf.name, version):
             self.disk.remove(path)
             return
         with contextlib.suppress(FileNotFoundError):
             self.disk.unlink(path / versions.MANIFEST)
         self.disk.save(path / versions.MANIFEST, version.dump())
         self.disk.sync(path)
-        self.disk.rename(path, shelf / version.id)
+        self._shelve(path, shelf / version.id)
         self.disk.sync(shelf)
+        if path.exists():
+            self.disk.remove(path)
 
     def _untidy(self, name: str, shelf: Path) -> bool:
         return shelf.is_dir() and (any(_rubbish(shelf / e) for e in os.listdir(shelf)) or self._orphaned(name))

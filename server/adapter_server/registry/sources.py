@@ -19,7 +19,6 @@ from adapter_server.errors import AdapterNotFound, AdapterServerError, AdapterUn
 from adapter_server.registry import guard
 
 HUB = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]{0,95})/([A-Za-z0-9][A-Za-z0-9._-]{0,95})@(\S{1,200})")
-COMMIT = re.compile(r"[0-9a-f]{40}")
 STORE = re.compile(r"([a-z0-9]{1,16})://([a-z0-9][a-z0-9._-]{1,221}(?:/[A-Za-z0-9._=+@-]{1,255}){1,32})/?")
 STORES = ("s3", "gs")  # the word before `://`, and the extra that has its client
 KINDS = ("hub", *STORES)
@@ -44,7 +43,7 @@ def parse(ref: str) -> Place:
         owner, name, commit = hub.groups()
         if owner in NOT_MODELS:
             _refuse(ref)
-        if not COMMIT.fullmatch(commit):
+        if not guard.COMMIT.fullmatch(commit):
             raise InvalidRequest(
                 f"{guard.show(ref)}: a branch or a tag can be moved: pin a commit, OWNER/NAME@ and its 40 hex digits"
             )

@@ -125,9 +125,12 @@ class Store:
         self, root: Path, reserved: Iterable[str] = (), settle_s: float = 0.5, max_bytes: int = guard.MAX_BYTES
     ) -> None:
         self.root = Path(root).absolute()
+        self._path = str(self.root)
         self.settle_s = settle_s
         self.max_bytes = max_bytes
         self.judge: Judge = lambda spec, blob: None
+        self.base = guard.Base()  # what adapters should name as theirs; set by whoever has one
+        self.strict_base = False  # whether one that names another is refused, or served with a warning
         self._reserved = tuple(reserved)
         self._scanning = threading.Lock()  # the disk is looked through outside _lock: requests wait for no scan
         self._lock = threading.Lock()
@@ -190,7 +193,7 @@ class Store:
             return None
         folder = self._folder(name, version.id)
         try:
-            config = guard.parse_config(guard.read_private(folder / guard.CONFIG, self.root, guard.MAX_CONFIG_BYTES))
+            config = self.parse(guard.read_private(folder / guard.CONFIG, self.root, guard.MAX_CONFIG_BYTES))
         except AdapterRefused as refused:
             raise _refusal(name, refused.message) from refused
         return Spec(name, version.id, str(folder), version.family, config, version.size)
@@ -203,9 +206,24 @@ class Store:
         """Whether a folder copied by hand has stopped changing."""
         return self._settled(self._find(name).state)
 
+    def parse(self, config: guard.Buffer) -> dict[str, Any]:
+        """A config, by the rules that hold here. Raises AdapterRefused."""
+        parsed = guard.parse_config(config)
+        if self.strict_base:
+            guard.check_base(parsed, self.base)
+        return parsed
+
+    def warning(self, spec: Spec) -> str | None:
+        """What is odd about an adapter that is served all the same."""
+        try:
+            guard.check_base(spec.config, self.base)
+        except AdapterRefused as refused:
+            return refused.message
+        return None
+
     def check_name(self, name: str) -> None:
         """Raises AdapterRefused where this name cannot be served."""
-        self._scan()
+        self._look(name)
         if fault := self._name_fault(name):
             raise AdapterRefused(fault, param="name")
 
@@ -229,9 +247,9 @@ class Store:
         except guard.Unreadable as refused:
             raise _refusal(spec.name, refused.message) from refused
         except AdapterRefused as refused:
-            raise self._gone(spec) from refused
+            raise self._lost(spec) from refused
         if versions.digest(config, weights)[:VERSION_DIGITS] != spec.version:
-            raise self._gone(spec)
+            raise self._lost(spec)
         return self._checked(spec, weights)
 
     def _both(self, spec: Spec, held: Held | None) -> tuple[bytearray, bytearray]:
@@ -241,6 +259,12 @@ class Store:
             return config, guard.read_private(folder / guard.WEIGHTS, self.root, self.max_bytes)
         config = guard.read_open(held.config, guard.CONFIG, guard.MAX_CONFIG_BYTES)
         return config, guard.read_open(held.weights, guard.WEIGHTS, self.max_bytes)
+
+    def _lost(self, spec: Spec) -> AdapterRefused:
+        """Files that are no longer a version's: replaced or removed, which is no fault, or damaged where they lie."""
+        if versions.manifest(self.root, spec.name, spec.version):
+            return _refusal(spec.name, _damaged(spec.version))
+        return self._gone(spec)
 
     def _gone(self, spec: Spec) -> VersionGone:
         """Whoever reads a version does not hold it: one that is gone from the disk is answered no more."""
@@ -275,12 +299,27 @@ class Store:
             seen = {name: signature for name in self._listed() if (signature := self._signature(name))}
             self._merge(seen, first_look)
 
+    def _look(self, name: str) -> None:
+        """Takes in the folders of this name in any case: no more of a scan than one name needs."""
+        key = name.casefold()
+        with self._scanning:
+            alike = (n for n in self._listed() if n.casefold() == key)
+            seen = {n: signature for n in alike if (signature := self._signature(n))}
+            with self._lock:
+                if self._owners.get(key, name) not in seen:
+                    self._owners.pop(key, None)
+                self._take_all(seen, None)
+
     def _merge(self, seen: Mapping[str, _Signature], first_look: float | None) -> None:
         with self._lock:
             self._folders = {name: folder for name, folder in self._folders.items() if name in seen}
             self._owners = {key: name for key, name in self._owners.items() if name in seen}
-            for name in sorted(seen, key=lambda n: (n not in self._folders, seen[n].config.ctime_ns, n)):
-                self._take(name, seen[name], first_look)
+            self._take_all(seen, first_look)
+
+    def _take_all(self, seen: Mapping[str, _Signature], first_look: float | None) -> None:
+        """Those known longest first: of names that differ by case only the first one counts."""
+        for name in sorted(seen, key=lambda n: (n not in self._folders, seen[n].config.ctime_ns, n)):
+            self._take(name, seen[name], first_look)
 
     def _listed(self) -> list[str]:
         try:
@@ -296,8 +335,8 @@ class Store:
 
     def _signature(self, name: str) -> _Signature | None:
         """None: no adapter's folder."""
-        version = versions.linked(self.root, name)
-        folder = self._folder(name, version)
+        version = versions.linked(self._path, name)
+        folder = f"{self._path}/{versions.target(name, version) if version else name}"  # a Path costs more than `stat`
         config = _stat(f"{folder}/{guard.CONFIG}")
         return _Signature(config, _stat(f"{folder}/{guard.WEIGHTS}"), version) if config else None
 
@@ -326,7 +365,7 @@ class Store:
     def _find(self, name: str) -> _Folder:
         """The folder as it is now, for two calls of `stat` when nothing changed."""
         if name not in self._folders and guard.NAME.fullmatch(name) and self._signature(name):
-            self._scan()
+            self._look(name)
         with self._lock:
             if name in self._folders:
                 signature = self._signature(name)
@@ -387,6 +426,9 @@ class Store:
         raw, config = self._configured(name, state)
         with guard.open_regular(self._folder(name, state.signature.version) / guard.WEIGHTS, self.root) as file:
             digest = _stream(file, raw, self.max_bytes)
+        version = state.signature.version
+        if version and not digest.startswith(version):
+            raise AdapterRefused(_damaged(version))
         if self._signature(name) == state.signature:
             state.config, state.digest = config, digest
 
@@ -397,7 +439,7 @@ class Store:
         folder = self._folder(name, state.signature.version)
         guard.check_files(folder)
         raw = guard.read_private(folder / guard.CONFIG, self.root, guard.MAX_CONFIG_BYTES)
-        return raw, guard.parse_config(raw)
+        return raw, self.parse(raw)
 
     def _entry(self, name: str, folder: _Folder) -> Entry:
         """A line of the list, from the config alone."""
@@ -447,6 +489,13 @@ def _stream(file: io.FileIO, config: bytearray, max_bytes: int) -> str:
         guard.fill(file, part, guard.WEIGHTS)
         digest.update(part)
     return digest.hexdigest()
+
+
+def _damaged(version: str) -> str:
+    return (
+        f"version {version} is damaged, its files are not those that were published: "
+        "publish it again, or go back with adapters rollback"
+    )
 
 
 def _refusal(name: str, reason: str) -> AdapterRefused:

@@ -97,6 +97,18 @@ def manifest(root: Path, name: str, id: str) -> Version | None:
     return version if sound and version.id == id else None
 
 
+def whole(root: Path, name: str, version: Version) -> bool:
+    """Whether this version is on the shelf, with its manifest, and its files are those that were published."""
+    folder = shelf(root, name) / version.id
+    if manifest(root, name, version.id) is None:
+        return False
+    try:
+        config = guard.read_private(folder / guard.CONFIG, root, guard.MAX_CONFIG_BYTES)
+        return digest(config, guard.read_private(folder / guard.WEIGHTS, root, version.size)) == version.digest
+    except AdapterRefused:
+        return False
+
+
 def find(root: Path, name: str, word: str) -> Version | None:
     """The version that a reference means by `v3`, or by 12 or more digits of its hash."""
     if NUMBER.fullmatch(word):
