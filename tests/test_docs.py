@@ -30,7 +30,7 @@ from adapter_server.api.bridge import Operation
 from adapter_server.bench.latency import latency
 from adapter_server.config import ServerConfig
 from adapter_server.errors import AdapterServerError
-from adapter_server.families import adapterhub, find, known, lora, options, poly, prefix, prompt
+from adapter_server.families import adapterhub, adaption_prompt, find, known, lora, options, poly, prefix, prompt
 from adapter_server.metrics import NAMESPACE, Metrics
 from adapter_server.registry import guard
 from adapter_server.registry.store import Store
@@ -520,7 +520,7 @@ def test_every_type_of_error_is_documented_with_its_statuses() -> None:
 
 FAMILIES = re.compile(r"<!-- families -->\n.*?<!-- /families -->", re.DOTALL)
 VIRTUAL = (prefix, prompt)
-UNMERGED = (adapterhub, poly)
+UNMERGED = (adapterhub, adaption_prompt, poly)
 
 
 def modules() -> dict[Any, list[Any]]:

@@ -365,6 +365,13 @@ ADAPTERS: dict[str, Case] = {
     "poly_split": Case(
         wraps(peft.PolyConfig, r=2, n_tasks=2, n_skills=3, n_splits=4, modules_to_save=["lm_head"]), ONE
     ),
+    "adaption_prompt": Case(
+        lambda base: peft.AdaptionPromptConfig(adapter_len=4, adapter_layers=2, task_type="CAUSAL_LM"),
+        ("llama", "mistral", "gpt2"),
+    ),
+    "adaption_prompt_top": Case(
+        lambda base: peft.AdaptionPromptConfig(adapter_len=7, adapter_layers=1, task_type="CAUSAL_LM"), BOTH
+    ),
     "prefix": Case(lambda base: PrefixTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM")),
     "prefix_projected": Case(
         lambda base: PrefixTuningConfig(
@@ -390,6 +397,7 @@ UNFOLDABLE = (
     *("prefix", "prefix_projected", "cartridge", "prompt", "ptuning", "cpt", "multitask"),  # before the prompt
     "alora",  # on some of its tokens
     *("poly", "poly_split"),  # per task
+    *("adaption_prompt", "adaption_prompt_top"),  # at an attention
 )
 TASKED = ("multitask", "poly", "poly_split")
 

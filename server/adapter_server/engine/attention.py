@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 
 from adapter_server.engine.kv import Decodes, KvStep
-from adapter_server.engine.routing import Step, current
+from adapter_server.engine.routing import Segment, Step, add_to, current
+from adapter_server.families.base import GatedPrompt
 
 NAME = "adapter_server"
 
@@ -111,6 +112,9 @@ def packed_attention(
         out[:, span] = scores.attend(q, k, v, bias).transpose(1, 2)
     if step.kv.decodes is not None:
         _decode(out, query, layer, step.kv, step.kv.decodes, scores)
+    for segment in step.routing.segments:
+        if prompt := segment.placed.gated.get(layer):
+            _gated(out, query, layer, step, segment, prompt)
     return out, None
 
 
@@ -125,6 +129,18 @@ def _decode(out: Tensor, query: Tensor, layer: int, kv: KvStep, decodes: Decodes
     else:
         y = scores.attend(q.unsqueeze(2), k, v, bias).squeeze(2)
     out[0].index_copy_(0, decodes.tokens, y if decodes.put is None else y.index_select(0, decodes.put))
+
+
+def _gated(out: Tensor, query: Tensor, layer: int, step: Step, segment: Segment, prompt: GatedPrompt) -> None:
+    """What an adapter's own prompts add, by the queries of its tokens; behind the last Linear, it waits in the step."""
+    more = prompt.attend(query[0][:, segment.tokens])  # [n, heads, dim]
+    more = more if segment.weights is None else more * segment.weights[:, :, None]
+    if not prompt.behind:
+        add_to(out[0], segment, more)
+        return
+    if layer not in step.added:
+        step.added[layer] = torch.zeros_like(out).flatten(2)
+    add_to(step.added[layer][0], segment, more.flatten(1))
 
 
 def _alone(step: Step | None, layer: int, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:

@@ -273,7 +273,7 @@ class Engine:
         weights = [m.weight for m in request.members]
         weighted = [(p, w) for each, w in zip(placed, weights, strict=True) for p in self._parts(each, request.task_id)]
         started = [(p, w, p.adapter.start(request.prompt)) for p, w in weighted]
-        acting = [(p, w, start) for p, w, start in started if start is not None and (p.groups or p.others)]
+        acting = [(p, w, start) for p, w, start in started if start is not None and p.acts]
         row.uses = tuple((p, w) for p, w, _ in acting)
         row.starts = tuple(start for *_, start in acting) if any(start for *_, start in acting) else ()
         before = [p for p in placed if p.prefixes or p.adapter.embeds is not None or p.adapter.tasks]

@@ -23,7 +23,7 @@ from adapter_server.engine.attention import NAME, Probe, set_probe
 from adapter_server.engine.kv import LayerShape
 from adapter_server.engine.lowrank import Banked, LowRank
 from adapter_server.engine.routing import Routing, Step, current, running
-from adapter_server.engine.site import LinearGroup, ModuleSite, Placed, Prefix, Tap, group_by_input
+from adapter_server.engine.site import AttentionSite, LinearGroup, ModuleSite, Placed, Prefix, Tap, group_by_input
 from adapter_server.errors import AdapterRefused, BaseNotSupported
 from adapter_server.families.base import Adapter, Patch, Shapes
 from adapter_server.families.facts import ModelBase
@@ -75,6 +75,7 @@ class Model:
         self.lowrank = _form(self.device, self.dtype)
         self._modules = dict(module.named_modules())
         self._sites: dict[str, ModuleSite] = {}
+        self._behind: dict[str, AttentionSite] = {}
         self._taps: dict[str, Tap] = {}
         self._adopt()
         self.layers = self._layers()
@@ -156,7 +157,11 @@ class Model:
         prefixes: dict[int | None, Prefix] = {}
         if before.prefix is not None:
             prefixes[None] = Prefix(before.prefix, adapter.shifts)
-        return Placed(before, groups, others, prefixes)
+        gated = {self._layer_of(path): prompt for path, prompt in before.gated.items()}
+        return Placed(before, groups, others, prefixes, gated)
+
+    def _layer_of(self, path: str) -> int:
+        return int(self._modules[path].layer_idx)
 
     def _check_prefix(self, adapter: Adapter) -> None:
         if not adapter.shifts and getattr(self.module.config.get_text_config(), "sliding_window", None):
@@ -175,6 +180,9 @@ class Model:
         for path in placed.others:
             if path not in self._sites:
                 self._sites[path] = ModuleSite(path, self._modules[path], self._axes[path])
+        for path, prompt in placed.adapter.gated.items():
+            if prompt.behind and path not in self._behind:
+                self._behind[path] = AttentionSite(self._layer_of(path), self._modules[path])
         for patch in placed.groups.values():
             if patch.block is not None and patch.block.reads not in self._taps:
                 self._taps[patch.block.reads] = Tap(patch.block.reads, self._modules[patch.block.reads])

@@ -94,6 +94,14 @@ def _segment(placed: Placed, spans: list[tuple[int, int, float, bool]], device: 
     return Segment(placed, tokens, count, weights, all(sole for *_, sole in spans))
 
 
+def add_to(y: Tensor, segment: Segment, delta: Tensor) -> None:
+    """y [T, …] += delta [n, …] at the segment's tokens."""
+    if isinstance(segment.tokens, slice):
+        y[segment.tokens].add_(delta)
+    else:
+        y.index_add_(0, segment.tokens, delta)
+
+
 @dataclass(slots=True, eq=False)
 class Step:
     """What one forward needs to know beside its input. `head` routes the tokens that lm_head sees."""
@@ -103,6 +111,7 @@ class Step:
     kv: KvStep | None = None
     capture: dict[int, tuple[Tensor, Tensor]] | None = None  # layer: K, V [n, kv_heads, dim], for a soft prompt
     rope_lengths: Sequence[tuple[int, int]] = ()  # (tokens, length) per row: the length that its RoPE sees
+    added: dict[int, Tensor] = field(default_factory=dict)  # by layer: what comes behind an attention [1, T, hidden]
     streams: dict[str, Tensor] = field(default_factory=dict)  # what taps noted: [1, T, hidden] by module path
 
 

@@ -18,16 +18,16 @@ import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adapter_server.engine.lowrank import Adder, LowRank, add_large
-from adapter_server.engine.routing import Routing, Segment, Use, current
+from adapter_server.engine.routing import Routing, Segment, Use, add_to, current
 from adapter_server.errors import AdapterRefused
-from adapter_server.families.base import Adapter, AnyPatch, BlockPatch, ParamPatch, Patch, linear_params
+from adapter_server.families.base import Adapter, AnyPatch, BlockPatch, GatedPrompt, ParamPatch, Patch, linear_params
 from adapter_server.families.deltas import Delta, Mirror, TensorFields, Turn
 from adapter_server.families.quantised import is_quantised
 
@@ -137,6 +137,7 @@ class Placed:
     groups: Mapping[int, GroupPatch]
     others: Mapping[str, AnyPatch]
     prefixes: dict[int | None, Prefix] = field(default_factory=dict)  # by task id
+    gated: Mapping[int, GatedPrompt] = field(default_factory=dict)  # by layer
     tasks: dict[int, Placed] = field(default_factory=dict)  # what skills are for a task, the last used at the end
 
     @property
@@ -145,8 +146,14 @@ class Placed:
         return max(ranks, default=0)
 
     @property
+    def acts(self) -> bool:
+        """Whether it changes what a token meets on its way, rather than what stands before it alone."""
+        return bool(self.groups or self.others or self.gated)
+
+    @property
     def bytes(self) -> int:
         others = sum(t.nbytes for patch in self.others.values() for t in patch.tensors())
+        others += sum(t.nbytes for prompt in self.gated.values() for t in prompt.tensors())
         before = sum(t.nbytes for t in (self.adapter.embeds, *self.adapter.tasks) if t is not None)
         kept = sum(k.nbytes + v.nbytes for prefix in self.prefixes.values() for k, v in prefix.layers)
         mixed = sum(placed.bytes for placed in self.tasks.values())
@@ -261,13 +268,13 @@ class LinearGroup:
         for segment in plan.large:
             add_large(y, x, segment, self)
         for segment, columns, part in added:
-            _add_to(y[:, columns], segment, part if segment.weights is None else part * segment.weights)
+            add_to(y[:, columns], segment, part if segment.weights is None else part * segment.weights)
         for member, turns in plan.turns.items():
             self._turn(y[:, self.columns[member]], x, self.base.weight[self.columns[member]], turns)
         for segment, product in plan.replaced:
             self._replace(y, x, segment, product)
         for segment, delta in after:
-            _add_to(y, segment, delta)
+            add_to(y, segment, delta)
         return y
 
     def _turn(self, y: Tensor, x: Tensor, W: Tensor, turns: Sequence[tuple[Segment, Turned]]) -> None:
@@ -276,7 +283,7 @@ class LinearGroup:
         moved = F.linear(torch.cat([t.turn.apply(part) - part for _, t, part in each]), W)
         for (segment, turned, _), part in zip(each, torch.split(moved, [s.count for s, *_ in each]), strict=True):
             part = part if turned.scale is None else part * turned.scale
-            _add_to(y, segment, part if segment.weights is None else part * segment.weights)
+            add_to(y, segment, part if segment.weights is None else part * segment.weights)
 
     def _replace(self, y: Tensor, x: Tensor, segment: Segment, product: Product) -> None:
         part = product(x[segment.tokens])
@@ -285,7 +292,7 @@ class LinearGroup:
             return
         delta = part - self.base(x[segment.tokens])
         delta = delta if segment.weights is None else delta * segment.weights
-        _add_to(y, segment, delta)
+        add_to(y, segment, delta)
 
     def plan(self, routing: Routing, tokens: int) -> Plan:
         """How this group runs under a routing. O(adapters of the step); made once, kept while the routing is."""
@@ -458,7 +465,7 @@ class ModuleSite:
             delta = patch.apply(xs[segment.tokens], self.module, *rest) - ys[segment.tokens]
             if segment.weights is not None:
                 delta = delta * segment.weights.view(-1, *[1] * (delta.dim() - 1))
-            _add_to(outs, segment, delta)
+            add_to(outs, segment, delta)
         return out
 
     def _routed(self, x: Tensor, y: tuple[Tensor, ...], routing: Routing) -> tuple[Tensor, ...]:
@@ -520,11 +527,18 @@ def _after_block(y: Tensor, r: Tensor, segment: Segment, block: BlockPatch) -> T
     return delta if segment.weights is None else delta * segment.weights
 
 
-def _add_to(y: Tensor, segment: Segment, delta: Tensor) -> None:
-    if isinstance(segment.tokens, slice):
-        y[segment.tokens].add_(delta)
-    else:
-        y.index_add_(0, segment.tokens, delta)
+class AttentionSite:
+    """An attention that adapters add to behind its last Linear: what they add was found with its queries."""
+
+    def __init__(self, layer: int, module: nn.Module) -> None:
+        self.layer, self.base = layer, module.forward
+        module.forward = self.forward
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        y, *rest = self.base(*args, **kwargs)
+        step = current()
+        added = None if step is None else step.added.pop(self.layer, None)
+        return (y if added is None else y + added, *rest)
 
 
 def group_by_input(calls: Sequence[tuple[str, int]]) -> list[list[str]]:

@@ -26,7 +26,6 @@ _MERGE = "merge it into a base of its own with PEFT's merge_and_unload"
 # The kinds of PEFT that no family serves, and why.
 REFUSED: Mapping[str, str] = {
     "ADAMSS": f"the rows that it adapts are clustered anew at every load and are not in its file; {_MERGE}",
-    "ADAPTION_PROMPT": "it adds an attention of its own to the last layers, which no patch describes yet",
     "LILY": f"its router averages over all tokens of a call; {_LANE}",
     "SHADOW": f"it runs a second network beside the base; {_LANE}",
     "XLORA": f"it runs the base twice and mixes other adapters by what it sees; {_LANE}",

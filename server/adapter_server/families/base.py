@@ -11,6 +11,7 @@ The normal form, for every kind that PEFT has at a Linear (shapes per module, to
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -54,6 +55,7 @@ class Shapes:
     scaled_embeddings: Mapping[str, float] = field(default_factory=dict)  # module path: factor applied after look-up
     embed: str = ""  # path of the input embedding
     head: str = ""  # path of the output embedding
+    model_type: str = ""  # as transformers calls the architecture
 
 
 class Base(Protocol):
@@ -227,6 +229,25 @@ class Skills(TensorFields):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class GatedPrompt(_Fields):
+    """An attention of its own beside a layer's: g · softmax(q Kᵀ / √d) V, added to it, or behind its last Linear."""
+
+    K: Tensor  # [heads, n, dim]
+    V: Tensor  # [heads, n, dim]
+    gate: Tensor  # [1]
+    behind: bool = False
+
+    def attend(self, q: Tensor) -> Tensor:
+        """q [heads, t, dim], after RoPE → [t, heads, dim]."""
+        scores = q @ self.K.mT / math.sqrt(q.shape[-1])
+        weights = self.gate * scores.softmax(-1, dtype=torch.float32).to(q.dtype)
+        return (weights @ self.V).transpose(0, 1)
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> GatedPrompt:
+        return GatedPrompt(**self._moved(device, dtype))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Adapter:
     """An adapter in memory, as data. At most one of `prefix` and `embeds` is set; `patches`, `blocks` share no path."""
 
@@ -238,6 +259,7 @@ class Adapter:
     skills: Mapping[str, Skills] = field(default_factory=dict)  # kinds with tasks: what patches are mixed from
     invocation: tuple[int, ...] = ()  # aLoRA: the patches act from these tokens' last occurrence in the prompt on
     blocks: Mapping[str, BlockPatch] = field(default_factory=dict)  # by the path of the block's last Linear
+    gated: Mapping[str, GatedPrompt] = field(default_factory=dict)  # by the path of the attention
     shifts: bool = True  # whether real tokens' positions begin after the prefix, or at 0 beside it
 
     @property
@@ -254,6 +276,8 @@ class Adapter:
             return "its weights depend on the request's task"
         if self.blocks:
             return "a network behind a block is no weight"
+        if self.gated:
+            return "an attention of its own is no weight"
         return "it acts on the tokens from its invocation on and on none before" if self.invocation else ""
 
     @property
@@ -281,8 +305,8 @@ class Adapter:
             yield from patch.tensors()
         for block in self.blocks.values():
             yield from block.tensors()
-        for skills in self.skills.values():
-            yield from skills.tensors()
+        for part in (*self.skills.values(), *self.gated.values()):
+            yield from part.tensors()
         for pair in self.prefix or ():
             yield from pair
         yield from (t for t in (self.embeds, *self.tasks) if t is not None)
@@ -298,7 +322,8 @@ class Adapter:
         embeds = None if self.embeds is None else self.embeds.to(device, dtype)
         tasks = tuple(t.to(device, dtype) for t in self.tasks)
         blocks = {path: patch.to(device, dtype) for path, patch in self.blocks.items()}
-        return replace(self, patches=move, prefix=pairs, embeds=embeds, tasks=tasks, blocks=blocks)
+        gated = {path: prompt.to(device, dtype) for path, prompt in self.gated.items()}
+        return replace(self, patches=move, prefix=pairs, embeds=embeds, tasks=tasks, blocks=blocks, gated=gated)
 
 
 class Family(Protocol):

@@ -29,6 +29,7 @@ def describe(model: nn.Module) -> Shapes:
         scaled_embeddings={path: s for path, module in modules.items() if (s := _embed_scale(module)) is not None},
         embed=paths[id(embed)],
         head=paths.get(id(head), ""),
+        model_type=config.model_type,
     )
 
 
