@@ -229,7 +229,7 @@ class Skills(TensorFields):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class GatedPrompt(_Fields):
+class GatedPrompt(TensorFields):
     """An attention of its own beside a layer's: g · softmax(q Kᵀ / √d) V, added to it, or behind its last Linear."""
 
     K: Tensor  # [heads, n, dim]
@@ -242,9 +242,6 @@ class GatedPrompt(_Fields):
         scores = q @ self.K.mT / math.sqrt(q.shape[-1])
         weights = self.gate * scores.softmax(-1, dtype=torch.float32).to(q.dtype)
         return (weights @ self.V).transpose(0, 1)
-
-    def to(self, device: torch.device, dtype: torch.dtype) -> GatedPrompt:
-        return GatedPrompt(**self._moved(device, dtype))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
