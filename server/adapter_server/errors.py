@@ -21,6 +21,7 @@ AdapterServerError
 ├── Unavailable         503  starting, draining or dead, with `retry_after` seconds
 ├── RequestFailed       500  this request failed inside
 ├── DeadlineExceeded    504  the deadline passed before the first token
+├── PlugInBroken         –   at start: a family of another package cannot be used
 └── BaseNotSupported     –   at start: this base model cannot be served
 """
 
@@ -118,6 +119,10 @@ class RequestFailed(AdapterServerError):
 
 class DeadlineExceeded(AdapterServerError):
     status, code = 504, "deadline_exceeded"
+
+
+class PlugInBroken(AdapterServerError):
+    status, code = 500, "plug_in_broken"
 
 
 class BaseNotSupported(AdapterServerError):

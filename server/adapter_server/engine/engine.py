@@ -39,6 +39,7 @@ from adapter_server.errors import (
     PromptTooLong,
     RequestFailed,
 )
+from adapter_server.families import known
 from adapter_server.families.base import Adapter
 from adapter_server.registry.store import Store
 
@@ -64,7 +65,11 @@ class Info:
 
 
 def build(model: str | Path, config: EngineConfig, store: Store, name: str | None = None) -> Engine:
-    """Load a base and make it ready; it goes by `name`, or its folder's, or its hub id. Raises BaseNotSupported."""
+    """Load a base and make it ready; it goes by `name`, or its folder's, or its hub id.
+
+    Raises BaseNotSupported, PlugInBroken.
+    """
+    known()  # a broken plug-in is told of before minutes of loading
     device = torch.device(_device(config.device))
     name = name or (Path(model).resolve().name if Path(model).exists() else str(model))
     return Engine(load(model, config.dtype, device, config.quantize), config, store, name, tokenizer=model)

@@ -1,18 +1,24 @@
-"""The kinds of adapters, one file each: a module here that defines `FAMILY` (or several `FAMILIES`) is found."""
+"""The kinds of adapters, one file each: a module here that defines `FAMILY` (or several `FAMILIES`) is found.
+
+Families of other packages are found by the entry points of the group `adapter_server.families`.
+"""
 
 from __future__ import annotations
 
 import difflib
 import functools
 import importlib
+import importlib.metadata
 import pkgutil
 from collections.abc import Mapping
 
 from adapter_server.core import Spec
-from adapter_server.errors import AdapterRefused
+from adapter_server.errors import AdapterRefused, PlugInBroken
 from adapter_server.families.base import Family
 from adapter_server.families.lora_variants import SUBTRACTED
+from adapter_server.registry.guard import PEFT_TYPE
 
+GROUP = "adapter_server.families"
 READS_BASE = (
     "kasa_config",
     "target_parameters",
@@ -72,7 +78,7 @@ def tasks(spec: Spec) -> int:
 
 
 def known() -> list[str]:
-    """The kinds that are served, sorted."""
+    """The kinds that are served, sorted. Raises PlugInBroken."""
     return sorted(_families())
 
 
@@ -83,4 +89,29 @@ def _families() -> Mapping[str, Family]:
         module = importlib.import_module(f"{__name__}.{info.name}")
         declared = getattr(module, "FAMILIES", None) or filter(None, [getattr(module, "FAMILY", None)])
         found |= {family.name: family for family in declared}
+    for point in sorted(importlib.metadata.entry_points(group=GROUP)):
+        family = _plugged(point)
+        if family.name in found:
+            raise PlugInBroken(f"plug-in {point.value!r}: the kind {family.name!r} is served already; rename it")
+        found[family.name] = family
     return found
+
+
+def _plugged(point: importlib.metadata.EntryPoint) -> Family:
+    """A family of another package. Its code is trusted as far as its installation was; its form is not."""
+    owner = f" of {point.dist.name}" if point.dist else ""
+    try:
+        family: Family = point.load()
+    except Exception as error:
+        raise PlugInBroken(
+            f"plug-in {point.value!r}{owner} cannot be imported ({error!r}): repair or uninstall it"
+        ) from error
+    wrong = [n for n in ("expected", "load") if not callable(getattr(family, n, None))]
+    wrong += [] if isinstance(getattr(family, "slow", None), bool) else ["slow"]
+    name = str(getattr(family, "name", ""))
+    if wrong or not PEFT_TYPE.fullmatch(name) or name != name.upper():
+        raise PlugInBroken(
+            f"plug-in {point.value!r}{owner} names no family: it needs a name in capitals, slow, expected and load, as "
+            f"families/base.py says{', and lacks ' + ', '.join(wrong) if wrong else ''}"
+        )
+    return family
