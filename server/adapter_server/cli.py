@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import io
 import json
+import math
 import queue
 import shlex
 import sys
@@ -453,6 +455,44 @@ def _opened_source(place: Place, allowed: list[str]) -> Iterator[Opened]:
         raise InvalidRequest(f"--allow-source {unknown[0]}: known are {', '.join(sources.KINDS)}")
     with sources.opened(place, allowed) as (config, weights):
         yield place.name, place.label, config, weights
+
+
+@adapters_app.command("compose")
+def adapters_compose(
+    members: Annotated[list[str], typer.Argument(metavar="NAME=WEIGHT...", help="The adapters; no weight is 1")],
+    out_name: Annotated[str, typer.Option("--out", help="The new adapter's name")],
+    by: Annotated[str, typer.Option(help="PEFT's combination type: linear, cat, svd, ties, dare_linear, …")] = "linear",
+    density: Annotated[float | None, typer.Option(help="Share that ties, dare and magnitude_prune keep")] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="Rank that svd cuts to", show_default="the largest")] = None,
+    model: ModelFlag = str(DEMO_BASE),
+    adapters: Folder = ADAPTERS,
+) -> None:
+    """Publish a new adapter that PEFT's add_weighted_adapter makes of several."""
+    _check_model(model)
+    store, weighted = _store(adapters), [_weighted(member) for member in members]
+    if len({name for name, _ in weighted}) < len(weighted):
+        raise InvalidRequest("an adapter is named twice: add its weights up")
+    _quiet()
+    with err.status("composing"):
+        from adapter_server.engine.snapshot import composed
+        from adapter_server.families.compose import Way
+
+        specs = [(store.resolve(name), weight) for name, weight in weighted]
+        config, weights = composed(model, specs, Way(by, density, rank), store)
+    told = ", ".join(f"{spec.name}@{spec.version}={weight:g}" for spec, weight in specs)
+    spec = _publisher(store).publish(out_name, config, io.BytesIO(weights), source=f"composition: {by} of {told}")
+    out.print(f"{_plain(spec.name)}@{spec.version} is current", highlight=False)
+
+
+def _weighted(member: str) -> tuple[str, float]:
+    name, equals, text = member.partition("=")
+    try:
+        weight = float(text) if equals else 1.0
+    except ValueError:
+        weight = math.nan
+    if not name or not math.isfinite(weight):
+        raise InvalidRequest(f"{member!r} is no NAME=WEIGHT, such as shout=0.7")
+    return name, weight
 
 
 @adapters_app.command("rollback")

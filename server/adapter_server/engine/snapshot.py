@@ -6,7 +6,7 @@ one module. `export` writes the same thing as an ordinary transformers folder.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from adapter_server.core import Spec
 from adapter_server.engine.model import load
 from adapter_server.errors import AdapterRefused, InvalidRequest, NotMergeable
 from adapter_server.families.base import Adapter, AnyPatch, Base, ParamPatch, Patch
+from adapter_server.families.compose import Part, Way, compose
 from adapter_server.families.facts import ModelBase
 from adapter_server.registry.store import Store
 
@@ -76,6 +77,19 @@ def export(model: str | Path, spec: Spec, store: Store, out: Path) -> None:
             _write(module.get_submodule(path), base.shapes.modules[path].kind, patch.fold(_params(path, base)))
     module.save_pretrained(out)
     _copy_tokenizer(model, out)
+
+
+def composed(model: str | Path, members: Sequence[tuple[Spec, float]], way: Way, store: Store) -> tuple[bytes, bytes]:
+    """A stored composition of (adapter, weight): its config and weights. Raises InvalidRequest, AdapterRefused."""
+    from adapter_server.engine.pool import compile_blob, tensors_of
+
+    module = load(model, "float32", torch.device("cpu"))
+    base, parts = ModelBase(module), []
+    for spec, weight in members:
+        blob = store.read(spec)
+        compile_blob(spec, blob, base)
+        parts.append(Part(spec, tensors_of(blob), weight))
+    return compose(parts, way, module)
 
 
 def _untie(module: torch.nn.Module, base: Base) -> None:
