@@ -2,13 +2,17 @@
 
 import dataclasses
 import math
+from pathlib import Path
 
 import peft
 import pytest
 import torch
+from peft import LoraConfig
+from peft.tuners.lora.gptq import GPTQLoraLinear
 from safetensors.torch import save_file
 
 import zoo
+from adapter_server.core import Spec
 from adapter_server.errors import AdapterRefused
 from adapter_server.families import lora
 from adapter_server.families.facts import ModelBase, describe
@@ -95,6 +99,11 @@ def test_shapes_follow_the_base():
         ({"target_modules": ["embed_tokens"], "lora_bias": True}, "which LoRA does not apply to"),
         ({"target_modules": ["q_proj"], "modules_to_save": ["_proj"]}, "both in 'target_modules' and"),
         ({"velora_config": 5}, "'velora_config' must be an object"),
+        ({"use_qalora": True, "qalora_group_size": 5}, "'qalora_group_size' is 5, which does not divide"),
+        ({"use_qalora": True, "qalora_group_size": 0}, "'qalora_group_size' must be an integer"),
+        ({"use_qalora": True, "use_dora": True}, "together with 'use_qalora' is not defined"),
+        ({"use_qalora": True, "lora_bias": True}, "together with 'use_qalora' is not defined"),
+        ({"use_qalora": True, "target_modules": ["embed_tokens"]}, "which LoRA does not apply to"),
         ({"alora_invocation_tokens": []}, "must be a list of 1 to 256 token ids"),
         ({"alora_invocation_tokens": [5] * 257}, "must be a list of 1 to 256 token ids"),
         ({"alora_invocation_tokens": "[5]"}, "must be a list of 1 to 256 token ids"),
@@ -194,3 +203,28 @@ def test_dora_over_a_row_of_zeros_is_refused(tmp_path):
 def test_a_bias_the_base_lacks_is_never_called_for():
     assert expected(bias="all") == expected(bias="lora_only") == expected()
     assert expected(describe(zoo.tiny_base("qwen2")), bias="lora_only").keys() >= {Q + "base_layer.bias"}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("group", [1, 4, 16])
+def test_pooled_inputs_are_as_in_pefts_layer_over_gptq(group: int, tmp_path: Path) -> None:
+    """PEFT has QA-LoRA in its layer over GPTQ's Linears alone; the layer itself takes any."""
+    base = zoo.tiny_base("llama")
+    config = LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj"], use_qalora=True, qalora_group_size=group)
+    layer = GPTQLoraLinear(base.get_submodule("model.layers.0.self_attn.q_proj"), "default", config, r=3, lora_alpha=6)
+    tensors = {}
+    for block in "01":
+        for name in "AB":
+            weight = torch.randn(getattr(layer, f"lora_{name}")["default"].weight.shape)
+            tensors[f"base_model.model.model.layers.{block}.self_attn.q_proj.lora_{name}.weight"] = weight
+            getattr(layer, f"lora_{name}")["default"].weight.copy_(weight)
+    options = {"target_modules": ["q_proj"], "use_qalora": True, "qalora_group_size": group}
+    served = {"peft_type": "LORA", "r": 3, "lora_alpha": 6, **options}
+    assert FAMILY.expected(served, describe(base), frozenset()) == {k: tuple(t.shape) for k, t in tensors.items()}
+    spec = Spec("a", "0" * 12, str(tmp_path), "LORA", served, 0)
+    path = "model.layers.1.self_attn.q_proj"
+    patch = FAMILY.load(spec, tensors, ModelBase(base)).patches[path]
+    layer.quant_linear_module = module = base.get_submodule(path)
+    x = torch.randn(2, 5, 32)
+    assert zoo.same(patch.apply(x, module), layer(x))
+    assert zoo.same(zoo.folded(patch, x, module, describe(base).modules[path]), layer(x))

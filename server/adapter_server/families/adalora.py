@@ -18,7 +18,7 @@ _LORA = "it is LoRA's, and AdaLoRA does not define it"
 _FOREIGN = (
     *("alora_invocation_tokens", "ensure_weight_tying", "kasa_config", "lora_bias", "monteclora_config"),
     *("target_parameters", "trainable_token_indices"),
-    *("use_bdlora", "use_dora", "velora_config"),
+    *("use_bdlora", "use_dora", "use_qalora", "velora_config"),
 )
 TRAINING = frozenset(
     {"beta1", "beta2", "deltaT", "orth_reg_weight", "target_r", "tfinal", "tinit", "total_step", "alpha_pattern"}

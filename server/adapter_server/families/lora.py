@@ -75,6 +75,7 @@ SERVED = frozenset(
         "lora_bias",
         "modules_to_save",
         "monteclora_config",
+        "qalora_group_size",
         "r",
         "rank_pattern",
         "target_modules",
@@ -82,6 +83,7 @@ SERVED = frozenset(
         "trainable_token_indices",
         "use_bdlora",
         "use_dora",
+        "use_qalora",
         "use_rslora",
         "velora_config",
     }
@@ -102,7 +104,6 @@ HARMLESS = frozenset(
         "lorap_lr_ratio",
         "megatron_core",
         "merge_weights",
-        "qalora_group_size",
     }
 )
 
@@ -112,7 +113,6 @@ REFUSED: Mapping[str, str] = {
     "enable_lora": "it splits a fused projection; " + _MERGE,
     "layer_replication": "it changes the base's depth for everybody; " + _MERGE,
     "megatron_config": "it is sharded for Megatron; export it as a plain PEFT adapter",
-    "use_qalora": "it pools the input of a quantised base; " + _MERGE,
 }
 
 PLAIN_INITS = ("gaussian", "orthogonal", "eva", "mica")  # a base untouched at initialisation: plain LoRA once trained
@@ -193,6 +193,8 @@ def resolve(config: Config, shapes: Shapes, names: frozenset[str]) -> Plan:
     dora, lora_bias = flag(config, "use_dora"), flag(config, "lora_bias")
     if dora and lora_bias:
         raise AdapterRefused("adapter_config.json: 'lora_bias' together with 'use_dora' is not defined; set one")
+    if lora_bias and flag(config, "use_qalora"):
+        raise AdapterRefused("adapter_config.json: 'lora_bias' together with 'use_qalora' is not defined; set one")
     groups = integer(table(config, "velora_config"), "num_groups", 64) if config.get("velora_config") else 0
     mode = choice(config, "bias", "none", ("none", "all", "lora_only"))
     biases = trained_biases(mode, shapes, paths, saved)

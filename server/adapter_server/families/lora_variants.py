@@ -4,6 +4,7 @@ BD-LoRA         A or B block-diagonal, the file holding the blocks one above the
 KaSA            B diag(σ) A, over a base without its r smallest singular directions
 PiSSA, OLoRA    B A, over a base without what A and B were at first:  A' = [A; V_r]  B' = [s·B, −U_r S_r];
                 OLoRA: W = Q R,  A' = [A; R_r]  B' = [s·B, −s·Q_r]
+QA-LoRA         A reads sums over groups of g inputs:  A'[:, i] = A[:, i div g] · in / g²
 MonteCLoRA      plain at inference; its sampler is in the file all the same
 """
 
@@ -17,14 +18,22 @@ from torch import Tensor
 
 from adapter_server.errors import AdapterRefused
 from adapter_server.families.base import ModuleShape
-from adapter_server.families.options import Config, check_known, integer, name_list, table
+from adapter_server.families.options import Config, check_known, flag, integer, name_list, table
 from adapter_server.families.parts import ROOT, Expected, Taker
 
 SUBTRACTED = ("olora", "pissa")  # inits that take from the base, in a way that can be found again
 BLOCKS = ("match_strict", "nblocks", "target_modules_bd_a", "target_modules_bd_b")
 KASA = ("beta", "gamma")
 MONTE = ("buffer_size", "dirichlet_prior", "kl_loss_weight", "num_samples", "sample_scaler", "use_entropy")
-EXCLUSIVE = ("alora_invocation_tokens", "kasa_config", "monteclora_config", "use_bdlora", "use_dora", "velora_config")
+EXCLUSIVE = (
+    "alora_invocation_tokens",
+    "kasa_config",
+    "monteclora_config",
+    "use_bdlora",
+    "use_dora",
+    "use_qalora",
+    "velora_config",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +42,13 @@ class Variant:
     kasa: bool
     samples: int  # of MonteCLoRA's sampler; 0: none
     blocks: int  # of BD-LoRA; 0: none
+    group: int = 0  # inputs that QA-LoRA pools; 0: none
     block_a: tuple[str, ...] = ()  # parts of the names of modules whose A is in blocks
     block_b: tuple[str, ...] = ()
 
     @property
     def plain(self) -> bool:
-        return not (self.init or self.kasa or self.samples or self.blocks)
+        return not (self.init or self.kasa or self.samples or self.blocks or self.group)
 
     @property
     def subtracts(self) -> bool:
@@ -50,7 +60,7 @@ class Variant:
         self._check(path, rank, shape)
         a, b = self._blocks(path)
         keys: Expected = {
-            "lora_A.weight": (rank, _parted(shape.inp, rank, a, path)),
+            "lora_A.weight": (rank, _parted(shape.inp, rank, a, path) // (self.group or 1)),
             "lora_B.weight": (shape.out, _parted(rank, shape.out, b, path)),
         }
         if self.kasa:
@@ -62,6 +72,8 @@ class Variant:
         key, (a, b) = f"{ROOT}{path}.", self._blocks(path)
         A, B = _diagonal(take(key + "lora_A.weight"), a), _diagonal(take(key + "lora_B.weight"), b)
         rank = len(A)
+        if self.group:
+            A = A.repeat_interleave(self.group, 1) * (A.shape[1] / self.group)
         if self.kasa:
             B = B * take(key + "lora_diag")
         for name in _sampler(rank, self.samples) if self.samples else ():
@@ -91,6 +103,10 @@ class Variant:
     def _check(self, path: str, rank: int, shape: ModuleShape) -> None:
         if (self.kasa or self.blocks or self.init == "olora") and shape.kind != "linear":
             raise AdapterRefused(f"adapter_config.json: 'target_modules' names {path}, which this variant cannot adapt")
+        if self.group and (shape.kind != "linear" or shape.inp % self.group):
+            raise AdapterRefused(
+                f"adapter_config.json: 'qalora_group_size' is {self.group}, which does not divide the input at {path}"
+            )
         if self.subtracts and rank >= min(shape.inp, shape.out) + (not self.kasa):
             raise AdapterRefused(f"adapter_config.json: the rank {rank} is too high at {path} for what the init takes")
 
@@ -108,6 +124,7 @@ def variant(config: Config) -> Variant:
         kasa=config.get("kasa_config") is not None,
         samples=integer(monte, "num_samples", 8, most=4096) if config.get("monteclora_config") is not None else 0,
         blocks=integer(parts, "nblocks", 1) if blocks is not None else 0,
+        group=integer(config, "qalora_group_size", 16) if flag(config, "use_qalora") else 0,
         block_a=tuple(name_list(parts, "target_modules_bd_a")),
         block_b=tuple(name_list(parts, "target_modules_bd_b")),
     )
