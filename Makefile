@@ -24,9 +24,14 @@ check: $(READY)  ## lint, format and types
 	$(BIN)/ruff format --check server tests examples benchmarks
 	$(BIN)/mypy
 
-bench: $(READY)  ## the latency table and the rivals on this machine, into benchmarks/results
-	$(BIN)/adapter-server bench latency --size demo
-	$(BIN)/python benchmarks/rivals.py --size 35m
+bench: $(READY)  ## a selection of about five minutes, into benchmarks/results, and the tables that show it
+	$(BIN)/adapter-server bench latency --size demo --out benchmarks/results
+	$(BIN)/adapter-server bench memory --size 35m --out benchmarks/results
+	$(BIN)/adapter-server bench popularity --size 35m --rounds 2 --out benchmarks/results
+	$(BIN)/adapter-server bench trace --size 35m --rounds 1 --out benchmarks/results
+	$(BIN)/adapter-server bench hotload --size 35m --out benchmarks/results
+	$(BIN)/python benchmarks/rivals.py --size 35m --rounds 2 --out benchmarks/results
+	$(BIN)/python benchmarks/table.py
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache dist

@@ -1,6 +1,6 @@
 """Ours beside what else runs many adapters, in one process, interleaved: end-to-end tokens per second.
 
-    python benchmarks/rivals.py --size 35m --json benchmarks/results/rivals-35m.json
+    python benchmarks/rivals.py --size 35m --continuous --merged --out benchmarks/results
 
 32 rows, 16 LoRA adapters r=16 on all seven projections, float32, greedy. Within a round every rival runs once; figures
 are medians over the rounds, and ratios are medians of the rounds' own ratios. Every answer is compared with PEFT's.
@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -29,7 +30,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from adapter_server.bench import report
-from adapter_server.bench.drive import NEAR_TIE, Ask, Checker, Tokens, drive, ready
+from adapter_server.bench.drive import NEAR_TIE, Ask, Checker, Tokens, drive, gap, ready
 from adapter_server.bench.workloads import Popularity, Workload, choose, many_loras, prompts
 from adapter_server.config import GIB, EngineConfig
 from adapter_server.engine import Engine, build
@@ -100,6 +101,7 @@ class Scene:
             max_model_len=plan.prompt + plan.new,
             max_rows=plan.rows,
             adapter_bytes=8 * GIB,
+            prefix_cache_bytes=0,  # rounds repeat their prompts
         )
         return build(self.workload.model, config, Store(self.workload.adapters, settle_s=0))
 
@@ -298,7 +300,7 @@ def _answers(scene: Scene, rounds: Mapping[str, Sequence[Outcome]]) -> dict[str,
 
 def _compare(scene: Scene, rounds: Mapping[str, Sequence[Outcome]], ours: str, theirs: str) -> dict[str, Any]:
     """Every answer of theirs, in every round, against the first of ours."""
-    checker, first = Checker(scene.engine), rounds[ours][0].answers
+    checker, first = Checker(partial(gap, scene.engine)), rounds[ours][0].answers
     for outcome in rounds[theirs]:
         for row, answer in outcome.answers.items():
             checker.expect(scene.asks[ours][row], first[row], answer)
@@ -321,19 +323,19 @@ def _title(work: Mapping[str, Any]) -> str:
 
 
 def main(
-    size: Annotated[Size, typer.Option(help="Random weights of a size")] = "35m",
+    size: Annotated[Size, typer.Option("--size", help="Random weights of a size")] = "35m",
     rounds: Annotated[int, typer.Option(help="Rounds; figures are medians over them", min=1)] = 3,
-    continuous: Annotated[bool, typer.Option(help="Also transformers' continuous batching")] = False,
-    merged: Annotated[bool, typer.Option(help="Also a model with one adapter merged")] = False,
-    quick: Annotated[bool, typer.Option(help="Few rows and tokens, to see that it runs")] = False,
-    json: Annotated[Path | None, typer.Option(help="Also write the result here")] = None,
+    continuous: Annotated[bool, typer.Option("--continuous", help="Also transformers' continuous batching")] = False,
+    merged: Annotated[bool, typer.Option("--merged", help="Also a model with one adapter merged")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Few rows and tokens, to see that it runs")] = False,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for the result")] = None,
 ) -> None:
     """Ours beside PEFT and transformers: a table, and one last line of JSON."""
     disable_progress_bar()
     plan = QUICK if quick else Plan(rounds=rounds, continuous=continuous, merged=merged)
     result = measure(size, plan, Console(stderr=True))
     Console(soft_wrap=True).print(table(result))
-    report.publish(result, json)
+    report.publish(result, None if out is None else out / f"{report.name(result)}.json")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
-"""The README's measured tables, from the newest committed results.
+"""The measured tables of README.md and docs/performance.md, from the newest committed results.
 
 Each stands between a marker such as <!-- bench:latency --> and <!-- /bench -->. With --check nothing is written, and
-the exit status is 1 if README.md is not what the results say.
+the exit status is 1 if a page is not what the results say.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,14 +16,20 @@ from typing import Annotated, Any
 import typer
 
 ROOT = Path(__file__).parents[1]
+PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
 Result = Mapping[str, Any]
+Results = Mapping[str, Mapping[str, Result]]
+Figure = Callable[[Results, str], str | None]  # of these results at a size; None: not measured
 
 
-def newest(results: Path) -> dict[str, dict[str, Result]]:
-    """By benchmark and size, the result with the latest date."""
+def newest(results: Path, device: str = "cpu") -> Results:
+    """By benchmark and size, the result with the latest date on this kind of device."""
+    read = [json.loads(path.read_text()) for path in results.glob("*.json")]
+    parts = [part for result in read for part in result.get("parts", [result])]
     found: dict[str, dict[str, Result]] = {}
-    for result in sorted((json.loads(p.read_text()) for p in results.glob("*.json")), key=lambda r: str(r["date"])):
-        found.setdefault(result["benchmark"], {})[result["workload"]["size"]] = result
+    for result in sorted(parts, key=lambda result: str(result["date"])):
+        if str(result["model"].get("device", "cpu")).startswith(device):
+            found.setdefault(result["benchmark"], {})[result["workload"]["size"]] = result
     return found
 
 
@@ -94,35 +101,204 @@ def _markdown(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([head, "|---" * len(rows[0]) + "|", *body])
 
 
+# What was aimed at
+
+
+def ratio(benchmark: str, name: str, form: str = "{:.2f}") -> Figure:
+    """One of the ratios that a result states."""
+
+    def figure(results: Results, size: str) -> str | None:
+        value = results.get(benchmark, {}).get(size, {}).get("ratios", {}).get(name)
+        return None if value is None else form.format(value)
+
+    return figure
+
+
+def unmerged_over_merged(results: Results, size: str) -> str | None:
+    """LoRA's ms per token at batch 1, 8 and 32, the medians of the rounds' own ratios."""
+    if (result := results.get("latency", {}).get(size)) is None:
+        return None
+    lines = {(line["cell"], line["batch"]): line["rounds"]["ms_per_token"] for line in result["results"]}
+    pairs = [(lines.get(("lora-r8 unmerged", b)), lines.get(("lora-r8 merged", b))) for b in (1, 8, 32)]
+    return " / ".join("–" if own is None or base is None else f"{_median(own, base):.2f}" for own, base in pairs)
+
+
+def _median(own: Sequence[float], base: Sequence[float]) -> float:
+    return statistics.median(a / b for a, b in zip(own, base, strict=True))
+
+
+def decode_of_floor(results: Results, size: str) -> str | None:
+    """The floor's ms over the base's at batch 1, 8 and 32."""
+    if (result := results.get("latency", {}).get(size)) is None:
+        return None
+    base = {line["batch"]: line["ms_per_token"] for line in result["results"] if line["mode"] == "base"}
+    floor = {each["batch"]: each["ms"] for each in result["floor"]}
+    return " / ".join("–" if b not in base else f"{floor[b] / base[b]:.2f}" for b in (1, 8, 32))
+
+
+def field(benchmark: str, *path: str, form: str = "{:.2f}") -> Figure:
+    """A figure of a result by its path."""
+
+    def figure(results: Results, size: str) -> str | None:
+        value: Any = results.get(benchmark, {}).get(size)
+        for name in path:
+            value = None if value is None else value.get(name)
+        return None if value is None else form.format(value)
+
+    return figure
+
+
+def cold_load(results: Results, size: str) -> str | None:
+    cold = results.get("hotload", {}).get(size, {}).get("cold")
+    return None if cold is None else f"{cold['load_ms']:.0f} ms for {cold['file_bytes'] / 1e6:.1f} MB"
+
+
+def auto(results: Results, size: str) -> str | None:
+    """The worst over the shares of the dominant adapter."""
+    lines = results.get("skew", {}).get(size, {}).get("results", ())
+    worst = [min(line["over_unmerged"], line["over_merged"]) for line in lines if line["way"] == "auto"]
+    return f"{min(worst):.2f}" if worst else None
+
+
+LLAMA = "llama-server f32"
+TARGETS: Sequence[tuple[str, str, str, Figure]] = (
+    # what, aim on two CPU cores, aim on one GPU, figure
+    (
+        "32 rows on 16 adapters, over the base alone, end to end",
+        "≥ 0.90 at 200m, ≥ 0.85 at 35m",
+        "decode ≥ 0.88 at 8b",
+        ratio("rivals", "ours, uniform / ours, base"),
+    ),
+    (
+        "32 rows on 32 adapters, over the base alone, end to end",
+        "–",
+        "decode ≥ 0.82 at 8b",
+        ratio("rivals", "ours, distinct / ours, base"),
+    ),
+    (
+        "LoRA unmerged over merged, ms per token, batch 1 / 8 / 32",
+        "≤ 1.15 / 1.10 / 1.10",
+        "≤ 1.05 at 8b; ≤ 1.20 at 0.6b and batch 1",
+        unmerged_over_merged,
+    ),
+    (
+        "base over transformers' `generate`",
+        "≥ 1.2",
+        "–",
+        ratio("rivals", "ours, base / transformers, base"),
+    ),
+    (
+        "base over llama-server in float32",
+        "≥ 0.8 at 35m, ≥ 1.1 at 200m",
+        "–",
+        ratio("rivals", f"ours, base / {LLAMA}, base"),
+    ),
+    (
+        "base decode, of the floor, batch 1 / 8 / 32",
+        "–",
+        "≥ 0.75 at 8b; ≥ 0.50 at 1b and batch 1; ≥ 0.30 / – / 0.55 at 0.6b",
+        decode_of_floor,
+    ),
+    (
+        "16 adapters over PEFT's mixed batch",
+        "≥ 3.5 at 35m, ≥ 2 at 200m",
+        "≥ 10",
+        ratio("rivals", "ours, uniform / PEFT, mixed batch"),
+    ),
+    (
+        "16 adapters over PEFT one at a time",
+        "≥ 10 at 35m, ≥ 12 at 200m",
+        "≥ 30",
+        ratio("rivals", "ours, uniform / PEFT, one at a time"),
+    ),
+    (
+        "16 adapters over llama-server in float32",
+        "≥ 3",
+        "–",
+        ratio("rivals", f"ours, uniform / {LLAMA}, 16 adapters"),
+    ),
+    (
+        "one stream, ms per token over llama-server's in float32",
+        "≤ 1.3 at 200m",
+        "–",
+        ratio("rivals", f"one stream, ms per token, ours / {LLAMA}"),
+    ),
+    (
+        "S-LoRA's trace, 2,000 registered adapters over 5, requests/s",
+        "≥ 0.97",
+        "≥ 0.97",
+        ratio("trace", "2000 / 5"),
+    ),
+    ("auto over the better fixed mode, at the worst skew", "≥ 0.97", "≥ 0.97", auto),
+    (
+        "p99 inter-token latency while adapters load, over without",
+        "≤ 1.5",
+        "≤ 1.1",
+        field("hotload", "itl_p99_ratio"),
+    ),
+    (
+        "HTTP, events and metrics: share of a step at 64 streams",
+        "≤ 0.10",
+        "≤ 0.05",
+        field("popularity", "http_share", "share"),
+    ),
+    ("engine ready after the base is loaded", "< 1 s", "< 1 s", field("hotload", "ready_s", form="{:.2f} s")),
+    ("an adapter's cold load, file in the page cache", "< 50 ms for 2 MB", "< 20 ms for 40 MB", cold_load),
+)
+UNMEASURED = "not measured"
+
+
+def targets(cpu: Results, gpu: Results) -> str:
+    """Each aim with the figure beside it, by size."""
+    sizes = {size: r["model"]["parameters"] for found in cpu.values() for size, r in found.items() if size != "tiny"}
+    names = sorted(sizes, key=lambda size: int(sizes[size]))
+    rows = [["", "aim, two CPU cores", "measured", "aim, one H200", "measured"]]
+    rows += [
+        [what, aim, _figures(figure, cpu, names), gpu_aim, _figures(figure, gpu, ("0.6b", "1b", "8b"))]
+        for what, aim, gpu_aim, figure in TARGETS
+    ]
+    return _markdown(rows)
+
+
+def _figures(figure: Figure, results: Results, sizes: Sequence[str]) -> str:
+    found = [(size, figure(results, size)) for size in sizes]
+    return "; ".join(f"{value} at {size}" for size, value in found if value is not None) or UNMEASURED
+
+
 TABLES: Mapping[str, Callable[[Mapping[str, Result]], str]] = {"latency": latency, "rivals": rivals}
 
 
-def filled(readme: str, results: Mapping[str, Mapping[str, Result]]) -> str:
-    """The README with every marked place filled that has results."""
+def filled(page: str, cpu: Results, gpu: Results) -> str:
+    """The page with every marked place filled that has results."""
 
     def fill(match: re.Match[str]) -> str:
         name = match[1]
-        if name not in results:
+        if name != "targets" and name not in cpu:
             return match[0]
-        return f"<!-- bench:{name} -->\n{TABLES[name](results[name])}\n<!-- /bench -->"
+        text = targets(cpu, gpu) if name == "targets" else TABLES[name](cpu[name])
+        return f"<!-- bench:{name} -->\n{text}\n<!-- /bench -->"
 
-    marked = "|".join(TABLES)
-    return re.sub(rf"<!-- bench:({marked}) -->.*?<!-- /bench -->", fill, readme, flags=re.DOTALL)
+    marked = "|".join((*TABLES, "targets"))
+    return re.sub(rf"<!-- bench:({marked}) -->.*?<!-- /bench -->", fill, page, flags=re.DOTALL)
 
 
 def main(
-    check: Annotated[bool, typer.Option("--check", help="Write nothing; exit status 1 if README.md is old")] = False,
-    readme: Annotated[Path, typer.Option(help="The file with the markers")] = ROOT / "README.md",
+    check: Annotated[bool, typer.Option("--check", help="Write nothing; exit status 1 if a page is old")] = False,
+    page: Annotated[
+        list[Path] | None, typer.Option(help="A file with markers", show_default="README, performance")
+    ] = None,
     results: Annotated[Path, typer.Option(help="The folder of results")] = ROOT / "benchmarks" / "results",
 ) -> None:
-    """Fill the README's tables from the newest results."""
-    old = readme.read_text()
-    new = filled(old, newest(results))
-    if check and new != old:
-        typer.echo(f"{readme.name} is not what the results say: run python benchmarks/table.py", err=True)
-        raise typer.Exit(1)
-    if new != old:
-        readme.write_text(new)
+    """Fill the pages' tables from the newest results."""
+    cpu, gpu = newest(results), newest(results, "cuda")
+    for each in page or PAGES:
+        old = each.read_text()
+        new = filled(old, cpu, gpu)
+        if check and new != old:
+            typer.echo(f"{each.name} is not what the results say: run python benchmarks/table.py", err=True)
+            raise typer.Exit(1)
+        if new != old:
+            each.write_text(new)
 
 
 if __name__ == "__main__":

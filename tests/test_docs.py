@@ -5,6 +5,7 @@ Run as a script, it writes the parts of the pages that are made from the code: p
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -27,7 +28,6 @@ from adapter_server import cli, config
 from adapter_server.api import openai_bodies, refusals, schemas
 from adapter_server.api.app import create_app
 from adapter_server.api.bridge import Operation
-from adapter_server.bench.latency import latency
 from adapter_server.config import ServerConfig
 from adapter_server.errors import AdapterServerError
 from adapter_server.families import adapterhub, adaption_prompt, find, known, lora, options, poly, prefix, prompt
@@ -390,10 +390,11 @@ def test_every_field_of_an_answer_is_documented(demo: Demo) -> None:
 
 
 def commands() -> Iterator[tuple[str, Any]]:
-    bench = typer.Typer()
-    bench.command()(latency)
     yield from walk(typer.main.get_command(cli.app), "adapter-server")
-    yield "adapter-server bench latency", typer.main.get_command(bench)
+    for name in cli.BENCHES:
+        bench = typer.Typer()
+        bench.command()(getattr(importlib.import_module(f"adapter_server.bench.{name}"), name))
+        yield f"adapter-server bench {name}", typer.main.get_command(bench)
 
 
 def walk(command: Any, path: str) -> Iterator[tuple[str, Any]]:
@@ -417,7 +418,7 @@ def label(param: Any) -> str:
 
 def stated(path: str, name: str) -> list[str]:
     """The row of a command's own table, or of the settings that commands share."""
-    for heading in (path, "The engine", "The service"):
+    for heading in (path, path.rpartition(" ")[0], "The engine", "The service"):
         for under, cells in tables(DOCS["configuration"]):
             if under == heading and name in names(cells[0]):
                 return cells

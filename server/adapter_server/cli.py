@@ -544,13 +544,30 @@ def merge(
     out.print(f"{_plain(name)}@{spec.version} is folded into {_plain(target)}", highlight=False)
 
 
-@bench_app.command(
-    "latency",
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
-)
-def bench_latency(context: typer.Context) -> None:
-    """Base, unmerged and merged, by family and batch size."""
-    importlib.import_module("adapter_server.bench.latency").main(context.args)
+BENCHES = {
+    "latency": "Base, unmerged and merged, by family and batch size.",
+    "popularity": "32 rows that share adapters or each have their own, beside the base alone.",
+    "trace": "S-LoRA's trace: arrivals by a clock, from one registered adapter to 2,000.",
+    "skew": "Merged, unmerged and auto, by the share of one adapter.",
+    "hotload": "What running rows feel while adapters load, are published, merged and evicted.",
+    "kinds": "Every kind that PEFT has, alone and all in one batch.",
+    "memory": "Bytes of adapters on the device and on disk, and how many fit.",
+}
+
+
+def _bench(name: str) -> Callable[[typer.Context], None]:
+    def run(context: typer.Context) -> None:
+        importlib.import_module("adapter_server.bench.command").main(name, context.args)
+
+    return run
+
+
+for _name, _about in BENCHES.items():
+    bench_app.command(
+        _name,
+        help=_about,
+        context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    )(_bench(_name))
 
 
 def _plain(value: object) -> str:

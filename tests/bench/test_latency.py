@@ -5,12 +5,13 @@ import io
 import json
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from adapter_server.bench import latency, plots, report, workloads
+from adapter_server.bench import cells, command, latency, plots, report, workloads
 from adapter_server.bench.drive import Ask, Checker, drive, first_difference, gap, ready
 from adapter_server.bench.workloads import Shape, Workload, choose, prompts
 from adapter_server.config import EngineConfig
@@ -37,20 +38,21 @@ def engine(workload: Workload) -> Iterator[Engine]:
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, object], Path]:
-    """(last line of stdout, the file that --json wrote, the folder with it and the plot)."""
+    """(last line of stdout, the file of the result, the folder with it and the plot)."""
     folder = tmp_path_factory.mktemp("latency")
-    command = ["--size", "tiny", "--quick", "--http", "--json", f"{folder}/out.json", "--plot", f"{folder}/out.png"]
     stdout = io.StringIO()
     with contextlib.redirect_stdout(stdout), pytest.raises(SystemExit) as left:
-        latency.main(command)
+        command.main("latency", ["--size", "tiny", "--quick", "--http", "--out", str(folder)])
     assert left.value.code == 0
-    return stdout.getvalue().splitlines()[-1], json.loads((folder / "out.json").read_text()), folder
+    (file,) = folder.glob("????-??-??-latency-tiny.json")
+    return stdout.getvalue().splitlines()[-1], json.loads(file.read_text()), folder
 
 
 def test_the_last_line_is_the_result(result):
     line, written, folder = result
     assert json.loads(line) == written
-    assert (folder / "out.png").read_bytes().startswith(b"\x89PNG")
+    (plot,) = folder.glob("*.png")
+    assert plot.read_bytes().startswith(b"\x89PNG")
 
 
 def test_every_cell_has_its_figures(result):
@@ -91,7 +93,7 @@ def test_a_wrong_answer_is_counted(engine, workload):
     asks = [Ask(prompt, "lora-r8") for prompt in prompts(2, 8, 256)]
     for ask in asks:
         ready(engine, ask)
-    checker, run = Checker(engine), drive(engine, asks, NEW)
+    checker, run = Checker(partial(gap, engine)), drive(engine, asks, NEW)
     checker.check(asks, run.answers)
     spoilt = (*run.answers[1][:3], run.answers[1][3] ^ 1, *run.answers[1][4:])
     checker.check(asks, [run.answers[0], spoilt])
@@ -103,7 +105,7 @@ def test_a_wrong_answer_is_counted(engine, workload):
 
 def test_the_other_mode_is_held_to_the_same_answers(engine, workload):
     asks = {mode: [Ask(prompt, "lora-r8", mode) for prompt in prompts(2, 8, 256)] for mode in ("unmerged", "merged")}
-    checker = Checker(engine)
+    checker = Checker(partial(gap, engine))
     for each in asks.values():
         ready(engine, each[0])
         checker.check(each, drive(engine, each, NEW).answers)
@@ -111,7 +113,7 @@ def test_the_other_mode_is_held_to_the_same_answers(engine, workload):
 
 
 def test_a_near_tie_is_not_a_wrong_answer():
-    checker = Checker.__new__(Checker)
+    checker = Checker(lambda ask, known: 0.0)
     checker.checked = 3
     checker.differing = [{"gap": 1e-7}, {"gap": 0.2}, {"gap": None}]
     assert checker.wrong == 2
@@ -145,17 +147,17 @@ def test_a_failed_request_is_an_error(engine):
 
 
 def test_overhead_is_the_median_of_the_rounds_ratios():
-    assert latency.overhead([11.0, 24.0, 50.0], [10.0, 20.0, 100.0]) == pytest.approx(10)
+    assert cells.overhead([11.0, 24.0, 50.0], [10.0, 20.0, 100.0]) == pytest.approx(10)
 
 
 def test_the_order_turns():
-    assert sorted(latency.turned("abcdefghij", 1)) == list("abcdefghij")
-    assert latency.turned("abc", 0) != latency.turned("abc", 1)
+    assert sorted(cells.turned("abcdefghij", 1)) == list("abcdefghij")
+    assert cells.turned("abc", 0) != cells.turned("abc", 1)
 
 
 def test_the_floor_by_hand():
     # hidden 8, 2 layers, 2 heads of 4, 1 kv head, mlp 16, vocab 10
-    shape = Shape(8, 2, 2, 1, 16, 10)
+    shape = Shape(8, 2, 2, 1, 16, 10, 4)
     layer = 8 * 8 + 2 * (8 * 4) + 8 * 8 + 3 * (8 * 16)  # q, k and v, o, gate and up and down
     weights = 2 * layer + 8 * 10
     found = report.floor(shape, rows=3, context=5)
@@ -167,7 +169,7 @@ def test_the_floor_by_hand():
 
 
 def test_the_floor_of_adapters_by_hand():
-    shape = Shape(8, 1, 2, 1, 16, 10)
+    shape = Shape(8, 1, 2, 1, 16, 10, 4)
     sides = (8 + 8) + 2 * (8 + 4) + (8 + 8) + 3 * (8 + 16)
     plain, three = report.floor(shape, rows=4, context=5), report.floor(shape, rows=4, context=5, adapters=3, rank=2)
     assert three.adapter_bytes == 3 * 2 * sides * 4

@@ -14,13 +14,14 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """What `--quick` writes and says."""
-    target = tmp_path_factory.mktemp("rivals") / "out.json"
-    command = [sys.executable, ROOT / "benchmarks" / "rivals.py", "--size", "tiny", "--quick", "--json", target]
+    folder = tmp_path_factory.mktemp("rivals")
+    command = [sys.executable, ROOT / "benchmarks" / "rivals.py", "--size", "tiny", "--quick", "--out", folder]
     env = {"PYTHONPATH": str(ROOT / "server"), "PATH": "/usr/bin:/bin", "OMP_WAIT_POLICY": "PASSIVE"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=env, check=False)
     assert done.returncode == 0, done.stderr
     last = json.loads(done.stdout.splitlines()[-1])
-    assert last == json.loads(target.read_text())
+    (written,) = folder.glob("*-rivals-tiny.json")
+    assert last == json.loads(written.read_text())
     return last
 
 

@@ -23,10 +23,11 @@ def common(benchmark: str, date: str, **workload: object) -> dict[str, object]:
 
 def latency(date: str, ms: float) -> dict[str, object]:
     lines = [
-        {"cell": "base", "mode": "base", "batch": 1, "ms_per_token": ms, "overhead_percent": 0.0},
-        {"cell": "ia3 merged", "mode": "merged", "batch": 1, "ms_per_token": 2 * ms, "overhead_percent": 100.0},
+        {"cell": "base", "mode": "base", "ms_per_token": ms, "overhead_percent": 0.0},
+        {"cell": "ia3 merged", "mode": "merged", "ms_per_token": 2 * ms, "overhead_percent": 100.0},
     ]
-    return common("latency", date, batches=[1]) | {"results": lines, "floor": [{"ms": 1.0}]}
+    lines = [line | {"batch": 1, "rounds": {"ms_per_token": [line["ms_per_token"]]}} for line in lines]
+    return common("latency", date, batches=[1]) | {"results": lines, "floor": [{"batch": 1, "ms": 1.0}]}
 
 
 def rivals(date: str) -> dict[str, object]:
@@ -50,7 +51,7 @@ def files(tmp_path):
 
 def test_fills_both_places_from_the_newest(table, files):
     readme, results = files
-    table.main(check=False, readme=readme, results=results)
+    table.main(check=False, page=[readme], results=results)
     text = readme.read_text()
     assert "| base | 3 |" in text
     assert "| ia3 merged | 6 (+100 %) |" in text
@@ -64,17 +65,17 @@ def test_fills_both_places_from_the_newest(table, files):
 def test_check_fails_until_it_is_written(table, files):
     readme, results = files
     with pytest.raises(typer.Exit) as left:
-        table.main(check=True, readme=readme, results=results)
+        table.main(check=True, page=[readme], results=results)
     assert left.value.exit_code == 1
     assert readme.read_text() == README
-    table.main(check=False, readme=readme, results=results)
-    table.main(check=True, readme=readme, results=results)
+    table.main(check=False, page=[readme], results=results)
+    table.main(check=True, page=[readme], results=results)
 
 
 def test_a_place_without_results_is_left_alone(table, files):
     readme, results = files
     (results / "c.json").unlink()
-    table.main(check=False, readme=readme, results=results)
+    table.main(check=False, page=[readme], results=results)
     assert "<!-- bench:rivals --><!-- /bench -->" in readme.read_text()
 
 
@@ -84,5 +85,32 @@ def test_one_size_may_lack_a_rival(table, files):
     small["workload"]["size"], small["model"] = "1m", {"parameters": 1_000_000}
     small["results"] = small["results"][:1]
     (results / "d.json").write_text(json.dumps(small))
-    table.main(check=False, readme=readme, results=results)
+    table.main(check=False, page=[readme], results=results)
     assert "| PEFT, mixed batch | – | 100 (4.00 ×) |" in readme.read_text()
+
+
+def test_every_aim_has_its_figure_or_says_that_it_has_none(table, files):
+    readme, results = files
+    trace = common("trace", "2026") | {"ratios": {"2000 / 5": 0.981}, "results": []}
+    gpu = common("trace", "2026") | {"ratios": {"2000 / 5": 0.99}}
+    gpu["workload"]["size"], gpu["model"] = "8b", {"parameters": 8e9, "device": "cuda:0"}
+    for name, result in {"t": trace, "g": {"benchmark": "gpu", "parts": [gpu]}}.items():
+        (results / f"{name}.json").write_text(json.dumps(result))
+    readme.write_text("<!-- bench:targets --><!-- /bench -->")
+    table.main(check=False, page=[readme], results=results)
+    text = readme.read_text()
+    assert "| ≥ 0.97 | 0.98 at 35m | ≥ 0.97 | 0.99 at 8b |" in text
+    assert "| ≥ 3.5 at 35m, ≥ 2 at 200m | 4.00 at 35m | ≥ 10 | not measured |" in text
+    assert len(text.splitlines()) == len(table.TARGETS) + 4
+
+
+def test_unmerged_over_merged_is_of_the_rounds(table):
+    lines = [
+        {"cell": f"lora-r8 {mode}", "batch": 8, "rounds": {"ms_per_token": ms}}
+        for mode, ms in (("unmerged", [2.0, 3.0, 9.0]), ("merged", [1.0, 2.0, 9.0]))
+    ]
+    assert table.unmerged_over_merged({"latency": {"35m": {"results": lines}}}, "35m") == "– / 1.50 / –"
+
+
+def test_the_committed_pages_are_what_the_results_say(table):
+    table.main(check=True, page=None, results=table.ROOT / "benchmarks" / "results")

@@ -1,6 +1,8 @@
-"""A client in a process of its own: streamed requests, all at once, timed as they arrive. Imports no torch.
+"""A client in a process of its own: streamed requests, each sent when it is due. Imports no torch.
 
-python -m adapter_server.bench.client URL     reads a batch of bodies a line, answers with a line of replies
+python -m adapter_server.bench.client URL     reads a batch of [seconds, body] a line, answers with a line of replies
+
+The loop is open: a request leaves at its moment whatever became of those before it, and its times count from there.
 """
 
 from __future__ import annotations
@@ -20,39 +22,57 @@ from adapter_server.errors import RequestFailed
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """One answer: its tokens, and when its first and last came, in seconds since the batch was sent."""
+    """One answer: its tokens, when it was due, and when each token came, in seconds since the batch began."""
 
-    ids: tuple[int, ...]
-    first_s: float
-    last_s: float
+    due_s: float
+    ids: Sequence[int]
+    times: Sequence[float]
+
+    @property
+    def ttft_s(self) -> float:
+        return self.times[0] - self.due_s
+
+    @property
+    def total_s(self) -> float:
+        return self.times[-1] - self.due_s
 
     @property
     def per_token_s(self) -> float:
-        return (self.last_s - self.first_s) / (len(self.ids) - 1)
+        return (self.times[-1] - self.times[0]) / (len(self.ids) - 1)
+
+    @property
+    def gaps_s(self) -> list[float]:
+        """Between tokens that came apart from each other."""
+        return [after - before for before, after in zip(self.times, self.times[1:], strict=False)]
 
 
-def ask(url: str, bodies: Sequence[dict[str, Any]]) -> list[Reply]:
-    """All bodies to POST /generate at once."""
-    return asyncio.run(_ask(url, bodies))
+Due = tuple[float, dict[str, Any]]
 
 
-async def _ask(url: str, bodies: Sequence[dict[str, Any]]) -> list[Reply]:
+def ask(url: str, dues: Sequence[Due]) -> list[Reply]:
+    """Every body to POST /generate at its second."""
+    return asyncio.run(_ask(url, dues))
+
+
+async def _ask(url: str, dues: Sequence[Due]) -> list[Reply]:
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as http:
         start = time.perf_counter()
-        return await asyncio.gather(*(_stream(http, body, start) for body in bodies))
+        return await asyncio.gather(*(_stream(http, due_s, body, start) for due_s, body in dues))
 
 
-async def _stream(http: httpx.AsyncClient, body: dict[str, Any], start: float) -> Reply:
+async def _stream(http: httpx.AsyncClient, due_s: float, body: dict[str, Any], start: float) -> Reply:
     ids: list[int] = []
-    first = last = 0.0
+    times: list[float] = []
+    await asyncio.sleep(max(0.0, start + due_s - time.perf_counter()))
     async with http.stream("POST", "/generate", json=body) as response:
         async for line in response.aiter_lines():
             if new := _ids(line):
-                last = time.perf_counter() - start
-                first = first or last
+                times += [time.perf_counter() - start] * len(new)
                 ids += new
-    return Reply(tuple(ids), first, last)
+    if not ids:
+        raise RequestFailed("the server ended an answer before its first token")
+    return Reply(due_s, ids, times)
 
 
 def _ids(line: str) -> list[int]:

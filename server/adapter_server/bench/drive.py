@@ -6,17 +6,83 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
+import torch
+
+from adapter_server.api.resolve import route
+from adapter_server.api.schemas import GenerateBody
+from adapter_server.bench.workloads import IN_PLACE, Workload, llama
+from adapter_server.config import GIB, EngineConfig
 from adapter_server.core import Finished, Member, Mode, Request, Sampling, Token
 from adapter_server.engine import Engine
-from adapter_server.errors import RequestFailed
+from adapter_server.engine.model import DTYPES, load
+from adapter_server.errors import BaseNotSupported, RequestFailed
+from adapter_server.registry.store import Store
 
 Tokens = tuple[int, ...]
+AskMode = Mode | Literal["auto"]
 NEAR_TIE = 1e-4  # logits closer than this may change places by float32's rounding
+NEAR_TIE_16 = 0.05  # and by bfloat16's, of logits about 1
 _numbers = itertools.count()
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """Where an engine runs, and the file for a trace of its steps."""
+
+    device: str = "cpu"
+    profile: str | None = None
+
+    @property
+    def kind(self) -> str:
+        return torch.device(self.device).type
+
+    def check(self) -> None:
+        """Raises BaseNotSupported where there is no such device."""
+        if self.kind == "cuda" and not torch.cuda.is_available():
+            raise BaseNotSupported("this machine has no CUDA device: leave out --device, or choose cpu")
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number of the base."""
+        return 4 if self.kind == "cpu" else 2
+
+    @property
+    def near(self) -> float:
+        return NEAR_TIE if self.kind == "cpu" else NEAR_TIE_16
+
+
+@contextmanager
+def opened(workload: Workload, setting: Setting, **limits: Any) -> Iterator[Engine]:
+    """An engine over a workload: float32 on the CPU, bfloat16 elsewhere. It keeps no beginnings of prompts, since
+    rounds repeat them. Raises BaseNotSupported where there is no such device.
+    """
+    engine, _ = made(workload, setting, **limits)
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def made(workload: Workload, setting: Setting, **limits: Any) -> tuple[Engine, float]:
+    """The same, and the seconds from a loaded base to an engine over it."""
+    setting.check()
+    dtype = "float32" if setting.kind == "cpu" else "bfloat16"
+    chosen: dict[str, Any] = {"prefix_cache_bytes": 0, "adapter_bytes": 16 * GIB, "profile": setting.profile, **limits}
+    config = EngineConfig(dtype=dtype, device=setting.device, **chosen)  # type: ignore[arg-type]
+    store = Store(workload.adapters, settle_s=0)
+    if workload.size in IN_PLACE:
+        module = llama(workload.shape, workload.seed, setting.device, DTYPES[dtype])
+    else:
+        module = load(workload.model, dtype, torch.device(setting.device))
+    start = time.perf_counter()
+    engine = Engine(module, config, store, workload.size)
+    store.judge = engine.pool.judge
+    return engine, time.perf_counter() - start
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +91,8 @@ class Ask:
 
     prompt: Tokens
     adapter: str | None = None
-    mode: Mode = "unmerged"
+    mode: AskMode = "unmerged"
+    task_id: int | None = None
 
 
 @dataclass(slots=True)
@@ -53,7 +120,7 @@ class Run:
 def drive(engine: Engine, asks: Sequence[Ask], new: int) -> Run:
     """All requests at once, to their end. Raises RequestFailed when one fails."""
     start = time.perf_counter()
-    requests = [_request(engine, ask, new) for ask in asks]
+    requests = [request_of(engine, ask, new) for ask in asks]
     for request in requests:
         engine.submit(request)
     tokens: dict[str, list[int]] = {request.id: [] for request in requests}
@@ -73,16 +140,23 @@ def drive(engine: Engine, asks: Sequence[Ask], new: int) -> Run:
     return run
 
 
-def _request(engine: Engine, ask: Ask, new: int, logprobs: int = 0) -> Request:
+def request_of(engine: Engine, ask: Ask, new: int, logprobs: int = 0) -> Request:
     members = () if ask.adapter is None else (Member(engine.pool.store.resolve(ask.adapter)),)
+    mode: Mode = "base" if not members else _mode(engine, ask, members) if ask.mode == "auto" else ask.mode
     return Request(
         id=f"bench-{next(_numbers)}",
         prompt=ask.prompt,
         sampling=Sampling(max_new_tokens=new, ignore_eos=True, logprobs=logprobs),
         members=members,
-        mode=ask.mode if members else "base",
+        mode=mode,
+        task_id=ask.task_id,
         arrived=time.monotonic(),
     )
+
+
+def _mode(engine: Engine, ask: Ask, members: tuple[Member, ...]) -> Mode:
+    """What a server chooses."""
+    return route(GenerateBody(prompt=[], adapter=ask.adapter), members, engine.stats().residents)
 
 
 def _take(events: Sequence[object], tokens: dict[str, list[int]]) -> None:
@@ -106,7 +180,7 @@ def ready(engine: Engine, ask: Ask) -> None:
 
 def gap(engine: Engine, ask: Ask, known: Tokens) -> float:
     """How far the two likeliest next tokens are apart after `known`, in logits."""
-    request = _request(engine, Ask(ask.prompt + known, ask.adapter, ask.mode), new=1, logprobs=2)
+    request = request_of(engine, replace(ask, prompt=ask.prompt + known), new=1, logprobs=2)
     engine.submit(request)
     top: tuple[tuple[int, float], ...] = ()
     while engine.busy:
@@ -122,13 +196,20 @@ def first_difference(left: Tokens, right: Tokens) -> int | None:
 
 
 class Checker:
-    """Every answer against the first to the same question: whatever the mode, the batch and the round."""
+    """Every answer against the first to the same question, whatever the mode, the batch and the round; the first ones
+    may come from rows that were alone. `apart` says how far the two likeliest next tokens are apart.
+    """
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+    def __init__(self, apart: Callable[[Ask, Tokens], float], near: float = NEAR_TIE) -> None:
+        self.apart, self.near = apart, near
         self.first: dict[tuple[str | None, Tokens], Tokens] = {}
-        self.checked = 0
+        self.checked = self.alone = 0
         self.differing: list[dict[str, Any]] = []
+
+    def learn(self, ask: Ask, answer: Tokens) -> None:
+        """The answer to a row that ran alone."""
+        self.alone += 1
+        self.first.setdefault((ask.adapter, ask.prompt), answer)
 
     def check(self, asks: Sequence[Ask], answers: Sequence[Tokens]) -> None:
         for ask, answer in zip(asks, answers, strict=True):
@@ -140,15 +221,16 @@ class Checker:
         at = first_difference(answer, right)
         if at is None:
             return
-        apart = None if at == min(len(answer), len(right)) else gap(self.engine, ask, right[:at])
+        apart = None if at == min(len(answer), len(right)) else self.apart(ask, right[:at])
         self.differing.append({"adapter": ask.adapter, "mode": ask.mode, "at": at, "gap": apart})
 
     @property
     def wrong(self) -> int:
         """Answers that differ where there was no tie to speak of."""
-        return sum(each["gap"] is None or each["gap"] > NEAR_TIE for each in self.differing)
+        return sum(each["gap"] is None or each["gap"] > self.near for each in self.differing)
 
     @property
     def summary(self) -> dict[str, Any]:
         ties = len(self.differing) - self.wrong
-        return {"checked": self.checked, "wrong": self.wrong, "near_ties": ties, "differing": self.differing}
+        counts = {"checked": self.checked, "wrong": self.wrong, "near_ties": ties, "alone": self.alone}
+        return {**counts, "differing": self.differing}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from adapter_server.errors import InvalidRequest
+
+Series = Mapping[str, Sequence[float]]
 
 
 def require() -> None:
@@ -16,32 +18,38 @@ def require() -> None:
         raise InvalidRequest("the plot needs matplotlib: pip install 'adapter-server[bench]'")
 
 
-def latency(result: Mapping[str, Any], target: Path) -> None:
-    """ms per token and the overhead over the base, grouped by batch size."""
+def save(result: Mapping[str, Any], target: Path, draw: Callable[[Any, Mapping[str, Any]], None]) -> None:
+    """A PNG of a result, drawn by a benchmark on a figure of its own."""
     require()
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 7), layout="constrained")
-    upper, lower = figure.subplots(2, 1, sharex=True)
-    _bars(upper, result, "ms_per_token", "ms per token")
-    _bars(lower, result, "overhead_percent", "over the base, %")
-    batches = result["workload"]["batches"]
-    lower.set_xticks(range(len(batches)), [f"batch {batch}" for batch in batches])
-    lower.axhline(0, color="black", linewidth=0.8)
-    upper.legend(ncols=4, fontsize="small")
-    work = result["workload"]
-    upper.set_title(f"{work['size']}, prompt {work['prompt']}, {work['new']} new tokens, {result['machine']['cpu']}")
+    draw(figure, result)
+    machine = result["machine"]
+    where = result["model"]["device"] if machine["gpu"] is None else machine["gpu"]
+    figure.suptitle(
+        f"{result['benchmark']}, {result['workload']['size']}, {machine['cpu']}, {where}", fontsize="medium"
+    )
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=120)
 
 
-def _bars(axes: Any, result: Mapping[str, Any], name: str, label: str) -> None:
-    lines = result["results"]
-    labels = list(dict.fromkeys(line["cell"] for line in lines))
-    width = 0.85 / len(labels)
-    for i, cell in enumerate(labels):
-        heights = [line[name] for line in lines if line["cell"] == cell]
-        at = [batch + (i - len(labels) / 2 + 0.5) * width for batch in range(len(heights))]
-        axes.bar(at, heights, width, label=cell, color=f"C{i}")
+def bars(axes: Any, groups: Sequence[str], series: Series, label: str) -> None:
+    """For every group one bar of each series."""
+    width = 0.85 / len(series)
+    for i, (name, heights) in enumerate(series.items()):
+        at = [group + (i - len(series) / 2 + 0.5) * width for group in range(len(heights))]
+        axes.bar(at, heights, width, label=name, color=f"C{i % 10}")
+    axes.set_xticks(range(len(groups)), groups)
     axes.set_ylabel(label)
     axes.grid(axis="y", alpha=0.3)
+
+
+def lines(axes: Any, at: Sequence[float], series: Series, label: str, below: str) -> None:
+    """One line for each series over the same points."""
+    for name, values in series.items():
+        axes.plot(at, values, marker="o", label=name)
+    axes.set_xlabel(below)
+    axes.set_ylabel(label)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")

@@ -7,7 +7,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from adapter_server import __version__
-from adapter_server.bench.workloads import Shape
+from adapter_server.bench.workloads import LINEARS, Shape
 
 LIBRARIES = ("torch", "transformers", "peft")
 READ_BYTES = 256 << 20  # well beyond any cache
@@ -41,6 +41,7 @@ def machine() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "isa": torch.backends.cpu.get_cpu_capability(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "system": platform.system(),
     }
 
@@ -83,13 +84,21 @@ class Floor:
         return 1e3 * max(read / bandwidth, self.flops / rate)
 
 
-def floor(shape: Shape, rows: int, context: int, adapters: int = 0, rank: int = 0, itemsize: int = 4) -> Floor:
+def floor(
+    shape: Shape,
+    rows: int,
+    context: int,
+    adapters: int = 0,
+    rank: int = 0,
+    itemsize: int = 4,
+    targets: Sequence[str] = LINEARS,
+) -> Floor:
     """Rows with `context` keys each, on so many LoRA adapters in all, or on the base alone.
 
     The embedding is looked up, so only the head counts of the two.
     """
     weights = sum(inp * out for inp, out in linears(shape)) + shape.vocab * shape.hidden
-    low_rank = rank * sum(inp + out for inp, out in linears(shape))
+    low_rank = rank * sum(inp + out for inp, out in linears(shape, targets))
     kv = shape.layers * 2 * shape.kv_heads * shape.head_dim
     attention = 4 * context * shape.layers * shape.heads * shape.head_dim
     return Floor(
@@ -100,21 +109,24 @@ def floor(shape: Shape, rows: int, context: int, adapters: int = 0, rank: int = 
     )
 
 
-def linears(shape: Shape) -> list[tuple[int, int]]:
-    """(in, out) of every product of every layer: q, k, v, o, gate, up, down."""
+def linears(shape: Shape, targets: Sequence[str] = LINEARS) -> list[tuple[int, int]]:
+    """(in, out) of these products of every layer."""
     q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     h, mlp = shape.hidden, shape.mlp
-    return [(h, q), (h, kv), (h, kv), (q, h), (h, mlp), (h, mlp), (mlp, h)] * shape.layers
+    sizes = ((h, q), (h, kv), (h, kv), (q, h), (h, mlp), (h, mlp), (mlp, h))
+    return [size for name, size in zip(LINEARS, sizes, strict=True) if name in targets] * shape.layers
 
 
-def measured_rates(quick: bool = False) -> dict[str, float]:
-    """This machine's read bandwidth in bytes/s and float32 FLOP/s, the best of a few."""
-    shrink = 8 if quick else 1
-    weights = torch.ones(READ_BYTES // 4 // 4096 // shrink, 4096)
-    vector, square = torch.ones(4096), torch.ones(SQUARE // shrink, SQUARE // shrink)
+def measured_rates(quick: bool = False, device: str = "cpu") -> dict[str, float]:
+    """A device's read bandwidth in bytes/s and FLOP/s in the base's number format, the best of a few."""
+    shrink, scale = (8, 1) if quick else (1, 1 if device == "cpu" else 4)
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    weights = torch.ones(scale * READ_BYTES // 4 // 4096 // shrink, 4096, dtype=dtype, device=device)
+    side = scale * SQUARE // shrink
+    vector, square = torch.ones(4096, dtype=dtype, device=device), torch.ones(side, side, dtype=dtype, device=device)
     return {
-        "bytes_per_s": weights.nbytes / _best(lambda: weights @ vector),
-        "flops_per_s": 2 * len(square) ** 3 / _best(lambda: square @ square),
+        "bytes_per_s": weights.nbytes / _best(lambda: weights @ vector, device),
+        "flops_per_s": 2 * side**3 / _best(lambda: square @ square, device),
     }
 
 
@@ -123,11 +135,17 @@ def faster(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str,
     return {name: max(rate, after[name]) for name, rate in before.items()}
 
 
-def _best(work: Callable[[], object], times: int = 7) -> float:
+def _best(work: Callable[[], object], device: str, times: int = 7) -> float:
+    def wait() -> None:
+        if device != "cpu":
+            torch.cuda.synchronize()
+
     seconds = []
     for _ in range(times):
+        wait()
         start = time.perf_counter()
         work()
+        wait()
         seconds.append(time.perf_counter() - start)
     return min(seconds)
 
@@ -153,3 +171,8 @@ def publish(result: Mapping[str, Any], path: Path | None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(shown, indent=1) + "\n")
     print(json.dumps(shown), flush=True)
+
+
+def name(result: Mapping[str, Any]) -> str:
+    """Date, benchmark and size, as results are filed."""
+    return f"{result['date'][:10]}-{result['benchmark']}-{result['workload']['size']}"

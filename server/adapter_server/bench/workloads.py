@@ -1,33 +1,39 @@
-"""What is measured: bases by size, adapters by kind, prompts, and who asks for which adapter.
+"""What is measured: bases by size, adapters by kind, prompts, who asks for which adapter, and when.
 
-demo   the base that comes with the package, and its trained adapters
-tiny, 35m, 200m   Llama shapes with random weights and real PEFT adapters, made on the spot from a seed
+demo                    the base that comes with the package, and its trained adapters
+tiny, 35m, 200m, 0.6b   random weights, written to a folder, and real PEFT adapters, made on the spot from a seed
+1b, 8b                  the same, but the weights are made on the device and lie in no file
+
+0.6b, 1b and 8b have the sizes of Qwen3-0.6B, Llama-3.2-1B and Llama-3.1-8B, as a Llama.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import random
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from adapter_server.config import DEMO_BASE, demo_adapters
 from adapter_server.errors import InvalidRequest
 
 Popularity = Literal["identical", "distinct", "uniform", "skewed"]
 ZIPF = 1.5  # Punica's skew (arXiv 2310.18547)
-LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")  # what S-LoRA's adapters touch
+LINEARS = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
 VIRTUAL_TOKENS = 16
 FIRST_TOKEN = 3  # prompts leave out the ids below, which are special in most vocabularies
 
@@ -42,25 +48,32 @@ class Shape:
     kv_heads: int
     mlp: int
     vocab: int
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden // self.heads
+    head_dim: int
+    tied: bool = False
 
     @classmethod
     def read(cls, model: Path) -> Shape:
         """The sizes that a model folder states."""
         config = json.loads((model / "config.json").read_text())
         names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-        return cls(*(config[name] for name in (*names, "intermediate_size", "vocab_size")))
+        hidden, layers, heads, kv_heads, mlp, vocab = (
+            config[name] for name in (*names, "intermediate_size", "vocab_size")
+        )
+        dim = config.get("head_dim") or hidden // heads
+        return cls(hidden, layers, heads, kv_heads, mlp, vocab, dim, bool(config.get("tie_word_embeddings")))
 
 
 SHAPES = {
-    "tiny": Shape(64, 2, 4, 2, 96, 256),
-    "35m": Shape(512, 8, 8, 8, 1408, 8192),
-    "200m": Shape(1024, 16, 16, 16, 2816, 8192),
+    "tiny": Shape(64, 2, 4, 2, 96, 256, 16),
+    "35m": Shape(512, 8, 8, 8, 1408, 8192, 64),
+    "200m": Shape(1024, 16, 16, 16, 2816, 8192, 64),
+    "0.6b": Shape(1024, 28, 16, 8, 3072, 151936, 128, tied=True),
+    "1b": Shape(2048, 16, 32, 8, 8192, 128256, 64, tied=True),
+    "8b": Shape(4096, 32, 32, 8, 14336, 128256, 128),
 }
-SIZES = ("demo", *SHAPES)
+IN_PLACE = ("1b", "8b")  # too large to write and read again
+Weight = Callable[[str, torch.Tensor, torch.Generator], torch.Tensor]  # (name, as PEFT begins, a generator)
+Size = Literal["demo", "tiny", "35m", "200m", "0.6b", "1b", "8b"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +85,11 @@ class Workload:
     adapters: Path
     kinds: Mapping[str, str]
     shape: Shape
+    seed: int = 0
 
 
-def lora(rank: int, **options: Any) -> Any:
-    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LINEARS, task_type="CAUSAL_LM", **options)
+def lora(rank: int, targets: Sequence[str] = LINEARS, **options: Any) -> Any:
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(targets), task_type="CAUSAL_LM", **options)
 
 
 def kinds() -> dict[str, Any]:
@@ -100,16 +114,42 @@ def one_of_each(size: str, seed: int = 0) -> Iterator[Workload]:
     with random_base(size, seed) as (model, adapters):
         for i, (kind, config) in enumerate(kinds().items()):
             save_adapters(model, config, [adapters / kind], seed + i)
-        yield Workload(size, model, adapters, {kind: kind for kind in kinds()}, SHAPES[size])
+        yield Workload(size, model, adapters, {kind: kind for kind in kinds()}, SHAPES[size], seed)
 
 
 @contextmanager
-def many_loras(size: str, count: int, rank: int = 16, seed: int = 0) -> Iterator[Workload]:
-    """A random base with `count` LoRA adapters of one rank on all linears, `lora-0`, `lora-1`, …"""
+def many_loras(
+    size: str, count: int, rank: int = 16, seed: int = 0, targets: Sequence[str] = LINEARS, files: int | None = None
+) -> Iterator[Workload]:
+    """A base with `count` LoRA adapters of one rank, `lora-0`, `lora-1`, …
+
+    Of more than `files` adapters the others are hard links to the first, in turn, so that the disk holds little.
+    """
+    names = [f"lora-{i}" for i in range(count)]
+    own = names[: files or count]
+    with any_base(size, seed) as (model, adapters, shape):
+        save_adapters(model, lora(rank, targets), [adapters / name for name in own], seed)
+        for i, name in enumerate(names[len(own) :]):
+            link(adapters / own[i % len(own)], adapters / name)
+        yield Workload(size, model, adapters, {name: name for name in names}, shape, seed)
+
+
+def link(adapter: Path, folder: Path) -> None:
+    """The same adapter under another name."""
+    folder.mkdir(parents=True)
+    for file in adapter.iterdir():
+        os.link(file, folder / file.name)
+
+
+@contextmanager
+def any_base(size: str, seed: int) -> Iterator[tuple[Path, Path, Shape]]:
+    """(model folder, an empty folder for adapters, shape): the demo's base, or a random one."""
+    if size == "demo":
+        with TemporaryDirectory(prefix="adapter-server-bench-") as adapters:
+            yield _demo().model, Path(adapters), _demo().shape
+        return
     with random_base(size, seed) as (model, adapters):
-        names = [f"lora-{i}" for i in range(count)]
-        save_adapters(model, lora(rank), [adapters / name for name in names], seed)
-        yield Workload(size, model, adapters, {name: name for name in names}, SHAPES[size])
+        yield model, Path(adapters), SHAPES[size]
 
 
 @contextmanager
@@ -119,28 +159,37 @@ def random_base(size: str, seed: int) -> Iterator[tuple[Path, Path]]:
         raise InvalidRequest(f"there is no random base of size {size!r}: choose one of {', '.join(SHAPES)}")
     with TemporaryDirectory(prefix="adapter-server-bench-") as root:
         model, adapters = Path(root, "base"), Path(root, "adapters")
-        _llama(SHAPES[size], seed).save_pretrained(model)
+        adapters.mkdir()
+        if size in IN_PLACE:
+            _config(SHAPES[size]).save_pretrained(model)
+        else:
+            llama(SHAPES[size], seed).save_pretrained(model)
         _tokenizer(SHAPES[size].vocab).save_pretrained(model)
         yield model, adapters
 
 
-def _llama(shape: Shape, seed: int) -> Any:
-    config = LlamaConfig(
+def llama(shape: Shape, seed: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
+    """Random weights, made where they are to lie. One seed gives other weights on another device."""
+    with torch.random.fork_rng(), torch.device(device):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(_config(shape), dtype=dtype).eval()
+
+
+def _config(shape: Shape) -> LlamaConfig:
+    return LlamaConfig(
         vocab_size=shape.vocab,
         hidden_size=shape.hidden,
         intermediate_size=shape.mlp,
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
         max_position_embeddings=2048,
-        tie_word_embeddings=False,
+        tie_word_embeddings=shape.tied,
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=0,
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return LlamaForCausalLM(config).eval()
 
 
 def _tokenizer(vocab: int) -> Any:
@@ -149,18 +198,32 @@ def _tokenizer(vocab: int) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, unk_token="t0")))
 
 
-def save_adapters(model: Path, config: Any, folders: list[Path], seed: int) -> None:
-    """PEFT adapters of one config over one base, each with random weights of its own."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-        peft = get_peft_model(LlamaForCausalLM.from_pretrained(model, dtype=torch.float32), config)
-        fresh = {name: p.detach().clone() for name, p in peft.named_parameters() if p.requires_grad}
+def save_adapters(model: Path, config: Any, folders: Sequence[Path], seed: int, weight: Weight | None = None) -> None:
+    """PEFT adapters of one config over one base, each with random weights of its own. A base in no file is not read."""
+    weight = weight or _random
+    with quiet():
+        peft = get_peft_model(_module(model), config)
+        fresh = {name: p.detach() for name, p in peft.named_parameters() if p.requires_grad}
         for i, folder in enumerate(folders):
             noise = torch.Generator().manual_seed(1000 * seed + i)
-            for name, param in peft.named_parameters():
-                if name in fresh:
-                    param.data = _random(name, fresh[name], noise)
-            peft.save_pretrained(folder)
+            weights = {name: weight(name, value, noise) for name, value in fresh.items()}
+            peft.save_pretrained(folder, state_dict=peft.state_dict() | weights)
+
+
+def _module(model: Path) -> Any:
+    if (model / "model.safetensors").exists():
+        return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the warnings of PEFT's that a sound adapter cannot avoid."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", UserWarning)
+        yield
 
 
 def _random(name: str, fresh: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -215,3 +278,38 @@ def choose(law: Popularity, rows: int, adapters: int, seed: int = 0) -> list[int
         return [i % adapters for i in range(rows)]
     weights = [(k + 1) ** -ZIPF for k in range(adapters)]
     return random.Random(seed).choices(range(adapters), weights, k=rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """S-LoRA's synthetic trace (arXiv 2311.03285, its `benchmarks/trace.py`): rate per second, lengths [low, high)."""
+
+    adapters: int
+    rate: float
+    seconds: float
+    prompt: tuple[int, int] = (8, 512)
+    new: tuple[int, int] = (8, 512)
+    alpha: float = 1.0  # P(index < k) = (k / adapters) ** alpha
+    cv: float = 1.0  # of the gaps between arrivals; 1: Poisson
+    seed: int = 42
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One request of a trace."""
+
+    adapter: int
+    prompt: int
+    new: int
+    at_s: float
+
+
+def calls(trace: Trace) -> list[Call]:
+    """The trace's requests, number by number those of S-LoRA's generator; the order of the draws matters."""
+    draw = np.random.RandomState(trace.seed)
+    count = int(trace.rate * trace.seconds)
+    adapters = (draw.power(trace.alpha, count) * trace.adapters).astype(int)
+    prompt, new = (draw.randint(low, high, count) for low, high in (trace.prompt, trace.new))
+    gaps = draw.gamma(1 / trace.cv**2, trace.cv**2 / trace.rate, count)
+    rows = zip(adapters.tolist(), prompt.tolist(), new.tolist(), np.cumsum(gaps).tolist(), strict=True)
+    return [Call(*row) for row in rows]

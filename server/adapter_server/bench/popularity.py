@@ -1,0 +1,155 @@
+"""`adapter-server bench popularity`: 32 rows, all on one adapter, each on its own, and between (Punica's workload).
+
+    identical   all on the first          distinct   each on its own
+    uniform     16 adapters, two rows each    skewed   16 adapters, the k-th with probability ∝ k^−1.5
+
+tokens/s are end to end, prompts included. Over HTTP it also says what HTTP, events and metrics take of a step: the
+base alone, 64 streams, by an engine in this process and by a server, in turn.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.table import Table
+
+from adapter_server.bench import cells, plots
+from adapter_server.bench.command import (
+    Bench,
+    DeviceFlag,
+    HttpFlag,
+    OutFlag,
+    ProfileFlag,
+    QuickFlag,
+    RoundsFlag,
+    SizeFlag,
+    answers,
+    begin,
+    finish,
+    model,
+)
+from adapter_server.bench.drive import Ask, drive, opened
+from adapter_server.bench.http import Client, serve
+from adapter_server.bench.workloads import Popularity, Workload, choose, many_loras, prompts
+
+LAWS: tuple[Popularity, ...] = ("identical", "distinct", "uniform", "skewed")
+BASE = "base"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is run."""
+
+    rows: int = 32
+    adapters: int = 16
+    rank: int = 16
+    prompt: int = 64
+    new: int = 64
+    rounds: int = 3
+    streams: int = 64  # over HTTP, of the base alone
+    http: bool = False
+
+
+QUICK: dict[str, Any] = {"rows": 4, "adapters": 2, "rank": 4, "prompt": 8, "new": 4, "rounds": 1, "streams": 4}
+
+
+def asked(workload: Workload, plan: Plan) -> dict[str, list[Ask]]:
+    """By law, and the base alone: the same prompts."""
+    given = prompts(plan.rows, plan.prompt, workload.shape.vocab)
+
+    def by(law: Popularity) -> list[Ask]:
+        chosen = choose(law, plan.rows, plan.rows if law == "distinct" else plan.adapters)
+        return [Ask(prompt, f"lora-{i}") for prompt, i in zip(given, chosen, strict=True)]
+
+    return {**{law: by(law) for law in LAWS}, BASE: [Ask(prompt) for prompt in given]}
+
+
+def measure(workload: Workload, plan: Plan, bench: Bench) -> dict[str, Any]:
+    """The whole as one JSON object."""
+    asks = asked(workload, plan)
+    limits = {"max_model_len": plan.prompt + plan.new, "max_rows": max(plan.rows, plan.streams)}
+    with opened(workload, bench.setting, **limits) as engine:
+        checker = cells.checker_of(engine, bench.setting)
+        found = cells.in_process(engine, asks, plan.new, plan.rounds, checker, bench.console)
+        results = {"results": [_line(name, found) for name in asks]}
+        if plan.http:
+            over = cells.over_http(engine, workload, asks, plan.new, plan.rounds, checker, bench.console)
+            results["http"] = [_line(name, over) for name in asks]
+        bench.look()
+        floors = [_floor(workload, plan, bench, adapters) for adapters in (0, 1, plan.adapters, plan.rows)]
+        more = {"floor": floors, **results, "answers": checker.summary}
+        if plan.http:
+            more["http_share"] = http_share(workload, plan, bench)
+        return bench.result("popularity", workload, engine, asdict(plan), **more)
+
+
+def _floor(workload: Workload, plan: Plan, bench: Bench, adapters: int) -> dict[str, Any]:
+    return bench.floor(workload, plan.rows, plan.prompt + plan.new // 2, adapters=adapters, rank=plan.rank)
+
+
+def _line(name: str, found: Mapping[str, cells.Figures]) -> dict[str, Any]:
+    over = cells.ratio(found[name]["tokens_per_s"], found[BASE]["tokens_per_s"])
+    return {"popularity": name, "tokens_per_s_over_base": over, **cells.line(found[name], found[BASE])}
+
+
+def http_share(workload: Workload, plan: Plan, bench: Bench) -> dict[str, Any]:
+    """Of a step over HTTP, what the engine does not spend: two engines, one of them behind a server, in turn."""
+    asks = [Ask(prompt) for prompt in prompts(plan.streams, 8, workload.shape.vocab)]
+    limits = {"max_model_len": 8 + plan.new, "max_rows": plan.streams}
+    with opened(workload, bench.setting, **limits) as inside, opened(workload, bench.setting, **limits) as behind:
+
+        def rounds(client: Client) -> list[tuple[float, float]]:
+            pairs = [
+                (drive(inside, asks, plan.new).ms_per_token, client.drive(asks, plan.new).ms_per_token)
+                for _ in range(plan.rounds + 1)
+            ]
+            return pairs[1:]
+
+        pairs = serve(behind, workload, rounds)
+    shares = [1 - alone / over for alone, over in pairs]
+    return {"streams": plan.streams, "share": statistics.median(shares), "rounds": pairs}
+
+
+def tables(result: Mapping[str, Any]) -> list[Table]:
+    return [_table(result, over) for over in ("results", "http") if over in result]
+
+
+def _table(result: Mapping[str, Any], over: str) -> Table:
+    work, way = result["workload"], "over HTTP" if over == "http" else "in process"
+    title = f"{model(result)}, {work['rows']} rows, prompt {work['prompt']}, {work['new']} new tokens, {way}"
+    shown = Table("", "tokens/s", "over base", "ms per step", "TTFT ms", title=title, caption=answers(result))
+    for line in result[over]:
+        figures = (line["tokens_per_s"], line["tokens_per_s_over_base"], line["ms_per_token"], line["ttft_ms"])
+        shown.add_row(line["popularity"], *(f"{figure:.3g}" for figure in figures))
+    return shown
+
+
+def draw(figure: Any, result: Mapping[str, Any]) -> None:
+    """tokens/s by popularity."""
+    lines: Sequence[Mapping[str, Any]] = result["results"]
+    series = {"in process": [line["tokens_per_s"] for line in lines]}
+    if "http" in result:
+        series["over HTTP"] = [line["tokens_per_s"] for line in result["http"]]
+    axes = figure.subplots()
+    plots.bars(axes, [line["popularity"] for line in lines], series, "tokens/s")
+    axes.legend()
+
+
+def popularity(
+    size: SizeFlag = "35m",
+    rounds: RoundsFlag = 3,
+    quick: QuickFlag = False,
+    http: HttpFlag = False,
+    device: DeviceFlag = "cpu",
+    profile: ProfileFlag = None,
+    out: OutFlag = None,
+) -> None:
+    """32 rows that share adapters or each have their own, beside the base alone."""
+    bench = begin(device, profile, quick)
+    plan = Plan(**QUICK, http=http) if quick else Plan(rounds=rounds, http=http)
+    with many_loras(size, plan.rows, plan.rank) as workload:
+        result = measure(workload, plan, bench)
+    finish(result, tables(result), draw, out, bench)
