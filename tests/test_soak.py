@@ -1,4 +1,4 @@
-"""Thousands of loads, merges, publications and unloads: memory, tensors, threads and open files stay the same."""
+"""Thousands of loads, merges, publications and unloads: memory, tensors, threads, files and metrics stay the same."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import io
 import os
 import threading
 import time
-from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,10 @@ import torch
 import rig
 import zoo
 from adapter_server.config import EngineConfig
+from adapter_server.core import Event, Finished, Spec
 from adapter_server.engine import Engine
+from adapter_server.engine.engine import Op
+from adapter_server.metrics import Metrics
 from adapter_server.registry import guard
 from adapter_server.registry.publish import Publisher
 from adapter_server.registry.store import Store
@@ -34,41 +36,77 @@ class Books:
     tensors: int
     threads: int
     files: int
+    series: int
     resident: int
 
     @classmethod
-    def now(cls) -> Books:
+    def now(cls, served: Served) -> Books:
         gc.collect()
+        series = sum(not line.startswith("#") for line in served.render().splitlines())
         tensors = sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         files = len(os.listdir("/proc/self/fd"))
-        return cls(tensors, threading.active_count(), files, pages * os.sysconf("SC_PAGE_SIZE"))
+        return cls(tensors, threading.active_count(), files, series, pages * os.sysconf("SC_PAGE_SIZE"))
 
 
-def settle(engine: Engine, done: Future[None]) -> None:
-    while not done.done():
-        engine.step() or time.sleep(0.0002)  # the loader needs the lock too
-    done.result()
+@dataclass
+class Served:
+    """An engine, its registry, and the metrics that listen to both."""
+
+    engine: Engine
+    publisher: Publisher
+    metrics: Metrics
+
+    def do(self, op: Op, spec: Spec) -> None:
+        done = self.engine.call(op, spec)
+        while not done.done():
+            self.step()
+        done.result()
+
+    def step(self) -> list[Event]:
+        events = self.engine.step()
+        self.metrics.observe(events)
+        events or time.sleep(0.0002)  # the loader needs the lock too
+        return events
+
+    def say(self, name: str) -> None:
+        request = rig.ask(self.engine, name, (5, 9), max_new_tokens=1, logprobs=0)
+        self.metrics.admitted(request)
+        self.engine.submit(request)
+        ends: list[Finished] = []
+        while not ends:
+            ends = [event for event in self.step() if isinstance(event, Finished)]
+        assert ends[0].error is None
+
+    def render(self) -> str:
+        """As Prometheus reads it; what is forgotten goes."""
+        entries = {entry.name: entry.spec for entry in self.publisher.store.entries()}
+        return self.metrics.render(self.engine.stats(), entries).decode()
 
 
-def cycle(engine: Engine, publisher: Publisher, content: list[tuple[bytes, bytes]], i: int) -> None:
-    """Load, merge, answer, unload; now and then publish, go back, delete. The same again after `PERIOD` cycles."""
+def cycle(served: Served, content: list[tuple[bytes, bytes]], i: int) -> None:
+    """Load, merge, answer, unload; now and then publish, go back, delete. The same again after `PERIOD` cycles. Names
+    are new ones each period, as a series that is left behind would be seen by its name only."""
+    name, publisher = f"a{i // PERIOD}", served.publisher
     kind = i // 10 % len(KINDS)
     if i % 10 == 0:
         config, weights = content[kind]
-        publisher.publish("a", config, io.BytesIO(weights))
-    spec = publisher.store.resolve("a")
-    settle(engine, engine.call("load", spec))
+        publisher.publish(name, config, io.BytesIO(weights))
+    spec = publisher.store.resolve(name)
+    served.do("load", spec)
     if KINDS[kind] != "prefix":
-        settle(engine, engine.call("merge", spec))
+        served.do("merge", spec)
     if i % 5 == 0:
-        [answer] = rig.run(engine, [rig.ask(engine, "a", (5, 9), max_new_tokens=1, logprobs=0)])
-        assert answer.end is not None
-        assert answer.end.error is None
-    settle(engine, engine.call("unload", spec))
+        served.say(name)
+    held = served.engine.pool.host.used
+    assert held == sum(resident.host_bytes for resident in served.engine.stats().residents) > 0
+    served.do("unload", spec)
+    assert served.engine.stats().residents == ()
     if i % PERIOD == PERIOD - 1:
-        publisher.rollback("a")
-        publisher.delete("a")
+        assert f'adapter="{name}"' in served.render()
+        publisher.rollback(name)
+        publisher.delete(name)
+        assert f'adapter="{name}"' not in served.render()
 
 
 def run(tmp_path: Path, cycles: int) -> None:
@@ -78,15 +116,15 @@ def run(tmp_path: Path, cycles: int) -> None:
         zoo.save_adapter(lambda: zoo.tiny_base("llama"), zoo.ADAPTERS[name](base), tmp_path / name)
         content.append(tuple((tmp_path / name / file).read_bytes() for file in (guard.CONFIG, guard.WEIGHTS)))
     engine = Engine(zoo.tiny_base("llama"), EngineConfig(kv_bytes=8 << 20), store)
-    publisher, digest = Publisher(store, keep=2), engine.model.digest()
+    served, digest = Served(engine, Publisher(store, keep=2), Metrics(gateway=True)), engine.model.digest()
     for i in range(PERIOD):
-        cycle(engine, publisher, content, i)
-    before = Books.now()
+        cycle(served, content, i)
+    before = Books.now(served)
     for i in range(PERIOD, cycles):
-        cycle(engine, publisher, content, i)
-    after = Books.now()
+        cycle(served, content, i)
+    after = Books.now(served)
     engine.close()
-    assert (after.tensors, after.threads, after.files) == (before.tensors, before.threads, before.files)
+    assert replace(after, resident=0) == replace(before, resident=0)
     assert after.resident - before.resident < MORE_BYTES
     assert engine.model.digest() == digest
     assert (engine.pool.used, engine.pool.host.used) == (0, 0)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import functools
 import io
 import json
+import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +30,8 @@ from adapter_server.registry.store import Store
 FUZZ = settings(
     max_examples=150, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )
+ROOT = Path(__file__).parents[2]
+SOURCES = {"PYTHONPATH": os.pathsep.join(map(str, (ROOT / "server", ROOT / "tests")))}
 SOUND = files.safetensors(files.tensors())
 CONFIG = json.dumps(files.CONFIG).encode()
 
@@ -100,6 +105,17 @@ def test_any_header_bytes(header: bytes, body: bytes) -> None:
 @given(headers, st.binary(max_size=64))
 def test_any_header_object(header: dict[str, Any], body: bytes) -> None:
     refused_or(lambda: whole_file(files.frame(header, body)))
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(400)
+def test_atheris_finds_nothing_but_refusals(tmp_path: Path) -> None:
+    pytest.importorskip("atheris")
+    script = Path(files.__file__).with_name("fuzzed.py")
+    words = (sys.executable, script, tmp_path, "-max_total_time=240", "-max_len=4096", f"-artifact_prefix={tmp_path}/")
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env=os.environ | SOURCES)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "DONE" in done.stderr
 
 
 @FUZZ
