@@ -69,6 +69,8 @@ HELP = {
     "strict_base": "Refuse adapters whose config names another base; without it they are served with a warning",
     "max_uploads": "Uploads of adapters at once; others get 429",
     "keep_versions": "Published versions that are kept of each adapter, beside those in use",
+    "preload": "Adapters to load before requests are taken, with commas between; may be repeated",
+    "preload_pinned": "Never evict these",
     "max_body_bytes": "Largest body of a request",
     "max_header_bytes": "Most bytes of a request's headers",
     "body_timeout_s": "Time that a client has to send its body, in seconds; an upload has it again with each part",
@@ -165,7 +167,7 @@ def _flag(kind: type[Any], name: str) -> inspect.Parameter:
         limits = {"parser": parse_bytes, "metavar": "<bytes>"}
     if kind_of_value == tuple[str, ...]:
         default, kind_of_value = None, list[str] | None
-        limits = {"metavar": "<key>"}
+        limits = {"metavar": "<name>" if name == "preload" else "<key>"}
     option = typer.Option(envvar=ENV + name.upper(), help=HELP[name], **limits)
     hint = Annotated[kind_of_value, option]  # type: ignore[valid-type]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
@@ -216,6 +218,8 @@ def _serve(model: str, engine: EngineConfig, server: ServerConfig, announce: Cal
         lambda deliver: Worker(built, deliver), store, text, built.info, server, lambda at: announce(store, at)
     )
     running.run()
+    if running.failure:
+        raise running.failure
     raise typer.Exit(running.exit_code)
 
 

@@ -52,6 +52,8 @@ class ServerConfig:
     strict_base: bool = False  # refuse adapters that name another base
     max_uploads: int = 2  # at once; each may take max_adapter_bytes of memory and of temporary disk
     keep_versions: int = 5  # published versions of each adapter
+    preload: tuple[str, ...] = ()  # adapters, or aliases, that are in memory before the first request
+    preload_pinned: bool = False
     max_body_bytes: int = 8 << 20
     max_header_bytes: int = 64 << 10
     body_timeout_s: float = 30.0  # for a request's body to come; for an upload, between two parts of it

@@ -7,7 +7,7 @@ counts for each of its members.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector, generate_latest
@@ -17,6 +17,7 @@ from prometheus_client.registry import Collector
 
 from adapter_server.core import Event, Finished, Folded, Loaded, Request, Resident, Spec, Stats, Token
 from adapter_server.errors import VersionGone
+from adapter_server.registry.aliases import Targets
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 NAMESPACE = "adapter_server"
@@ -50,7 +51,7 @@ class Gateway(Collector):
     def __init__(self) -> None:
         self.stats = Stats()
         self.registered = 0
-        self.aliases: Mapping[str, str] = {}  # other names that adapters are asked for by
+        self.aliases: Callable[[], Mapping[str, Targets]] = dict  # other names that adapters are asked for by
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         stats = self.stats
@@ -75,7 +76,7 @@ class Gateway(Collector):
 
     def _named(self, names: set[str]) -> set[str]:
         """With what else they are called."""
-        return names | {alias for alias, name in self.aliases.items() if name in names}
+        return names | {alias for alias, to in self.aliases().items() if any(target.name in names for target in to)}
 
 
 class Metrics:

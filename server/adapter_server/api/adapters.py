@@ -24,6 +24,7 @@ from adapter_server.errors import (
     InvalidRequest,
     NotMergeable,
     QueueFull,
+    VersionConflict,
 )
 from adapter_server.registry import guard, versions
 from adapter_server.registry.publish import Publisher
@@ -68,6 +69,7 @@ async def publish(request: Request, name: str) -> dict[str, Any]:
     """Both files as multipart; checked whole, and compiled, before anybody sees it."""
     service = service_of(request)
     service.check_open()
+    _check_no_alias(service, name)
     with _slot(service):
         spec = await _published(request, service, name)
     note(request, x_adapter=spec.name, x_adapter_version=spec.version)
@@ -125,13 +127,19 @@ def residents_by_name(residents: Iterable[Resident]) -> dict[str, list[Resident]
 async def drop(service: Service, name: str, current: Spec | None) -> None:
     """Lets go of every version but the current one; a pin goes on to that. Rows that run finish first."""
     held = residents_by_name(service.worker.stats().residents).get(name, [])
-    for old in (resident for resident in held if current is None or resident.version != current.version):
+    kept = await asyncio.to_thread(service.aliased, name) | ({current.version} if current else set())
+    for old in (resident for resident in held if resident.version not in kept):
         spec = Spec(name, old.version, "", old.family, {}, 0)
         if old.pinned and current is not None:
             await _pin(service, current)
         if old.pinned:
             await asyncio.wrap_future(service.worker.call("unpin", spec))
         await asyncio.wrap_future(service.worker.call("unload", spec))
+
+
+def _check_no_alias(service: Service, name: str) -> None:
+    if service.aliases.get(name) and not service.store.has(name):
+        raise VersionConflict(f"{name} is an alias: delete it first, or publish under another name", param="name")
 
 
 async def _pin(service: Service, spec: Spec) -> None:
@@ -142,7 +150,7 @@ async def _pin(service: Service, spec: Spec) -> None:
 
 
 def _publisher(service: Service) -> Publisher:
-    return Publisher(service.store, service.bridge.in_use, service.config.keep_versions)
+    return Publisher(service.store, service.needed, service.config.keep_versions)
 
 
 @contextmanager

@@ -176,7 +176,7 @@ async def begin(service: Service, body: GenerateBody, http: Request) -> Answer:
     """An answer whose first event is here. An adapter that was replaced meanwhile is resolved again."""
     service.check_open()
     _check_rights(service, body, http)
-    body = _by_own_names(service, body)
+    body = _by_own_names(service, body, http)
     arrived = time.monotonic()
     deadline = arrived + _timeout(service, body)
     prompt = await encode(service, body.prompt)
@@ -235,13 +235,15 @@ def _check_rights(service: Service, body: GenerateBody, http: Request) -> None:
         caller_of(http).check_base()
 
 
-def _by_own_names(service: Service, body: GenerateBody) -> GenerateBody:
+def _by_own_names(service: Service, body: GenerateBody, http: Request) -> GenerateBody:
+    """An alias is the same adapter for all answers of an exchange: by its seed, or by its id."""
     asked = body.adapter
-    if not asked or not service.aliases:
+    if not asked or not service.aliases.all():
         return body
+    token: str = http.scope.setdefault("token", str(http.scope["request_id"] if body.seed is None else body.seed))
     if isinstance(asked, str):
-        return body.model_copy(update={"adapter": service.own_name(asked)})
-    members = [member.model_copy(update={"name": service.own_name(member.name)}) for member in asked]
+        return body.model_copy(update={"adapter": service.own_name(asked, token)})
+    members = [member.model_copy(update={"name": service.own_name(member.name, token)}) for member in asked]
     return body.model_copy(update={"adapter": members})
 
 

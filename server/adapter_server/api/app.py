@@ -11,7 +11,7 @@ import structlog
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 
 from adapter_server import __version__
-from adapter_server.api import access, adapters, generate, lorax, openai, refusals, vllm
+from adapter_server.api import access, adapters, aliases, generate, lorax, openai, refusals, vllm
 from adapter_server.api.bridge import Bridge, Worker
 from adapter_server.api.described import ANYWHERE, KEYED, PLAIN, refused
 from adapter_server.api.envelope import Envelope
@@ -22,6 +22,7 @@ from adapter_server.config import ServerConfig
 from adapter_server.core import Event
 from adapter_server.errors import AdapterServerError, InvalidRequest, Unavailable
 from adapter_server.metrics import CONTENT_TYPE, Metrics
+from adapter_server.registry.aliases import Aliases
 from adapter_server.registry.store import Changes, Store
 from adapter_server.registry.watch import watch
 from adapter_server.text import Text
@@ -47,14 +48,24 @@ def create_app(
     metrics.build.info({"version": __version__, "model": info.model, "device": info.device, "dtype": info.dtype})
     bridge = Bridge(metrics, config.stream_buffer_tokens)
     bridge.worker = connect(bridge.deliver)
-    service = Service(bridge.worker, bridge, store, text, info, config, metrics)
+    known = Aliases(store.root)
+    service = Service(bridge.worker, bridge, store, text, info, config, metrics, known, starting=bool(config.preload))
     app = FastAPI(
         title="adapter-server", version=__version__, lifespan=_lifespan(service, on_death), responses=ANYWHERE
     )
-    metrics.gateway.aliases = service.aliases
+    metrics.gateway.aliases = known.all
     app.state.service = service
     app.state.keys = access.Keys(config)
-    for part in (probes, router, generate.router, openai.router, lorax.router, vllm.router, adapters.router):
+    for part in (
+        probes,
+        router,
+        generate.router,
+        openai.router,
+        lorax.router,
+        vllm.router,
+        adapters.router,
+        aliases.router,
+    ):
         app.include_router(part)
     refusals.install(app)
     if access.guards_host(config):

@@ -57,7 +57,7 @@ async def list_models(request: Request) -> Json:
     """The base first. An adapter's `parent` is the base; no `root` is a path."""
     service, caller = service_of(request), access.caller_of(request)
     entries = await asyncio.to_thread(service.store.entries)
-    names = dict.fromkeys([*(entry.name for entry in entries if entry.spec), *service.aliases])
+    names = dict.fromkeys([*(entry.name for entry in entries if entry.spec), *service.aliases.all()])
     cards = [_card(service, name) for name in names if caller.may_use(name)]
     return {"object": "list", "data": [_card(service), *cards] if caller.base else cards}
 
@@ -75,7 +75,7 @@ async def show_model(request: Request, model: str) -> Json:
         spec = await asyncio.to_thread(service.store.resolve, service.own_name(name))
     except AdapterNotFound as error:
         raise for_eyes_of(caller, error) from None
-    return _card(service, name if name in service.aliases else spec.name)
+    return _card(service, name if service.aliases.get(name) else spec.name)
 
 
 def _card(service: Service, name: str | None = None) -> Json:

@@ -7,7 +7,7 @@ import logging
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from types import FrameType
 
 import structlog
@@ -15,7 +15,9 @@ import uvicorn
 
 from adapter_server.api.app import Connect, create_app
 from adapter_server.api.resolve import Info
+from adapter_server.api.service import Service
 from adapter_server.config import ServerConfig
+from adapter_server.errors import AdapterServerError
 from adapter_server.registry.store import Store
 from adapter_server.text import Text
 
@@ -52,12 +54,26 @@ class Server(uvicorn.Server):
         self._drain_s = config.drain_timeout_s
         self._announce = announce
         self._loop: asyncio.AbstractEventLoop
-        self._draining: asyncio.Task[None] | None = None
+        self.failure: AdapterServerError | None = None  # why it could not start
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listens at once, so that probes are answered; requests are taken when the first adapters are loaded."""
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
         if self.started:
+            self._begin(self._open())
+
+    def _begin(self, work: Coroutine[None, None, None]) -> None:
+        self._tasks.add(self._loop.create_task(work))
+
+    async def _open(self) -> None:
+        try:
+            await preload(self._service)
+        except AdapterServerError as error:
+            self.failure = error
+            self._die()
+        else:
             self._announce(self.address)
 
     @property
@@ -72,10 +88,7 @@ class Server(uvicorn.Server):
             return
         self._service.draining = True
         log.info("draining", signal=signal.Signals(sig).name, requests=self._service.bridge.open_requests)
-        self._loop.call_soon_threadsafe(self._start_draining)
-
-    def _start_draining(self) -> None:
-        self._draining = self._loop.create_task(self._drain())
+        self._loop.call_soon_threadsafe(lambda: self._begin(self._drain()))
 
     async def _drain(self) -> None:
         """Running requests finish; those that take too long end as cancelled, with the text they have."""
@@ -92,6 +105,20 @@ class Server(uvicorn.Server):
     def _die(self) -> None:
         self.exit_code = 1
         self.should_exit = True
+
+
+async def preload(service: Service) -> None:
+    """Loads what the settings name, and opens the doors. Raises the refusal of one that cannot be loaded."""
+    config = service.config
+    asked = [ref for word in config.preload for ref in word.split(",") if ref]
+    for name in [target for ref in asked for target in service.led_to(ref)]:
+        try:
+            spec = await asyncio.to_thread(service.store.resolve, name)
+            await asyncio.wrap_future(service.worker.call("pin" if config.preload_pinned else "load", spec))
+        except AdapterServerError as error:
+            error.message = f"--preload {name}: {error.message}"
+            raise
+    service.starting = False
 
 
 def configure_logs(level: str) -> None:

@@ -9,13 +9,14 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request, Response
 from pydantic import Field
 
-from adapter_server.api import access
+from adapter_server.api import access, aliases
 from adapter_server.api.described import PLAIN, refused
 from adapter_server.api.refusals import error_shape, speak
 from adapter_server.api.schemas import AdapterRef, Lenient, document, parse
 from adapter_server.api.service import Service, note, service_of
 from adapter_server.core import Spec
 from adapter_server.errors import AdapterNotFound, AdapterServerError, InvalidRequest
+from adapter_server.registry.aliases import Target
 
 TYPES = {400: "InvalidUserInput", 404: "NotFoundError"}
 BOTH = "Both 'lora_name' and 'lora_path' must be provided."
@@ -68,7 +69,7 @@ async def load(request: Request) -> Response:
     spec = await asyncio.to_thread(_found, service, body)
     await asyncio.wrap_future(service.worker.call("load", spec))
     _check_free(service, body)  # another may have been quicker
-    service.aliases[body.lora_name] = spec.name
+    await aliases.put(service, body.lora_name, (Target(spec.name),))
     note(request, x_adapter=spec.name, x_adapter_version=spec.version)
     return Response(f"Success: LoRA adapter '{body.lora_name}' added successfully.", media_type="text/plain")
 
@@ -80,10 +81,10 @@ async def unload(request: Request) -> Response:
     if not name:
         raise InvalidRequest("'lora_name' needs to be provided to unload a LoRA adapter.", param="lora_name")
     access.caller_of(request).check([name], "lora_name")
-    folder = service.aliases.pop(name, None)
-    if folder is None:
+    led = {target.name for target in await aliases.drop(service, name)}
+    if not led:
         raise AdapterNotFound(f"The lora adapter '{name}' cannot be found.", param="lora_name")
-    if folder not in service.aliases.values():
+    for folder in led - {target.name for targets in service.aliases.all().values() for target in targets}:
         await _let_go(service, folder)
     return Response(f"Success: LoRA adapter '{name}' removed successfully.", media_type="text/plain")
 
@@ -119,7 +120,7 @@ def _check_name(service: Service, body: LoadBody, spec: Spec) -> None:
 
 
 def _check_free(service: Service, body: LoadBody) -> None:
-    if body.lora_name in service.aliases and not body.load_inplace:
+    if service.aliases.get(body.lora_name) and not body.load_inplace:
         raise InvalidRequest(f"The lora adapter '{body.lora_name}' {TAKEN}", param="lora_name")
 
 

@@ -198,6 +198,10 @@ class Store:
             raise _refusal(name, refused.message) from refused
         return Spec(name, version.id, str(folder), version.family, config, version.size)
 
+    def has(self, name: str) -> bool:
+        """Whether there is a folder of this name, sound or not."""
+        return bool(guard.NAME.fullmatch(name)) and os.path.lexists(self.root / name)
+
     def versions(self, name: str) -> list[Version]:
         """What was published under this name and is still there, oldest first."""
         return versions.listed(self.root, name) if guard.NAME.fullmatch(name) else []
