@@ -158,7 +158,9 @@ class Pool:
         """On a loader's thread: disk or host to device layout, or the reason why not."""
         try:
             adapter = self._compiled(holding)
-            holding.placed = self.model.place(fold(adapter, self.model.base) if holding.merged else adapter)
+            holding.placed = self.model.place(
+                fold(adapter, self.model.base, self.model.dtype) if holding.merged else adapter
+            )
             holding.adapter, holding.bytes = adapter, holding.placed.bytes
             holding.rank, holding.foldable = adapter.rank, adapter.foldable
         except AdapterServerError as error:

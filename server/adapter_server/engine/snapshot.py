@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from adapter_server.core import Spec
 from adapter_server.engine.model import load
@@ -19,6 +20,9 @@ from adapter_server.families.base import Adapter, AnyPatch, Base, ParamPatch, Pa
 from adapter_server.families.compose import Part, Way, compose
 from adapter_server.families.facts import ModelBase
 from adapter_server.registry.store import Store
+
+PROBES = 4  # random inputs that a fold is tried on
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}  # of the largest output
 
 
 def check_foldable(adapter: Adapter) -> None:
@@ -30,23 +34,52 @@ def check_foldable(adapter: Adapter) -> None:
         )
 
 
-def fold(adapter: Adapter, base: Base) -> Adapter:
-    """The adapter with every patch folded into float32 weights. Raises NotMergeable, AdapterRefused (not finite)."""
+def fold(adapter: Adapter, base: Base, dtype: torch.dtype = torch.float32) -> Adapter:
+    """The adapter with every patch folded into float32 weights, which `dtype` will hold.
+
+    Raises NotMergeable, and AdapterRefused where the weights are not finite or do not do what the patch does.
+    """
     check_foldable(adapter)
-    return Adapter(adapter.spec, {path: _fold(path, patch, base) for path, patch in adapter.patches.items()})
+    return Adapter(adapter.spec, {path: _fold(path, patch, base, dtype) for path, patch in adapter.patches.items()})
 
 
-def _fold(path: str, patch: AnyPatch, base: Base) -> AnyPatch:
+def _fold(path: str, patch: AnyPatch, base: Base, dtype: torch.dtype) -> AnyPatch:
     params = _params(path, base)
     folded = patch.fold(params)
-    if not all(bool(torch.isfinite(t).all()) for t in folded.values()):
+    if not all(bool(torch.isfinite(t.to(dtype)).all()) for t in folded.values()):
         raise AdapterRefused(f"folding {path} gave weights that are not finite; serve this adapter unmerged")
+    if isinstance(patch, Patch):
+        _check(path, patch, params, folded, dtype)
     if base.shapes.modules[path].kind not in ("linear", "conv1d"):
         return ParamPatch(folded)
     bias = folded.get("bias")
     if bias is not None and "bias" in params:
         bias = bias - params["bias"]
     return Patch(weight=folded["weight"], bias=bias)
+
+
+def _check(
+    path: str, patch: Patch, params: Mapping[str, Tensor], folded: Mapping[str, Tensor], dtype: torch.dtype
+) -> None:
+    """The folded weights, rounded as they will be, against the patch itself on some random input."""
+    plain, rounded = _linear(params), {name: t.to(dtype).float() for name, t in folded.items()}
+    x = torch.randn(PROBES, plain.in_features, generator=torch.Generator().manual_seed(0))
+    want, got = patch.apply(x, plain), F.linear(x, rounded["weight"], rounded.get("bias"))
+    error = ((got - want).abs().max() / want.abs().max().clamp(min=1e-30)).item()
+    if not error <= TOLERANCE[dtype]:
+        raise AdapterRefused(
+            f"folding {path} moved its output by {error:.1e} of the largest, allowed are {TOLERANCE[dtype]:g} in "
+            f"{str(dtype).removeprefix('torch.')}: serve this adapter unmerged"
+        )
+
+
+def _linear(params: Mapping[str, Tensor]) -> nn.Linear:
+    """A stand-in for the base's module, in float32."""
+    out, inp = params["weight"].shape
+    module = nn.Linear(inp, out, bias="bias" in params, device="meta")
+    for name, value in params.items():
+        setattr(module, name, nn.Parameter(value, requires_grad=False))
+    return module
 
 
 def _params(path: str, base: Base) -> dict[str, Tensor]:
