@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -379,7 +380,20 @@ def test_bad_folders_are_refused_alike(live: Live, case: str, monkeypatch: pytes
         check_alike([reason(message, "bad") for message in said], fault)
 
 
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever an adapter says, nobody is asked for anything."""
+
+    def refuse(*_: object, **__: object) -> None:
+        pytest.fail("a connection was made")
+
+    for call in ("connect", "connect_ex"):
+        monkeypatch.setattr(socket.socket, call, refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
 ANY_NAMES = {"base": "reserved", BASE: "reserved", "Good": "by case only", "a b": "not allowed", "-rf": "not allowed"}
+ANY_NAMES |= dict.fromkeys(("g\u043e\u043ed", "\uff47ood", "good\u200b", "go\u0308od", "x" * 200), "not allowed")
 NO_FOLDERS = ("../x", "/etc", "a/b", ".", "..", "a\0", "x" * 300, "")
 
 
@@ -443,6 +457,19 @@ def test_another_base_is_refused_alike_where_that_is_strict(live: Live, monkeypa
         said.append(by_copy(live, "bad"))
         shutil.rmtree(folder)
         check_alike([reason(message, "bad") for message in said], "trained on 'org/other-base', and 'tiny-base' is")
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_an_initialisation_that_takes_from_the_base_is_computed_beside_it(live: Live, init: str) -> None:
+    config, weights = changed(setting(init_lora_weights=init))
+    publisher, before = Publisher(live.store), live.state()
+    spec = publisher.publish("raw", config, io.BytesIO(weights))
+    [raw] = live.say("raw")
+    assert isinstance(raw, list)
+    assert live.engine.pool.holdings[(*spec.key, False)].rank == 2 * json.loads(config)["r"]
+    publisher.delete("raw")
+    live.forget(spec.name)
+    assert live.state() == before
 
 
 def test_templates_and_tokenizers_beside_an_adapter_are_not_read(live: Live) -> None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -92,6 +93,7 @@ class Registry(RuleBasedStateMachine):
         self.publisher = Publisher(self.store, keep=KEEP)
         self.served: dict[str, tuple[int, bool]] = {}
         self.history: dict[str, list[int]] = {"a": [], "b": []}
+        self.pinned: Spec | None = None
 
     def teardown(self) -> None:
         forget_all()
@@ -170,11 +172,56 @@ class Registry(RuleBasedStateMachine):
 
     # Use
 
-    @rule(name=names, op=st.sampled_from(["load", "unload", "pin", "unpin", "merge", "unmerge"]))
-    def operate(self, name: str, op: str) -> None:
+    @rule(name=names, op=st.sampled_from(["load", "unload", "merge", "unmerge"]))
+    def operate(self, name: str, op: Literal["load", "unload", "merge", "unmerge"]) -> None:
         if name in self.served and not (op == "merge" and KINDS[self.served[name][0]] == "prefix"):
-            settle(engine().call(op, self.store.resolve(name)))  # type: ignore[arg-type]
-            settle(engine().call("unpin", self.store.resolve(name)))  # pins of what is replaced are the API's to lift
+            spec = self.store.resolve(name)
+            settle(engine().call(op, spec))
+            if op == "unload" and spec == self.pinned:
+                self.pinned = None
+
+    @rule(name=names)
+    def pin(self, name: str) -> None:
+        """One at a time: the budget has room for others beside it."""
+        self.unpin()
+        if name in self.served:
+            self.pinned = self.store.resolve(name)
+            settle(engine().call("load", self.pinned))
+            settle(engine().call("pin", self.pinned))
+
+    @rule()
+    def unpin(self) -> None:
+        if self.pinned:
+            settle(engine().call("unpin", self.pinned))
+            self.pinned = None
+
+    @rule(data=st.data())
+    def evict(self, data: st.DataObject) -> None:
+        """As if another had needed the room: off the device, and still in the host tier if that has it."""
+        idle = [h for h in engine().pool.holdings.values() if h.live and not h.pinned]
+        if idle:
+            engine().pool.evict(data.draw(st.sampled_from(idle)))
+
+    @rule(name=names, seed=seeds, change=st.sampled_from(["publish", "copy_in", "remove", "delete", "unload"]))
+    def change_under_a_request(self, name: str, seed: int, change: str) -> None:
+        """It was queued before the change, and gets what was there then."""
+        if name not in self.served:
+            return
+        before = self.alone(self.served[name][0])
+        request = rig.ask(engine(), name, PROMPT, "unmerged", logprobs=0)
+        engine().submit(request)
+        if change == "unload":
+            engine().call("unload", request.members[0].spec)
+            self.pinned = None if self.pinned == request.members[0].spec else self.pinned
+        elif change in ("remove", "delete"):
+            getattr(self, change)(name)
+        else:
+            getattr(self, change)(name, seed)
+        answers = {request.id: rig.Answer()}
+        while engine().busy:
+            rig.collect(engine().step(), answers)
+            time.sleep(0.0002)
+        assert answers[request.id].ids == before
 
     @rule(name=names, mode=st.sampled_from(["unmerged", "merged"]))
     def generate(self, name: str, mode: str) -> None:
@@ -212,6 +259,9 @@ class Registry(RuleBasedStateMachine):
         assert pool.host.used == sum(map(pool.host.bytes_of, pool.host.held())) <= pool.host.budget
         assert not [h for h in pool.holdings.values() if h.files or h.adapter or h.wanted or h.rows]
         assert not engine().busy
+        pinned = [h for h in pool.holdings.values() if h.pinned]
+        assert [h.spec.key for h in pinned] == ([self.pinned.key] if self.pinned else [])
+        assert all(h.live for h in pinned)
 
 
 @pytest.fixture
