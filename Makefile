@@ -4,6 +4,7 @@ PORT ?= 8000
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+CLIENTS := $(VENV)/clients/.ready
 
 export OMP_WAIT_POLICY ?= PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
@@ -16,7 +17,7 @@ serve: $(READY)  ## the embedded demo on http://127.0.0.1:8000 (PORT= changes it
 test: $(READY)  ## every test but the long runs
 	$(BIN)/python -m pytest -m "not soak" -q
 
-soak: $(READY)  ## the long runs
+soak: $(READY) $(CLIENTS)  ## the long runs
 	$(BIN)/python -m pytest -m soak -q
 
 check: $(READY)  ## lint, format and types
@@ -40,4 +41,9 @@ $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt torch
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"
+	touch $@
+
+$(CLIENTS): $(READY) tests/clients/outside.txt
+	$(BIN)/python -m venv $(VENV)/clients
+	$(VENV)/clients/bin/python -m pip install -q -r tests/clients/outside.txt
 	touch $@
