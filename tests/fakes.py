@@ -15,7 +15,14 @@ from adapter_server.errors import AdapterServerError, QueueFull, Unavailable
 
 EOS = 256
 INFO = SimpleNamespace(
-    model="tiny-base", max_model_len=256, vocab=257, eos=(EOS,), device="cpu", dtype="float32", lane="paged"
+    model="tiny-base",
+    max_model_len=256,
+    vocab=257,
+    eos=(EOS,),
+    device="cpu",
+    dtype="float32",
+    lane="paged",
+    lane_why="a fake",
 )
 
 

@@ -21,7 +21,12 @@ DOORS = {  # library: the files (or folders) that may import it
     "starlette": ("api/",),
     "uvicorn": ("api/", "cli.py", "bench/"),
     "prometheus_client": ("metrics.py",),
-    "peft": ("families/compose.py", "bench/workloads.py", "bench/peft_kinds.py"),  # the latter make adapters
+    "peft": (
+        "families/compose.py",
+        "families/fallback.py",
+        "bench/workloads.py",
+        "bench/peft_kinds.py",
+    ),  # the latter make adapters
     "triton": ("engine/kernels.py",),
     "typer": ("cli.py", "bench/"),
     "rich": ("cli.py", "bench/"),

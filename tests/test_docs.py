@@ -30,7 +30,18 @@ from adapter_server.api.app import create_app
 from adapter_server.api.bridge import Operation
 from adapter_server.config import ServerConfig
 from adapter_server.errors import AdapterServerError
-from adapter_server.families import adapterhub, adaption_prompt, find, known, lora, options, poly, prefix, prompt
+from adapter_server.families import (
+    adapterhub,
+    adaption_prompt,
+    fallback,
+    find,
+    known,
+    lora,
+    options,
+    poly,
+    prefix,
+    prompt,
+)
 from adapter_server.metrics import NAMESPACE, Metrics
 from adapter_server.registry import guard
 from adapter_server.registry.store import Store
@@ -546,6 +557,8 @@ def readme_table() -> str:
     lines = ["| PEFT type | what it is | merged | `scale`, weights |", "|---|---|---|---|"]
     for module, families in modules().items():
         merged, scale = ("no", "1 only") if module in VIRTUAL else ("no" if module in UNMERGED else "yes", "any")
+        if module is fallback:  # PEFT's own: see docs/adapters.md
+            merged, scale = "AdaMSS", "LILY"
         lines.append(f"| {ticked(f.name for f in families)} | {about(module)[0]} | {merged} | {scale} |")
     return "\n".join(lines)
 

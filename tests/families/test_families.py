@@ -47,10 +47,11 @@ def test_what_reads_base_weights_queues_apart():
 
 @pytest.mark.parametrize("kind", known())
 def test_no_value_of_any_key_does_worse_than_a_refusal(kind):
-    fields = {field.name: None for field in dataclasses.fields(peft.PEFT_TYPE_TO_CONFIG_MAPPING[kind])}
+    cls = peft.PEFT_TYPE_TO_CONFIG_MAPPING.get(kind, peft.PeftConfig)  # a kind that is not PEFT's has the common keys
+    fields = {field.name: None for field in dataclasses.fields(cls)}
     for key in [*fields, "new", "\ud800"]:
         for value in STRANGE:
             config = {name: SOUND[name] for name in SOUND.keys() & fields.keys()} | {key: value}
             with contextlib.suppress(AdapterRefused):
                 expected = find(kind).expected(config, SHAPES, frozenset())
-                assert all(min(shape) > 0 for shape in expected.values())
+                assert all(min(shape) > 0 for shape in (expected or {}).values())

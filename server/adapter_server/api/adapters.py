@@ -26,6 +26,7 @@ from adapter_server.errors import (
     QueueFull,
     VersionConflict,
 )
+from adapter_server.families import lane_of
 from adapter_server.registry import guard, versions
 from adapter_server.registry.publish import Publisher
 from adapter_server.registry.store import Entry
@@ -228,7 +229,7 @@ def _view(service: Service, entry: Entry, held: list[Resident]) -> dict[str, Any
         "tiers": _tiers(now),
         "pinned": bool(now and now.pinned),
         "merged": bool(now and now.snapshot_bytes),
-        "lane": service.info.lane,
+        "lane": lane_of(spec, service.info.lane) if spec else service.info.lane,
         "running": sum(resident.running for resident in held),
         "waiting": sum(resident.waiting for resident in held),
         "served": usage.served,

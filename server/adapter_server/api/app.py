@@ -181,6 +181,7 @@ async def info(request: Request) -> dict[str, Any]:
         "device": base.device,
         "dtype": base.dtype,
         "lane": base.lane,
+        "lane_why": base.lane_why,
         "max_body_bytes": service.config.max_body_bytes,
         "request_timeout_s": service.config.request_timeout_s,
         **lorax.info(base),

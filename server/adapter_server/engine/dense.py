@@ -22,6 +22,7 @@ from adapter_server.engine.kv import KvStep, LayerShape
 from adapter_server.engine.model import Model
 from adapter_server.engine.routing import Routing, Step, running
 from adapter_server.engine.site import Prefix
+from adapter_server.engine.tree import Trees
 
 TESTED = ("bloom", "falcon", "gptj", "mpt", "codegen", "xglm")  # GPT Neo's windows count keys from the left: not exact
 
@@ -58,10 +59,11 @@ class DenseModel(Model):
     """A base in the dense lane. Same sites, same steps; the forward is another."""
 
     lane = "dense"
+    why = "its attention does not go through transformers' AttentionInterface"
 
-    def __init__(self, module: PreTrainedModel, pack: bool = True) -> None:
+    def __init__(self, module: PreTrainedModel, pack: bool = True, trees: Trees | None = None) -> None:
         self._accepts = set(inspect.signature(module.forward).parameters)
-        super().__init__(module, pack)
+        super().__init__(module, pack, trees)
 
     def _adopt(self) -> None:
         """These bases keep the attention that they have."""
@@ -119,8 +121,3 @@ def _mask(kv: KvStep) -> Tensor:
         return torch.ones_like(at)[None]
     lengths = kv.decodes.lengths if kv.decodes.put is None else kv.decodes.lengths[kv.decodes.put]
     return (at < lengths[:, None]).long()
-
-
-def prepare(module: PreTrainedModel, pack: bool = True) -> Model:
-    """The base in the lane that it can run in. Raises BaseNotSupported where there is none."""
-    return (DenseModel if module.config.model_type in TESTED else Model)(module, pack)

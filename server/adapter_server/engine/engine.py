@@ -20,17 +20,18 @@ from transformers import PreTrainedModel
 
 from adapter_server.config import EngineConfig
 from adapter_server.core import Event, Finished, FinishReason, Folded, Loaded, Request, Spec, Stats, Token
-from adapter_server.engine.dense import prepare
 from adapter_server.engine.guide import Guides
 from adapter_server.engine.host import Host
-from adapter_server.engine.kv import Chunk, KvPool, PagePool, SlotPool, bytes_per_token
+from adapter_server.engine.kv import Chunk, KvPool, PagePool, SlotPool
 from adapter_server.engine.model import Model, context_length, load
+from adapter_server.engine.peft_lane import prepare
 from adapter_server.engine.pool import Pool
 from adapter_server.engine.profile import Profile, part
 from adapter_server.engine.routing import Routing, Step, route
 from adapter_server.engine.sampling import Chosen, Draw, choose, rate
 from adapter_server.engine.scheduler import Row, Scheduler, Slice
 from adapter_server.engine.site import Placed, Prefix
+from adapter_server.engine.tree import Decode
 from adapter_server.errors import (
     AdapterServerError,
     BaseNotSupported,
@@ -47,6 +48,7 @@ Op = Literal["load", "unload", "pin", "unpin", "merge", "unmerge"]
 PATIENCE_S = 1.0  # that a loaded adapter waits for room before its rows hold up later ones
 SMALL_BASE = 8_000_000  # parameters: below, one thread is faster than two (seen: 1.5-2.5 times at 1.3M)
 TASKS_KEPT = 16  # of one adapter with skills, on the device
+TURNS = 4  # rows of the peft lane that get a token in one step, so that packed rows need not wait for all of them
 SLOTS_AT_LEAST = 16  # rows that the automatic context length leaves room for
 
 
@@ -62,6 +64,7 @@ class Info:
     dtype: str
     parameters: int
     lane: str
+    lane_why: str
 
 
 def build(model: str | Path, config: EngineConfig, store: Store, name: str | None = None) -> Engine:
@@ -113,7 +116,7 @@ class Engine:
     def _kv(self) -> tuple[KvPool, int]:
         """The pool that the budget allows, and the context length: the base's own, or what leaves room for rows."""
         config, model = self.config, self.model
-        places = config.kv_bytes // bytes_per_token(model.layers, model.dtype)
+        places = config.kv_bytes // model.token_bytes
         length = min(
             context_length(model.module.config.get_text_config()),
             config.max_model_len or max(512, places // SLOTS_AT_LEAST),
@@ -127,7 +130,7 @@ class Engine:
         layout = config.kv_layout if config.kv_layout != "auto" else "slots" if model.device.type == "cpu" else "pages"
         if layout == "slots":
             slots = min(config.max_rows, places // length)
-            cells = cached // (bytes_per_token(model.layers, model.dtype) * config.page_tokens)
+            cells = cached // (model.token_bytes * config.page_tokens)
             slot_pool = SlotPool(
                 model.layers, slots, length, model.dtype, model.device, cells, config.page_tokens
             )  # fmt: skip
@@ -285,7 +288,22 @@ class Engine:
         if len(before) > 1:
             raise InvalidRequest("a request carries at most one prefix or soft prompt", param="adapter")
         row.prefix = self._prefix(before[0], request.task_id) if before else None
+        row.decode = self._decode(request, placed, weights)
         self._check(request, row.offset)
+
+    def _decode(self, request: Request, placed: Sequence[Placed], weights: Sequence[float]) -> Decode | None:
+        """PEFT's part, for a row of its lane. Raises InvalidRequest for what has no meaning there."""
+        trees = [p.tree for p in placed] or [self.model.plain]
+        tree = next(filter(None, trees), None)
+        if tree is None:
+            return None
+        if len(placed) > 1:
+            raise InvalidRequest("an adapter of the peft lane has no sum with others: ask it alone", param="adapter")
+        if request.sampling.prompt_logprobs:
+            raise InvalidRequest("the peft lane rates no prompts: leave prompt_logprobs out", param="prompt_logprobs")
+        weight = weights[0] if weights else 1.0
+        tree.check(weight, request.task_id)
+        return Decode(tree, request.prompt, request.task_id, weight)
 
     def _prefix(self, placed: Placed, task_id: int | None) -> Prefix:
         """An adapter's keys and values; a soft prompt's are computed when they are first asked for."""
@@ -323,19 +341,38 @@ class Engine:
             self.kv.forget(prefix)
 
     def _run(self, slices: list[Slice]) -> list[Event]:
-        """Forward and sample; a failure of the whole step ends its rows and nothing else."""
+        """The packed rows in one step, then those of the peft lane whose turn it is."""
         self.steps += 1
+        packed = [s for s in slices if s.row.decode is None]
+        alone = sorted((s for s in slices if s.row.decode is not None), key=lambda s: s.row.turn)
+        events = self._run_packed(packed) if packed else []
+        for s in alone[:TURNS]:
+            events += self._run_alone(s)
+        return events
+
+    def _run_packed(self, slices: list[Slice]) -> list[Event]:
+        """Forward and sample; a failure of the whole step ends its rows and nothing else."""
         try:
             slices, chosen = self._forward(slices)
         except Exception as error:
-            failure = RequestFailed(
-                f"the step that ran this request failed ({type(error).__name__}); see the server's log"
-            )
-            failure.__cause__ = error
             self._routing = None
-            return [self._finish(s.row, "error", failure, scrub=True) for s in slices]
+            return [self._finish(s.row, "error", _crashed(error), scrub=True) for s in slices]
         with part("events"):
             return self._advance(slices, chosen)
+
+    def _run_alone(self, s: Slice) -> list[Event]:
+        """One row of the peft lane. Its kinds need not be causal: the prompt is read at once, with its last chunk."""
+        s.row.turn = self.steps
+        if not s.last or s.row.decode is None:
+            return self._advance([s], [])
+        try:
+            with torch.inference_mode():
+                if s.row.guide is not None:
+                    self.guides.look([s.row.guide])()
+                chosen = _chosen(s.row.decode.logits(s.row.tokens), [s.row.draw])
+        except Exception as error:
+            return [self._finish(s.row, "error", _crashed(error))]
+        return self._advance([s], chosen)
 
     def _forward(self, slices: list[Slice]) -> tuple[list[Slice], list[Chosen]]:
         """The step's forward, or a lane's several; the slices come back with a token for each that samples."""
@@ -543,6 +580,12 @@ def _sampled(slices: Sequence[Slice], logits: Tensor) -> Tensor | None:
     return logits[own] if own else None
 
 
+def _crashed(error: Exception) -> RequestFailed:
+    failure = RequestFailed(f"the step that ran this request failed ({type(error).__name__}); see the server's log")
+    failure.__cause__ = error
+    return failure
+
+
 def _few_threads(module: PreTrainedModel) -> int:
     """One for a base so small that handing work to a second thread costs more than it saves; 0: torch's own choice."""
     return 1 if module.num_parameters() < SMALL_BASE else 0
@@ -565,4 +608,5 @@ def _info(module: PreTrainedModel, model: Model, name: str, length: int) -> Info
         dtype=str(model.dtype).removeprefix("torch."),
         parameters=sum(math.prod(p.shape) for p in module.parameters()),
         lane=model.lane,
+        lane_why=model.why,
     )

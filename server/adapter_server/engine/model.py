@@ -15,15 +15,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import is_bitsandbytes_available
 
 from adapter_server.engine import native
 from adapter_server.engine.attention import NAME, Probe, set_probe
-from adapter_server.engine.kv import LayerShape
+from adapter_server.engine.kv import LayerShape, bytes_per_token
 from adapter_server.engine.lowrank import Banked, LowRank
 from adapter_server.engine.routing import Routing, Step, current, running
 from adapter_server.engine.site import AttentionSite, LinearGroup, ModuleSite, Placed, Prefix, Tap, group_by_input
+from adapter_server.engine.tree import Tree, Trees
 from adapter_server.errors import AdapterRefused, BaseNotSupported
 from adapter_server.families.base import Adapter, Patch, Shapes
 from adapter_server.families.facts import ModelBase
@@ -40,7 +41,8 @@ def load(source: str | Path, dtype: str, device: torch.device, quantize: str = "
         extra = {"quantization_config": _bitsandbytes(quantize, wanted), "device_map": {"": device}}
     try:
         config = AutoConfig.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=wanted, **extra)
+        kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        model = kind.from_pretrained(source, config=config, dtype=wanted, **extra)
     except (OSError, ValueError) as error:
         raise BaseNotSupported(f"{source}: {error}") from error
     return _plain(model) if extra else model.to(device).eval()
@@ -67,8 +69,12 @@ class Model:
     """A base model whose forward runs the rows of a step, each under its own adapters: the packed lane."""
 
     lane = "packed"
+    why = "every layer's attention goes through transformers' AttentionInterface"
 
-    def __init__(self, module: PreTrainedModel, pack: bool = True) -> None:
+    plain: Tree | None = None  # what runs the base's rows, where no packed forward does
+
+    def __init__(self, module: PreTrainedModel, pack: bool = True, trees: Trees | None = None) -> None:
+        self.trees = trees or Trees(module)
         self.module = module.eval().requires_grad_(False)
         self.device, self.dtype = module.device, module.dtype
         self.base = ModelBase(module)
@@ -136,8 +142,15 @@ class Model:
         shared = [p for p in paths if isinstance(self._modules[p], nn.Linear) and self._modules[p] is not head]
         return ([shared] if shared else []) + [[p] for p in paths if p not in shared]
 
+    @property
+    def token_bytes(self) -> int:
+        """Of a token's keys and values in all layers."""
+        return bytes_per_token(self.layers, self.dtype)
+
     def place(self, adapter: Adapter) -> Placed:
         """Lay an adapter out for the run. Slow part of a load; called on a loader's thread."""
+        if adapter.graft is not None:
+            return self.trees.place(adapter)
         linear = {path: p for path, p in adapter.patches.items() if isinstance(p, Patch)}
         at_linears = linear.keys() | adapter.skills.keys() | adapter.blocks.keys()
         missing = [path for path in at_linears if path not in self._group_of]

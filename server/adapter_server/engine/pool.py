@@ -13,7 +13,7 @@ import queue
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,9 +24,10 @@ from adapter_server.engine.host import Host
 from adapter_server.engine.model import Model
 from adapter_server.engine.site import Placed
 from adapter_server.engine.snapshot import check_foldable, fold
-from adapter_server.errors import AdapterServerError, AdapterUnavailable
-from adapter_server.families import find, slow
-from adapter_server.families.base import Adapter, Base
+from adapter_server.errors import AdapterRefused, AdapterServerError, AdapterUnavailable
+from adapter_server.families import find, serving, slow
+from adapter_server.families.base import Adapter, Base, Graft
+from adapter_server.families.fallback import experts
 from adapter_server.registry import guard
 from adapter_server.registry.store import Blob, Held, Store
 
@@ -364,13 +365,15 @@ class Pool:
             error=shown.error.message if shown and shown.error else None,
         )
 
-    def expected(self, config: Mapping[str, Any], names: frozenset[str]) -> guard.Expected:
-        """The tensors that a family expects of this config over this base."""
-        return find(str(config["peft_type"]).upper()).expected(config, self.model.base.shapes, names)
+    def expected(self, config: Mapping[str, Any], names: frozenset[str]) -> guard.Expected | None:
+        """The tensors that a family expects of this config over this base; None where only PEFT knows."""
+        return serving(config, self.model.base.shapes).expected(config, self.model.base.shapes, names)
 
     def judge(self, spec: Spec, blob: Blob) -> None:
         """Refuses what a load would refuse. On any thread: nothing is kept."""
-        compile_blob(spec, blob, self.model.base)
+        adapter = compile_blob(spec, blob, self.model.base, self.store)
+        if adapter.graft is not None:  # nobody but PEFT knows what it takes
+            self.model.place(adapter)
 
     def close(self) -> None:
         self._quick.shutdown(cancel_futures=True)
@@ -381,15 +384,33 @@ class Pool:
 
 def compile_adapter(spec: Spec, store: Store, base: Base, files: Held | None = None) -> Adapter:
     """Read, check and compile one version. Raises AdapterRefused, VersionGone."""
-    find(spec.family)  # an unknown kind is not read
-    return compile_blob(spec, store.read(spec, files), base)
+    serving(_typed(spec), base.shapes)  # an unknown kind is not read
+    return compile_blob(spec, store.read(spec, files), base, store)
 
 
-def compile_blob(spec: Spec, blob: Blob, base: Base) -> Adapter:
+def compile_blob(spec: Spec, blob: Blob, base: Base, store: Store) -> Adapter:
     """Check and compile what has been read. Raises AdapterRefused."""
-    family = find(spec.family)
+    family = serving(_typed(spec), base.shapes)
     guard.check_keys(blob.header, family.expected(spec.config, base.shapes, frozenset(blob.header)))
-    return family.load(spec, tensors_of(blob), base)
+    adapter = family.load(spec, tensors_of(blob), base)
+    if adapter.graft is None:
+        return adapter
+    names = [name for group in experts(spec.config) for name in group]
+    return replace(adapter, graft=replace(adapter.graft, experts=tuple(_expert(n, base, store) for n in names)))
+
+
+def _expert(name: str, base: Base, store: Store) -> Graft:
+    """An adapter that another one routes among, at its version of now: a plain LoRA, checked like any other."""
+    spec = store.resolve(name)
+    if spec.family != "LORA" or spec.config.get("arrow_config"):
+        raise AdapterRefused(f"{name!r} is of kind {spec.family}: only plain LoRA adapters can be routed among")
+    blob = store.read(spec)
+    guard.check_keys(blob.header, find("LORA").expected(spec.config, base.shapes, frozenset(blob.header)))
+    return Graft("LORA", spec.config, tensors_of(blob), mergeable=False)
+
+
+def _typed(spec: Spec) -> Mapping[str, Any]:
+    return {**spec.config, "peft_type": spec.family}
 
 
 def tensors_of(blob: Blob) -> dict[str, Tensor]:

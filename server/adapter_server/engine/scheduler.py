@@ -22,6 +22,7 @@ from adapter_server.engine.pool import Holding
 from adapter_server.engine.routing import Use
 from adapter_server.engine.sampling import Draw
 from adapter_server.engine.site import Prefix
+from adapter_server.engine.tree import Decode
 from adapter_server.engine.turns import Turns
 
 
@@ -36,6 +37,8 @@ class Row:
     starts: tuple[int, ...] = ()  # aLoRA among them: per use, the first of `tokens` that it acts on
     prefix: Prefix | None = None
     held: list[Holding] = field(default_factory=list)
+    decode: Decode | None = None  # what PEFT computes of it, in its own lane
+    turn: int = 0  # of that lane: the step in which it last had one
     lease: Lease | None = None
     done: int = 0  # of `tokens`
     chain: Chain | None = None  # None: nothing of this row is kept
@@ -221,7 +224,7 @@ class Scheduler:
 
     def _known(self, row: Row) -> list[bytes]:
         """The keys of the blocks that may be known: all but the last token's, whose logits are wanted; or all are."""
-        if self.kv.blocks is None:
+        if self.kv.blocks is None or row.decode is not None:
             return []
         row.chain = row.chain or Chain.of(row.request, self.kv.block, row.offset, row.acts, row.acting)
         return [] if row.unrated else row.chain.upto(row.tokens, len(row.tokens) - 1)

@@ -18,7 +18,7 @@ import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,9 @@ from adapter_server.errors import AdapterRefused
 from adapter_server.families.base import Adapter, AnyPatch, BlockPatch, GatedPrompt, ParamPatch, Patch, linear_params
 from adapter_server.families.deltas import Delta, Mirror, TensorFields, Turn
 from adapter_server.families.quantised import is_quantised
+
+if TYPE_CHECKING:
+    from adapter_server.engine.tree import Tree
 
 Part = TypeVar("Part", Delta, Mirror, "Turned")
 
@@ -139,6 +142,7 @@ class Placed:
     prefixes: dict[int | None, Prefix] = field(default_factory=dict)  # by task id
     gated: Mapping[int, GatedPrompt] = field(default_factory=dict)  # by layer
     tasks: dict[int, Placed] = field(default_factory=dict)  # what skills are for a task, the last used at the end
+    tree: Tree | None = None  # what PEFT runs, in its own lane
 
     @property
     def rank(self) -> int:
@@ -156,7 +160,7 @@ class Placed:
         others += sum(t.nbytes for prompt in self.gated.values() for t in prompt.tensors())
         before = sum(t.nbytes for t in (self.adapter.embeds, *self.adapter.tasks) if t is not None)
         kept = sum(k.nbytes + v.nbytes for prefix in self.prefixes.values() for k, v in prefix.layers)
-        mixed = sum(placed.bytes for placed in self.tasks.values())
+        mixed = sum(placed.bytes for placed in self.tasks.values()) + (self.tree.bytes if self.tree else 0)
         return sum(patch.bytes for patch in self.groups.values()) + others + before + kept + mixed
 
 

@@ -7,6 +7,7 @@ one module. `export` writes the same thing as an ordinary transformers folder.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 from adapter_server.core import Spec
 from adapter_server.engine.model import load
 from adapter_server.errors import AdapterRefused, InvalidRequest, NotMergeable
+from adapter_server.families import fallback
 from adapter_server.families.base import Adapter, AnyPatch, Base, ParamPatch, Patch
 from adapter_server.families.compose import Part, Way, compose
 from adapter_server.families.facts import ModelBase
@@ -40,6 +42,8 @@ def fold(adapter: Adapter, base: Base, dtype: torch.dtype = torch.float32) -> Ad
     Raises NotMergeable, and AdapterRefused where the weights are not finite or do not do what the patch does.
     """
     check_foldable(adapter)
+    if adapter.graft is not None:
+        return replace(adapter, graft=replace(adapter.graft, merged=True))
     return Adapter(adapter.spec, {path: _fold(path, patch, base, dtype) for path, patch in adapter.patches.items()})
 
 
@@ -103,6 +107,8 @@ def export(model: str | Path, spec: Spec, store: Store, out: Path) -> None:
     base = ModelBase(module)
     adapter = compile_adapter(spec, store, base)
     check_foldable(adapter)
+    if adapter.graft is not None:
+        module = fallback.merged(fallback.attach(module, adapter.graft), spec.name)
     if base.shapes.tied and {base.shapes.embed, base.shapes.head} & set(adapter.patches):
         _untie(module, base)
     with torch.no_grad():
@@ -120,7 +126,7 @@ def composed(model: str | Path, members: Sequence[tuple[Spec, float]], way: Way,
     base, parts = ModelBase(module), []
     for spec, weight in members:
         blob = store.read(spec)
-        compile_blob(spec, blob, base)
+        compile_blob(spec, blob, base, store)
         parts.append(Part(spec, tensors_of(blob), weight))
     return compose(parts, way, module)
 

@@ -11,43 +11,46 @@ import importlib
 import importlib.metadata
 import pkgutil
 from collections.abc import Mapping
+from typing import Any
 
 from adapter_server.core import Spec
 from adapter_server.errors import AdapterRefused, PlugInBroken
-from adapter_server.families.base import Family
+from adapter_server.families import fallback
+from adapter_server.families.base import Family, Shapes
 from adapter_server.families.lora_variants import SUBTRACTED
 from adapter_server.registry.guard import PEFT_TYPE
 
 GROUP = "adapter_server.families"
-READS_BASE = (
-    "kasa_config",
-    "target_parameters",
-    "trainable_token_indices",
-    "use_dora",
-)  # options that make a quick kind slow
 
-_LANE = "it needs a lane of its own, which is not built"
-_MERGE = "merge it into a base of its own with PEFT's merge_and_unload"
-
-# The kinds of PEFT that no family serves, and why.
-REFUSED: Mapping[str, str] = {
-    "ADAMSS": f"the rows that it adapts are clustered anew at every load and are not in its file; {_MERGE}",
-    "LILY": f"its router averages over all tokens of a call; {_LANE}",
-    "SHADOW": f"it runs a second network beside the base; {_LANE}",
-    "XLORA": f"it runs the base twice and mixes other adapters by what it sees; {_LANE}",
-}
+# Options that make a quick kind slow.
+READS_BASE = ("arrow_config", "kasa_config", "target_parameters", "trainable_token_indices", "use_dora")
 
 
 def find(peft_type: str) -> Family:
     """The family of a PEFT kind. The string comes from a file: it is a dictionary key and nothing else."""
     family = _families().get(peft_type)
-    if family is None and peft_type in REFUSED:
-        raise AdapterRefused(f"adapters of kind '{peft_type}' are not served: {REFUSED[peft_type]}")
+    family = family or fallback.newer(peft_type)
     if family is None:
         near = difflib.get_close_matches(peft_type, known(), 1)
         hint = f"; did you mean {near[0]}?" if near else "."
         raise AdapterRefused(f"adapters of kind {peft_type[:80]!r} are not served{hint} Known: {', '.join(known())}")
     return family
+
+
+def serving(config: Mapping[str, Any], shapes: Shapes) -> Family:
+    """The family that serves this config over this base: PEFT itself where no patch can. Raises AdapterRefused."""
+    kind = str(config["peft_type"]).upper()
+    if not shapes.by_peft and not (kind == "LORA" and fallback.is_grafted(config)):
+        return find(kind)
+    if (family := fallback.newer(kind)) is None:
+        raise AdapterRefused(f"adapters of kind {kind[:80]!r} are not PEFT's; over this base only PEFT's are served")
+    return family
+
+
+def lane_of(spec: Spec, base: str) -> str:
+    """The lane that serves an adapter over a base of this lane."""
+    grafted = spec.family in fallback.KINDS or fallback.is_grafted(spec.config)
+    return "peft" if grafted or spec.family not in known() else base
 
 
 def slow(spec: Spec) -> bool:

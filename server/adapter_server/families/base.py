@@ -56,6 +56,7 @@ class Shapes:
     embed: str = ""  # path of the input embedding
     head: str = ""  # path of the output embedding
     model_type: str = ""  # as transformers calls the architecture
+    by_peft: bool = False  # no patch reaches this base: PEFT itself puts every adapter into it
 
 
 class Base(Protocol):
@@ -245,6 +246,41 @@ class GatedPrompt(TensorFields):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Graft:
+    """A checked config and its tensors, for PEFT to put onto a second tree of the base's modules."""
+
+    kind: str
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+    mergeable: bool
+    experts: tuple[Graft, ...] = ()  # the adapters that it routes among
+    merged: bool = False  # to be folded into copies of the weights that it touches
+
+    @property
+    def before_the_prompt(self) -> bool:
+        return self.kind in BEFORE_THE_PROMPT
+
+    @property
+    def tasks(self) -> int:
+        """How many tasks it tells apart; 0 where it has none."""
+        key = {"MULTITASK_PROMPT_TUNING": "num_tasks", "POLY": "n_tasks"}.get(self.kind)
+        return 0 if key is None else int(self.config.get(key) or 1)
+
+    @property
+    def scalable(self) -> bool:
+        """Whether what it adds is one term at each module, times PEFT's `scaling`: y = y₀ + w (y₁ − y₀)."""
+        beside = ("arrow_config", "modules_to_save", "trainable_token_indices", "use_dora")
+        plain = self.config.get("bias", "none") == "none" and not any(self.config.get(key) for key in beside)
+        return self.kind in SCALABLE and plain and not self.merged
+
+
+SCALABLE = frozenset({"LILY", "LOHA", "LOKR", "LORA"})
+BEFORE_THE_PROMPT = frozenset(
+    {"CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"}
+)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Adapter:
     """An adapter in memory, as data. At most one of `prefix` and `embeds` is set; `patches`, `blocks` share no path."""
 
@@ -258,6 +294,7 @@ class Adapter:
     blocks: Mapping[str, BlockPatch] = field(default_factory=dict)  # by the path of the block's last Linear
     gated: Mapping[str, GatedPrompt] = field(default_factory=dict)  # by the path of the attention
     shifts: bool = True  # whether real tokens' positions begin after the prefix, or at 0 beside it
+    graft: Graft | None = None  # what no patch describes: PEFT runs it, in a lane of its own
 
     @property
     def rank(self) -> int | None:
@@ -275,6 +312,10 @@ class Adapter:
             return "a network behind a block is no weight"
         if self.gated:
             return "an attention of its own is no weight"
+        if self.graft is not None and self.graft.before_the_prompt:
+            return "what it adds stands before the prompt and is no weight"
+        if self.graft is not None and not self.graft.mergeable:
+            return "what it does depends on the input and is no weight"
         return "it acts on the tokens from its invocation on and on none before" if self.invocation else ""
 
     @property
@@ -306,6 +347,7 @@ class Adapter:
             yield from part.tensors()
         for pair in self.prefix or ():
             yield from pair
+        yield from self.graft.tensors.values() if self.graft else ()
         yield from (t for t in (self.embeds, *self.tasks) if t is not None)
 
     @property
@@ -336,8 +378,11 @@ class Family(Protocol):
 
     def expected(
         self, config: Mapping[str, Any], shapes: Shapes, names: frozenset[str]
-    ) -> Mapping[str, tuple[int, ...]]:
-        """Every tensor the file must hold, with its shape. Raises AdapterRefused where the config makes no sense."""
+    ) -> Mapping[str, tuple[int, ...]] | None:
+        """Every tensor the file must hold, with its shape; None where only PEFT knows.
+
+        Raises AdapterRefused where the config makes no sense.
+        """
 
     def load(self, spec: Spec, tensors: Mapping[str, Tensor], base: Base) -> Adapter:
         """The adapter as data, float32 on the CPU. The tensors are exactly `expected`, finite."""

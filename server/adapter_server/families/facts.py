@@ -17,7 +17,7 @@ def describe(model: nn.Module) -> Shapes:
     embed, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
     modules = dict(model.named_modules())
     paths = {id(module): path for path, module in modules.items()}
-    heads = config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", None) or 1  # state-space models have none
     return Shapes(
         modules={path: _shape(module) for path, module in modules.items() if _owns(module)},
         layers=config.num_hidden_layers,
@@ -29,6 +29,7 @@ def describe(model: nn.Module) -> Shapes:
         scaled_embeddings={path: s for path, module in modules.items() if (s := _embed_scale(module)) is not None},
         embed=paths[id(embed)],
         head=paths.get(id(head), ""),
+        by_peft=bool(getattr(model.config, "is_encoder_decoder", False)),
         model_type=config.model_type,
     )
 

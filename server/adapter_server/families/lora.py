@@ -96,6 +96,7 @@ HARMLESS = frozenset(
         "corda_config",
         "eva_config",
         "fan_in_fan_out",
+        "arrow_config",  # set, PEFT itself serves it: `fallback.py`
         "loftq_config",
         "lora_dropout",
         "lora_dtype",
@@ -109,7 +110,6 @@ HARMLESS = frozenset(
 
 _MERGE = "merge it into a base of its own with PEFT's merge_and_unload"
 REFUSED: Mapping[str, str] = {
-    "arrow_config": "it routes among other adapters; publish those and name them in the request",
     "enable_lora": "it splits a fused projection; " + _MERGE,
     "layer_replication": "it changes the base's depth for everybody; " + _MERGE,
     "megatron_config": "it is sharded for Megatron; export it as a plain PEFT adapter",
