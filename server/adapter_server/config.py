@@ -36,7 +36,7 @@ class EngineConfig:
     adapter_bytes: int = 2 * GIB  # device memory for adapters and snapshots together
     host_bytes: int = 2 * GIB  # main memory for compiled adapters, on the device or evicted from it
     pack_weights: bool = True  # CPU float32: oneDNN-packed copies of the base's weights, faster and larger
-    max_grammar_bytes: int = 64 << 10  # of one response_format
+    max_grammar_bytes: int = 32 << 10  # of one response_format
     threads: int = 0  # torch threads on the CPU; 0: torch's own choice, one for a base under 8M parameters
     profile: str | None = None  # a file for a trace of some steps
 

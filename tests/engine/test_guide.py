@@ -165,6 +165,7 @@ HOSTILE = {
     "a bad regex": Constraint("regex", "(["),
     "look-ahead": Constraint("regex", "(?=a)b"),
     "a regex of nothing": Constraint("regex", r"[^\s\S]"),
+    "a grammar of many rules": Constraint("lark", "start: a0\n" + "\n".join(f"a{i}: a{i + 1}" for i in range(1000))),
     "a bad grammar": Constraint("lark", "start: foo"),
     "an empty grammar": Constraint("lark", ""),
     "a grammar of nothing": Constraint("lark", "start: start"),
@@ -178,7 +179,11 @@ HEAVY = {
     "many fields": Constraint(
         "json_schema", json.dumps({"properties": {f"p{i}": {"type": "string"} for i in range(1500)}})
     ),
-    "many words": Constraint("json_schema", json.dumps({"enum": [f"v{i}" for i in range(5000)]})),
+    "a mistake far down": Constraint("lark", "start: a0\n" + "\n".join(f'a{i}: "x" a{i + 1}?' for i in range(250))),
+    "doubled": Constraint(
+        "lark", "start: A0\n" + "\n".join(f"A{i}: A{i + 1} A{i + 1}" for i in range(20)) + '\nA20: "z"'
+    ),
+    "many words": Constraint("json_schema", json.dumps({"enum": [f"v{i}" for i in range(3000)]})),
     "much": Constraint("json_schema", '{"type": "array", "minItems": 1000000, "items": {"minLength": 100000000}}'),
 }
 

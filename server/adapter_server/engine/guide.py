@@ -26,6 +26,9 @@ from adapter_server.errors import AdapterServerError, InvalidRequest
 
 FIELD = "response_format"
 MOST_KEPT = 32  # compiled constraints that wait for the next request of the same form
+MOST_LINES = (
+    256  # of a grammar: llguidance tells of a mistake in time quadratic in the depth of rules (seen: 10 s at 800)
+)
 LONGEST_REASON = 300  # characters of llguidance's own words
 WHITESPACE = r"( |\n( {0,16}|\t{0,8}))?"  # between JSON's tokens: bounded, or a base that is no writer fills it forever
 DEAD_END = "NoExtension"  # llguidance's word for a place from which no token leads on
@@ -107,6 +110,8 @@ class Guides:
         """A guide that will be ready soon. Raises InvalidRequest where that can be said at once."""
         if (size := len(constraint.text.encode())) > self._max_bytes:
             raise _refusal(f"it has {size:,} bytes, and may have {self._max_bytes:,} (--max-grammar-bytes)")
+        if constraint.kind == "lark" and (lines := len(constraint.text.splitlines())) > MOST_LINES:
+            raise _refusal(f"it has {lines:,} lines, and may have {MOST_LINES}")
         guide = Guide()
         self._compiler.submit(self._compiled, constraint).add_done_callback(lambda done: self._begin(guide, done))
         return guide
