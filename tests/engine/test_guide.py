@@ -177,7 +177,7 @@ HEAVY = {
     "states": Constraint("regex", r"(.*a.{20}){5}" * 20),
     "ambiguous": Constraint("lark", 'start: start start start | "a" | "a" "a"'),
     "many fields": Constraint(
-        "json_schema", json.dumps({"properties": {f"p{i}": {"type": "string"} for i in range(1500)}})
+        "json_schema", json.dumps({"properties": {f"p{i}": {"type": "string"} for i in range(900)}})
     ),
     "a mistake far down": Constraint("lark", "start: a0\n" + "\n".join(f'a{i}: "x" a{i + 1}?' for i in range(250))),
     "doubled": Constraint(
