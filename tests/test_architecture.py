@@ -101,3 +101,9 @@ def test_no_error_is_swallowed() -> None:
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.ExceptHandler):
                 assert not (len(node.body) == 1 and isinstance(node.body[0], ast.Pass)), place(file)
+
+
+def test_nothing_depends_on_asserts() -> None:
+    """`python -O` drops them: what guards anything is an `if` and a typed error."""
+    for file in FILES:
+        assert not [node.lineno for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Assert)], file

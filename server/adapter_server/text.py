@@ -44,6 +44,13 @@ class Text:
             return [self.bos_id]
         return ids
 
+    def spans(self, text: str, special: bool = True) -> list[tuple[int, int, int]]:
+        """The ids of a text, each with where its characters begin and end; special tokens have none."""
+        if not self._tokenizer.is_fast:
+            raise InvalidRequest("this base's tokenizer does not say where a token stands: send prompt, not inputs")
+        found = self._tokenizer(text, verbose=False, add_special_tokens=special, return_offsets_mapping=True)
+        return [(id, *at) for id, at in zip(found["input_ids"], found["offset_mapping"], strict=True)]
+
     def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """The ids of a conversation that awaits its next message, in the base's own template (run in a sandbox)."""
         if not self._tokenizer.chat_template:

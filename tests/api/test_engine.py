@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
@@ -187,3 +191,82 @@ def test_a_merge_in_loraxs_words_is_our_composition(http: httpx.Client) -> None:
     parameters = {"merged_adapters": merged, "max_new_tokens": 12, "ignore_eos_token": True}
     answer = http.post("/generate", json={"inputs": "red cat>", "parameters": parameters})
     assert answer.json() == {"generated_text": own["text"]}
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_when_the_engine_dies_everybody_is_told_and_the_process_ends(root: Path) -> None:
+    store = Store(root / "adapters", settle_s=0.1)
+    engine = build(root / "tiny", EngineConfig(max_rows=4, kv_bytes=16 << 20), store)
+    ready: SimpleQueue[str] = SimpleQueue()
+    config = ServerConfig(port=0)
+    server = Server(lambda deliver: Worker(engine, deliver), store, Text(root / "tiny"), engine.info, config, ready.put)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    step, steps = engine.step, iter(range(1 << 30))
+
+    def dies() -> Any:
+        if engine.scheduler.running and next(steps) > 3:
+            raise MemoryError("the loop's own end")
+        return step()
+
+    engine.step = dies  # type: ignore[method-assign]
+    body = {"prompt": "red cat>", "max_new_tokens": 200, "ignore_eos": True}
+    with httpx.Client(base_url=ready.get(timeout=20), timeout=30) as client, ThreadPoolExecutor(4) as pool:
+        streamed = pool.submit(client.post, "/generate", json=body | {"stream": True})
+        waiting = [pool.submit(client.post, "/generate", json=body) for _ in range(3)]
+        answers = [future.result() for future in waiting]
+        events = streamed.result()
+        assert {answer.status_code for answer in answers} == {503}
+        assert {answer.json()["error"]["code"] for answer in answers} == {"unavailable"}
+        assert all(int(answer.headers["retry-after"]) >= 1 for answer in answers)
+        assert events.status_code == 503 or "unavailable" in events.text.splitlines()[-2]
+        with suppress(httpx.TransportError):  # it may be gone by now
+            assert client.get("/livez").status_code == 503
+            assert client.get("/readyz").status_code == 503
+    thread.join(10)
+    assert (thread.is_alive(), server.exit_code) == (False, 1)
+
+
+def test_hostile_requests_are_refused_without_asserts_too(root: Path) -> None:
+    """`python -O` drops every assert: the server is the same."""
+    files.age(files.write(root / "hostile" / "broken", 3, weights=b"no safetensors"))
+    files.age(tiny.save_lora(root / "hostile" / "fine", 5))
+    command = [sys.executable, "-O", "-m", "adapter_server.cli", "serve", str(root / "tiny"), "--port", "0"]
+    command += ["--adapters", str(root / "hostile"), "--api-key", "key", "--kv-bytes", "16M"]
+    log = root / "optimised.log"
+    with log.open("w") as told, subprocess.Popen(command, stderr=told, stdout=told) as process:
+        try:
+            until = time.monotonic() + 60
+            while not (found := re.search(r"http://\S+", log.read_text())):
+                assert process.poll() is None, log.read_text()
+                assert time.monotonic() < until
+                time.sleep(0.1)
+            with httpx.Client(base_url=found[0], timeout=30, headers={"Authorization": "Bearer key"}) as client:
+                for body, status in HOSTILE:
+                    assert client.post("/generate", content=body).status_code == status, body[:80]
+                assert client.post("/generate", content=b"{}", headers={"Authorization": "Bearer k"}).status_code == 401
+                assert client.post("/adapters/fine/load").status_code == 403
+                assert client.get("/v1/models/..%2f..%2fetc").status_code in (403, 404)
+                fine = client.post("/generate", json={"prompt": "a", "adapter": "fine", "max_new_tokens": 2})
+                assert fine.status_code == 200
+        finally:
+            process.terminate()
+            process.wait(20)
+
+
+HOSTILE = [
+    (b"", 422),
+    (b"[" * 100_000, 422),
+    (b'{"prompt": "a", "adapter": "../../etc"}', 404),
+    (b'{"prompt": "a", "adapter": "broken"}', 424),
+    (b'{"prompt": "a", "adapter": "nobody"}', 404),
+    (b'{"prompt": [-1]}', 422),
+    (b'{"prompt": [999999999]}', 422),
+    (b'{"prompt": "a", "max_new_tokens": ' + b"9" * 5000 + b"}", 422),
+    (b'{"prompt": "a", "temperature": NaN}', 422),
+    (b'{"prompt": "a", "logprobs": 21}', 422),
+    (b'{"prompt": "a", "max_new_tokens": 100000}', 413),
+    (b'{"prompt": "a", "task_id": 1, "adapter": "fine"}', 422),
+    (b'{"prompt": "a", "mode": "merged", "scale": 2, "adapter": "fine"}', 422),
+    (b'{"inputs": "", "parameters": {}}', 422),
+]

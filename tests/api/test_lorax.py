@@ -274,3 +274,17 @@ def test_our_own_dialect_is_untouched(served: Served) -> None:
 def test_info_speaks_its_words_too(served: Served) -> None:
     info = served.http.get("/info").json()
     assert (info["model_id"], info["max_total_tokens"], info["max_input_length"]) == ("tiny-base", 256, 255)
+
+
+def test_tokens_are_told_as_lorax_tells_them(served: Served) -> None:
+    answer = served.http.post("/tokenize", json={"inputs": "hé!", "add_special_tokens": False})
+    tokens = answer.json()
+    assert [token["id"] for token in tokens] == served.http.post("/tokenize", json={"prompt": "hé!"}).json()[
+        "token_ids"
+    ]
+    assert tokens[0] == {"id": tokens[0]["id"], "text": "h", "start": 0, "stop": 1}
+    assert tokens[-1]["text"] == "!"
+    assert served.http.post("/tokenize", json={"inputs": "ab"}).status_code == 200
+    for body in ({"inputs": ""}, {"inputs": 5}, {"inputs": "x" * 5000}):
+        refusal = served.http.post("/tokenize", json=body)
+        assert (refusal.status_code, refusal.json()["error_type"]) == (422, "validation")

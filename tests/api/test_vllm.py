@@ -109,13 +109,28 @@ def test_a_path_is_a_folder_of_the_registry(served: Served, path: str) -> None:
         ({"lora_name": "pirate"}, "conflicts with a folder"),
         ({"lora_name": "a,b"}, "not allowed"),
         ({"lora_name": "../a"}, "not allowed"),
-        ({"lora_name": 5}, "string"),
-        ({"load_inplace": "yes"}, "boolean"),
     ],
 )
 def test_a_bad_field_is_400(served: Served, fields: dict[str, Any], said: str) -> None:
     body = {"lora_name": "prod", "lora_path": "shout", **fields}
     assert said in refused(served.http.post("/v1/load_lora_adapter", json=body), 400, "InvalidUserInput")
+    assert not served.worker.calls
+
+
+@pytest.mark.parametrize(
+    ("route", "raw"),
+    [
+        ("load", b'{"lora_name": "a"}'),
+        ("load", b'{"lora_path": "shout"}'),
+        ("load", b'{"lora_name": 5, "lora_path": "shout"}'),
+        ("load", b'{"lora_name": "a", "lora_path": "shout", "load_inplace": "yes"}'),
+        ("load", b""),
+        ("unload", b"{}"),
+        ("unload", b"[]"),
+    ],
+)
+def test_a_body_that_is_none_is_400_of_another_type(served: Served, route: str, raw: bytes) -> None:
+    refused(served.http.post(f"/v1/{route}_lora_adapter", content=raw), 400, "Bad Request")
     assert not served.worker.calls
 
 

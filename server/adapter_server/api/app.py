@@ -13,11 +13,12 @@ from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from adapter_server import __version__
 from adapter_server.api import access, adapters, aliases, generate, lorax, openai, refusals, vllm
 from adapter_server.api.bridge import Bridge, Worker
-from adapter_server.api.described import ANYWHERE, KEYED, PLAIN, refused
+from adapter_server.api.described import ANYWHERE, KEYED, PLAIN, LoraxRefusal, Refusal, refused
 from adapter_server.api.envelope import Envelope
 from adapter_server.api.resolve import Info, prompt_ids
 from adapter_server.api.schemas import DetokenizeBody, TokenizeBody, document, parse
 from adapter_server.api.service import Service, service_of
+from adapter_server.api.sse import reply
 from adapter_server.config import ServerConfig
 from adapter_server.core import Event
 from adapter_server.errors import AdapterServerError, InvalidRequest, Unavailable
@@ -207,14 +208,16 @@ async def metrics(request: Request) -> Response:
     "/tokenize",
     summary="Text to token ids",
     openapi_extra=document(TokenizeBody, {"prompt": "red cat>"}),
-    responses=refused(422),
+    responses=refused(408, 413, 422, 431, shape=Refusal | LoraxRefusal),
 )
-async def tokenize(request: Request) -> dict[str, Any]:
-    """The ids that /generate would see."""
-    service = service_of(request)
-    body = parse(TokenizeBody, await request.body())
+async def tokenize(request: Request) -> Response:
+    """The ids that /generate would see. A body in LoRAX's form gets LoRAX's answer."""
+    service, raw = service_of(request), await request.body()
+    if lorax.spoken(raw):
+        return await lorax.tokenize(request, raw)
+    body = parse(TokenizeBody, raw)
     ids = await asyncio.to_thread(prompt_ids, body.prompt, service.text, service.info)
-    return {"token_ids": ids, "count": len(ids)}
+    return reply({"token_ids": ids, "count": len(ids)})
 
 
 @router.post(

@@ -6,6 +6,7 @@ Its linear merge is served as the exact weighted composition, per module, of the
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
@@ -18,7 +19,7 @@ from adapter_server.api import access
 from adapter_server.api.answer import Answer, Piece, begin, encode, finite, logprob_of
 from adapter_server.api.described import GENERATED, STREAMED
 from adapter_server.api.refusals import speak
-from adapter_server.api.resolve import Info
+from adapter_server.api.resolve import Info, check_length
 from adapter_server.api.schemas import (
     FORMATS,
     MOST_STOPS,
@@ -160,6 +161,13 @@ class Parameters(Lenient):
         return given if warm else {}
 
 
+class LoraxTokens(Lenient):
+    """The body of POST /tokenize in LoRAX's form."""
+
+    inputs: Annotated[str, Field(min_length=1)]
+    add_special_tokens: bool | None = None
+
+
 class LoraxBody(Lenient):
     """The body of POST /, /generate and /generate_stream."""
 
@@ -237,6 +245,15 @@ async def generate(request: Request, raw: bytes) -> Response:
     """POST /generate, for a body in LoRAX's form."""
     speak(request, worded)
     return reply(await _whole(request, parse(LoraxBody, raw)))
+
+
+async def tokenize(request: Request, raw: bytes) -> Response:
+    """POST /tokenize, for a body in LoRAX's form."""
+    speak(request, worded)
+    service, body = service_of(request), parse(LoraxTokens, raw)
+    check_length(len(body.inputs), service.text, service.info)
+    spans = await asyncio.to_thread(service.text.spans, body.inputs, body.add_special_tokens is not False)
+    return reply([{"id": id, "text": body.inputs[at:to], "start": at, "stop": to} for id, at, to in spans])
 
 
 async def _begin(request: Request, body: LoraxBody, stream: bool) -> Answer:

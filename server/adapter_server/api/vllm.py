@@ -12,22 +12,28 @@ from pydantic import Field
 from adapter_server.api import access, aliases
 from adapter_server.api.described import PLAIN, refused
 from adapter_server.api.refusals import error_shape, speak
-from adapter_server.api.schemas import AdapterRef, Lenient, document, parse
+from adapter_server.api.schemas import AdapterRef, Body, Lenient, document, parse
 from adapter_server.api.service import Service, note, service_of
 from adapter_server.core import Spec
 from adapter_server.errors import AdapterNotFound, AdapterServerError, InvalidRequest
 from adapter_server.registry.aliases import Target
 
 TYPES = {400: "InvalidUserInput", 404: "NotFoundError"}
+MISSHAPEN = "Bad Request"  # what vLLM says of a body that is no such body
 BOTH = "Both 'lora_name' and 'lora_path' must be provided."
 TAKEN = "has already been loaded. If you want to load the adapter in place, set 'load_inplace' to True."
+
+
+class Misshapen(InvalidRequest):
+    """The body is no JSON, or lacks a field, or has one of another type."""
 
 
 def worded(error: AdapterServerError) -> tuple[int, dict[str, Any]]:
     """A refusal in vLLM's types; what the caller can mend is a 400."""
     content = error_shape(error)
     status = 400 if error.status == 422 else error.status
-    content["error"]["type"] = TYPES.get(status, content["error"]["type"])
+    kind = MISSHAPEN if isinstance(error, Misshapen) else TYPES.get(status)
+    content["error"]["type"] = kind or content["error"]["type"]
     return status, content
 
 
@@ -46,21 +52,21 @@ router = APIRouter(
 class LoadBody(Lenient):
     """The body of POST /v1/load_lora_adapter. A path may be relative to the adapters folder."""
 
-    lora_name: AdapterRef = ""
-    lora_path: Annotated[str, Field(max_length=4096)] = ""
+    lora_name: AdapterRef
+    lora_path: Annotated[str, Field(max_length=4096)]
     load_inplace: bool = False
 
 
 class UnloadBody(Lenient):
     """The body of POST /v1/unload_lora_adapter."""
 
-    lora_name: AdapterRef = ""
+    lora_name: AdapterRef
 
 
 @router.post("/load_lora_adapter", summary="As vLLM loads", openapi_extra=document(LoadBody))
 async def load(request: Request) -> Response:
     """Answers once the adapter is in memory; its name is known from then on, until it is unloaded."""
-    service, body = service_of(request), parse(LoadBody, await request.body())
+    service, body = service_of(request), _parsed(LoadBody, await request.body())
     service.check_open()
     access.caller_of(request).check([body.lora_name, Path(body.lora_path).name], "lora_name")
     if not body.lora_name or not body.lora_path:
@@ -77,7 +83,7 @@ async def load(request: Request) -> Response:
 @router.post("/unload_lora_adapter", summary="As vLLM unloads", openapi_extra=document(UnloadBody))
 async def unload(request: Request) -> Response:
     """The name is unknown from now on. The adapter leaves the memory once no row runs on it, unless it is pinned."""
-    service, name = service_of(request), parse(UnloadBody, await request.body()).lora_name
+    service, name = service_of(request), _parsed(UnloadBody, await request.body()).lora_name
     if not name:
         raise InvalidRequest("'lora_name' needs to be provided to unload a LoRA adapter.", param="lora_name")
     access.caller_of(request).check([name], "lora_name")
@@ -87,6 +93,13 @@ async def unload(request: Request) -> Response:
     for folder in led - {target.name for targets in service.aliases.all().values() for target in targets}:
         await _let_go(service, folder)
     return Response(f"Success: LoRA adapter '{name}' removed successfully.", media_type="text/plain")
+
+
+def _parsed(model: type[Body], raw: bytes) -> Body:
+    try:
+        return parse(model, raw)
+    except InvalidRequest as error:
+        raise Misshapen(error.message, param=error.param) from None
 
 
 def _found(service: Service, body: LoadBody) -> Spec:
