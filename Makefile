@@ -9,7 +9,7 @@ CLIENTS := $(VENV)/clients/.ready
 export OMP_WAIT_POLICY ?= PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: serve test check bench soak clean
+.PHONY: serve test check bench bench-gpu soak clean
 
 serve: $(READY)  ## the embedded demo on http://127.0.0.1:8000 (PORT= changes it)
 	$(BIN)/adapter-server demo --port $(PORT)
@@ -33,6 +33,9 @@ bench: $(READY)  ## a selection of about five minutes, into benchmarks/results, 
 	$(BIN)/adapter-server bench hotload --size 35m --out benchmarks/results
 	$(BIN)/python benchmarks/rivals.py --size 35m --rounds 2 --out benchmarks/results
 	$(BIN)/python benchmarks/table.py
+
+bench-gpu: $(READY)  ## everything on a CUDA device in under ten minutes, one JSON; refused where there is none
+	$(BIN)/python benchmarks/gpu.py --out benchmarks/results
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache dist

@@ -1,4 +1,4 @@
-"""Ours beside what else runs many adapters, in one process, interleaved: end-to-end tokens per second.
+"""Ours beside what else runs many adapters, interleaved: end-to-end tokens per second.
 
     python benchmarks/rivals.py --size 35m --continuous --merged --out benchmarks/results
 
@@ -36,7 +36,6 @@ from adapter_server.config import GIB, EngineConfig
 from adapter_server.engine import Engine, build
 from adapter_server.registry.store import Store
 
-NOT_MEASURED = "not measured: no driver for LLAMA_SERVER in this benchmark"
 LAWS: Mapping[str, Popularity] = {
     "ours, uniform": "uniform",
     "ours, identical": "identical",
@@ -48,6 +47,8 @@ GENERATE, CONTINUOUS, MERGED = "transformers, base", "transformers, continuous b
 WARM_TOKENS = 3
 RANK = 16
 MANY, ONE = "ours, uniform", "ours, identical"
+LLAMA_MANY, LLAMA_BASE = "llama-server f32, 16 adapters", "llama-server f32, base"
+STREAM = "one stream, ms per token, ours / llama-server f32"
 
 Size = Literal["tiny", "35m", "200m"]
 
@@ -84,8 +85,8 @@ Rival = Callable[[int, int], Outcome]  # given the round's number, and how many 
 class Scene:
     """The models, the prompts, and every rival as a function of the round."""
 
-    def __init__(self, workload: Workload, plan: Plan) -> None:
-        self.workload, self.plan = workload, plan
+    def __init__(self, workload: Workload, plan: Plan, llama: Any = None) -> None:
+        self.workload, self.plan, self.llama = workload, plan, llama
         self.prompts = prompts(plan.rows, plan.prompt, workload.shape.vocab)
         self.engine = self._engine()
         self.plain = _load(workload)
@@ -127,7 +128,21 @@ class Scene:
             rivals[MERGED] = self._merged()
         if self.plan.continuous:
             rivals[CONTINUOUS] = self.continuous
+        if self.llama is not None:
+            rivals |= {LLAMA_MANY: self._llama(self.asks[MANY]), LLAMA_BASE: self._llama(self.asks[BASE])}
         return ours | rivals
+
+    def _llama(self, asks: Sequence[Ask]) -> Rival:
+        """llama-server over HTTP, all rows at once; `lora-3` is its adapter 3."""
+        given = [ask.prompt for ask in asks]
+        adapters = [None if ask.adapter is None else int(ask.adapter.rpartition("-")[2]) for ask in asks]
+        return lambda _, new: _timed(lambda: self.llama.batch(given, adapters, new))
+
+    def one_stream(self, new: int) -> dict[str, float]:
+        """ms per token of one row on one adapter."""
+        ask = self.asks[ONE][0]
+        found = {"ours": drive(self.engine, [ask], new).ms_per_token}
+        return found if self.llama is None else found | {"llama-server f32": self.llama.ms_per_token(ask.prompt, new)}
 
     def _ours(self, asks: Sequence[Ask]) -> Rival:
         for ask in asks:
@@ -205,8 +220,9 @@ def _timed(work: Callable[[], list[Tokens]]) -> Outcome:
 def measure(size: str, plan: Plan, console: Console) -> dict[str, Any]:
     """Everything as one JSON object."""
     with many_loras(size, max(plan.rows, plan.adapters), RANK) as workload, _scene(workload, plan) as scene:
+        streams: list[dict[str, float]] = []
         before = report.measured_rates(quick=size == "tiny")
-        rounds = _rounds(scene.rivals, plan, console)
+        rounds = _rounds(scene.rivals, plan, console, lambda: streams.append(scene.one_stream(plan.new)))
         rates = report.faster(before, report.measured_rates(quick=size == "tiny"))
         return {
             "benchmark": "rivals",
@@ -216,11 +232,12 @@ def measure(size: str, plan: Plan, console: Console) -> dict[str, Any]:
             "measured": rates,
             "floor": [_floor(workload, plan, adapters, rates) for adapters in (0, plan.adapters, plan.rows)],
             "results": [_line(name, outcomes, plan) for name, outcomes in rounds.items()],
-            "ratios": _ratios(rounds),
+            "one_stream": {name: statistics.median(each[name] for each in streams) for name in streams[0]},
+            "ratios": _ratios(rounds) | _stream_ratio(streams),
             "answers": _answers(scene, rounds),
             "notes": {
                 ONE_BY_ONE: f"{plan.sample} of {plan.rows} requests a round, time scaled to all",
-                "llama-server": NOT_MEASURED if os.environ.get("LLAMA_SERVER") else "not measured: set LLAMA_SERVER",
+                "llama-server": _agreement(rounds) if scene.llama else "not measured: set LLAMA_SERVER",
             },
         }
 
@@ -237,15 +254,46 @@ def _scene(workload: Workload, plan: Plan) -> Iterator[Scene]:
     with warnings.catch_warnings():
         for noise in (UserWarning, FutureWarning):  # what PEFT and generate say of each other, and of options we mean
             warnings.simplefilter("ignore", noise)
-        scene = Scene(workload, plan)
-        try:
-            yield scene
-        finally:
-            scene.engine.close()
+        with _llama(workload, plan) as llama:
+            scene = Scene(workload, plan, llama)
+            try:
+                yield scene
+            finally:
+                scene.engine.close()
 
 
-def _rounds(rivals: Mapping[str, Rival], plan: Plan, console: Console) -> dict[str, list[Outcome]]:
-    """A few tokens untimed, then the rounds, another rival first in each."""
+@contextmanager
+def _llama(workload: Workload, plan: Plan) -> Iterator[Any]:
+    """llama-server where LLAMA_SERVER names its binary, else None. It idles while others are measured."""
+    if not os.environ.get("LLAMA_SERVER"):
+        yield None
+        return
+    from llama import llama_server
+
+    names = list(workload.kinds)[: plan.adapters]
+    with llama_server(workload, names, plan.rows, plan.prompt + plan.new, torch.get_num_threads()) as running:
+        yield running
+
+
+def _stream_ratio(streams: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    pairs = [each["ours"] / each["llama-server f32"] for each in streams if "llama-server f32" in each]
+    return {STREAM: statistics.median(pairs)} if pairs else {}
+
+
+def _agreement(rounds: Mapping[str, Sequence[Outcome]]) -> str:
+    """How many of its tokens are ours: random weights have many near ties, and its kernels round otherwise."""
+    shares = []
+    for theirs, ours in ((LLAMA_MANY, MANY), (LLAMA_BASE, BASE)):
+        pairs = [(rounds[theirs][0].answers[row], rounds[ours][0].answers[row]) for row in rounds[ours][0].answers]
+        same = sum(a == b for one, other in pairs for a, b in zip(one, other, strict=False))
+        shares.append(f"{same / sum(len(other) for _, other in pairs):.1%}")
+    return f"tokens that are ours: {shares[0]} with adapters, {shares[1]} of the base"
+
+
+def _rounds(
+    rivals: Mapping[str, Rival], plan: Plan, console: Console, after: Callable[[], None]
+) -> dict[str, list[Outcome]]:
+    """A few tokens untimed, then the rounds, another rival first in each; `after` each round something else."""
     outcomes: dict[str, list[Outcome]] = {name: [] for name in rivals}
     names = list(rivals)
     with Progress(console=console, transient=True) as progress:
@@ -256,6 +304,8 @@ def _rounds(rivals: Mapping[str, Rival], plan: Plan, console: Console) -> dict[s
         for turn, name in progress.track(turns, description="measure"):
             gc.collect()
             outcomes[name].append(rivals[name](turn, plan.new))
+            if name == orders[turn][-1]:
+                after()
     return outcomes
 
 
@@ -273,7 +323,7 @@ def _line(name: str, outcomes: Sequence[Outcome], plan: Plan) -> dict[str, Any]:
 def _ratios(rounds: Mapping[str, Sequence[Outcome]]) -> dict[str, float]:
     """How many times faster ours with all adapters is than every other line; like beside like; popularity's price."""
     pairs = {f"{MANY} / {name}": (MANY, name) for name in rounds if name != MANY}
-    pairs |= {f"{BASE} / {name}": (BASE, name) for name in (GENERATE, CONTINUOUS) if name in rounds}
+    pairs |= {f"{BASE} / {name}": (BASE, name) for name in (GENERATE, CONTINUOUS, LLAMA_BASE) if name in rounds}
     pairs |= {f"{name} / {BASE}": (name, BASE) for name in LAWS if name != MANY}
     pairs |= {f"{ONE} / {MERGED}": (ONE, MERGED)} if MERGED in rounds else {}
     ratios = {label: _ratio(rounds[ours], rounds[theirs], "seconds") for label, (ours, theirs) in pairs.items()}

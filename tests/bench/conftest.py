@@ -28,3 +28,13 @@ def rivals() -> ModuleType:
 @pytest.fixture(scope="session")
 def table() -> ModuleType:
     return script("table")
+
+
+@pytest.fixture(scope="session")
+def llama() -> ModuleType:
+    return script("llama")
+
+
+@pytest.fixture(scope="session")
+def gpu() -> ModuleType:
+    return script("gpu")
