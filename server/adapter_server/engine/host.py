@@ -8,13 +8,21 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import NamedTuple
 
 from torch import Tensor
 
+from adapter_server.core import Resident
 from adapter_server.families.base import Adapter
 
 Key = tuple[str, str]  # name, version
 Lock = Callable[[Tensor], Tensor]  # a tensor in page-locked memory, from which a device copies at its full speed
+
+
+class Kept(NamedTuple):
+    adapter: Adapter
+    bytes: int
+    resident: Resident  # made once: thousands of them are shown many times a second
 
 
 class Host:
@@ -23,11 +31,12 @@ class Host:
     def __init__(self, budget: int, lock: Lock | None = None) -> None:
         self.budget, self.lock = budget, lock
         self.pinned: set[Key] = set()
-        self._kept: OrderedDict[Key, tuple[Adapter, int]] = OrderedDict()  # least recently used first
+        self.used = 0  # bytes kept
+        self._kept: OrderedDict[Key, Kept] = OrderedDict()  # least recently used first
 
     def get(self, key: Key) -> Adapter | None:
         kept = self._kept.get(key)
-        return None if kept is None else kept[0]
+        return None if kept is None else kept.adapter
 
     def prepare(self, adapter: Adapter) -> Adapter:
         """The same adapter in page-locked memory, where there is a device that gains from it. On a loader's thread."""
@@ -39,15 +48,15 @@ class Host:
     def put(self, adapter: Adapter) -> None:
         """Keep an adapter if there is room for it, once others that are less recently used have gone."""
         key, size = adapter.spec.key, held_bytes(adapter)
-        self._kept.pop(key, None)
-        idle = [k for k in self._kept if k not in self.pinned]
-        if self.used - sum(map(self.bytes_of, idle)) + size > self.budget:
+        self._remove(key)
+        if sum(map(self.bytes_of, self.pinned)) + size > self.budget:
             return
-        for other in idle:
+        for other in [k for k in self._kept if k not in self.pinned] if self.used + size > self.budget else ():
             if self.used + size <= self.budget:
                 break
-            del self._kept[other]
-        self._kept[key] = adapter, size
+            self._remove(other)
+        self.used += size
+        self._kept[key] = Kept(adapter, size, _asleep(adapter, size))
 
     def touch(self, key: Key) -> None:
         """It was used just now."""
@@ -56,19 +65,29 @@ class Host:
 
     def drop(self, key: Key) -> None:
         self.pinned.discard(key)
-        self._kept.pop(key, None)
+        self._remove(key)
+
+    def _remove(self, key: Key) -> None:
+        if kept := self._kept.pop(key, None):
+            self.used -= kept.bytes
 
     def held(self) -> list[Key]:
         return list(self._kept)
 
+    def residents(self) -> list[tuple[Key, Resident]]:
+        """All of them, as they are while they are nowhere else."""
+        return [(key, kept.resident) for key, kept in self._kept.items()]
+
     def bytes_of(self, key: Key) -> int:
         """0 where it is not kept."""
-        return self._kept[key][1] if key in self._kept else 0
+        return self._kept[key].bytes if key in self._kept else 0
 
-    @property
-    def used(self) -> int:
-        """Bytes kept."""
-        return sum(size for _, size in self._kept.values())
+
+def _asleep(adapter: Adapter, size: int) -> Resident:
+    spec = adapter.spec
+    return Resident(
+        spec.name, spec.version, "registered", spec.family, adapter.rank, host_bytes=size, foldable=adapter.foldable
+    )
 
 
 def held_bytes(adapter: Adapter) -> int:

@@ -9,6 +9,7 @@ evicted from the device stays in the host tier as long as that has room; what is
 
 from __future__ import annotations
 
+import math
 import queue
 import time
 from collections.abc import Callable, Mapping
@@ -54,6 +55,7 @@ class Holding:
     rank: int | None = None
     foldable: bool = True
     live: bool = False  # on the device, and counted
+    parked: bool = False  # loaded once, and waiting for room
     reserved: bool = False  # counted, and being laid out again
     gone: bool = False  # out of the books: who comes anew loads it again
     error: AdapterServerError | None = None
@@ -185,9 +187,22 @@ class Pool:
         events: list[Event | None] = []
         while not self._ended.empty():
             events.append(self._settle(self._ended.get()))
-        parked, self._parked = self._parked, []
-        events += [self._again(holding) for holding in parked]
+        events += self._unparked()
         return [event for event in events if event]
+
+    def _unparked(self) -> list[Event | None]:
+        """Those that found no room try anew, in order; where one fails, others as large are not tried."""
+        waiting, self._parked = [h for h in self._parked if not self._is_over(h)], []
+        events: list[Event | None] = []
+        short: float = math.inf
+        for holding in waiting:
+            if holding.bytes < short and self._make_room(holding):
+                holding.parked = False
+                events.append(self._again(holding))
+            else:
+                short = min(short, holding.bytes)
+                self._parked.append(holding)
+        return events
 
     def _settle(self, holding: Holding) -> Event | None:
         """Ready, failed, or (None) still waiting for room."""
@@ -198,7 +213,7 @@ class Pool:
             self.host.put(holding.adapter)
             holding.adapter = None
         if holding.error is None and not reserved and not self._make_room(holding):
-            holding.placed = None  # the device has no bytes for it now, nor while it waits
+            holding.placed, holding.parked = None, True  # the device has no bytes for it now, nor while it waits
             self._parked.append(holding)
             return None
         if holding.error is None and holding.placed is not None:
@@ -207,12 +222,7 @@ class Pool:
         return self._told(holding)
 
     def _again(self, holding: Holding) -> Event | None:
-        """A holding that found no room tries anew; its bytes are taken before it is laid out again."""
-        if self._is_over(holding):
-            return None
-        if not self._make_room(holding):
-            self._parked.append(holding)
-            return None
+        """There is room for a holding that was parked: its bytes are taken, and it is laid out again."""
         if holding.error is not None:
             return self._told(holding)
         holding.reserved = True
@@ -255,7 +265,7 @@ class Pool:
 
     def is_crowded_out(self, holding: Holding) -> bool:
         """Whether it was loaded and waits for room."""
-        return holding.reserved or holding in self._parked
+        return holding.reserved or holding.parked
 
     @property
     def used(self) -> int:
@@ -341,28 +351,30 @@ class Pool:
 
     def residents(self, waiting: dict[tuple[str, str], int]) -> tuple[Resident, ...]:
         """One entry per version, on device or host; `waiting` counts the queued rows of each."""
-        keys = dict.fromkeys([*(h.spec.key for h in self._all()), *self.host.held()])
-        return tuple(self._resident(key, waiting.get(key, 0)) for key in keys)
+        held: dict[tuple[str, str], list[Holding]] = {}
+        for holding in self._all():
+            held.setdefault(holding.spec.key, []).append(holding)
+        awake = (self._resident(key, mine, waiting.get(key, 0)) for key, mine in held.items())
+        return (*awake, *(resident for key, resident in self.host.residents() if key not in held))
 
-    def _resident(self, key: tuple[str, str], waiting: int) -> Resident:
-        mine = [h for h in self._all() if h.spec.key == key]
-        plain, snapshot = self.holdings.get((*key, False)), self.holdings.get((*key, True))
-        shown = plain or snapshot or next(iter(mine), None)
-        compiled = self.host.get(key)
+    def _resident(self, key: tuple[str, str], mine: list[Holding], waiting: int) -> Resident:
+        plain = self.holdings.get((*key, False))
+        shown = plain or self.holdings.get((*key, True)) or mine[0]
+        known = next((h for h in mine if h.placed is not None), shown)
         return Resident(
             name=key[0],
             version=key[1],
             state=_state(shown),
-            family=compiled.spec.family if shown is None and compiled else shown.spec.family if shown else "",
-            rank=plain.rank if plain else compiled.rank if compiled else None,
+            family=shown.spec.family,
+            rank=known.rank,
             bytes=sum(h.bytes for h in mine if h.live and not h.merged),
             snapshot_bytes=sum(h.bytes for h in mine if h.live and h.merged),
             host_bytes=self.host.bytes_of(key),
             pinned=bool(plain and plain.pinned),
-            foldable=plain.foldable if plain else compiled.foldable if compiled else True,
+            foldable=known.foldable,
             running=sum(h.rows for h in mine),
             waiting=waiting,
-            error=shown.error.message if shown and shown.error else None,
+            error=shown.error.message if shown.error else None,
         )
 
     def expected(self, config: Mapping[str, Any], names: frozenset[str]) -> guard.Expected | None:
@@ -440,10 +452,7 @@ def _close(holding: Holding) -> None:
         files.close()
 
 
-def _state(holding: Holding | None) -> ResidentState:
-    """None: in the host tier alone."""
-    if holding is None:
-        return "registered"
+def _state(holding: Holding) -> ResidentState:
     return "failed" if holding.error else "ready" if holding.live else "loading"
 
 
