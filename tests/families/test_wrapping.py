@@ -2,11 +2,14 @@
 
 import json
 
+import peft
 import pytest
 import torch
+from peft.tuners.boft import layer as boft_layer
 from safetensors.torch import load_file
 
 import zoo
+from adapter_server.core import Spec
 from adapter_server.errors import AdapterRefused
 from adapter_server.families import find
 from adapter_server.families.facts import ModelBase, describe
@@ -61,7 +64,8 @@ def refuses(kind, reason, **options):
         ("LOKR", {"decompose_factor": 0}, "'decompose_factor' must be -1 or positive"),
         ("OFT", {"r": 4}, "exactly one of 'r' and 'oft_block_size'"),
         ("OFT", {"oft_block_size": 1}, "rotate nothing"),
-        ("BOFT", {"boft_n_butterfly_factor": 2}, "must be 1: PEFT itself needs a CUDA extension"),
+        ("BOFT", {"boft_n_butterfly_factor": 5}, "need even blocks, a multiple of 16 of them; at .* there are 8 of 4"),
+        ("BOFT", {"boft_n_butterfly_factor": 21}, r"must be an integer in 1\.\.20"),
         ("BOFT", {"boft_block_num": 4}, "exactly one of 'boft_block_size'"),
         ("FOURIERFT", {"n_frequency": 2000}, "more than model.layers.0.self_attn.q_proj has weights"),
         ("WAVEFT", {"n_frequency": 9, "wavelet_family": "db2"}, "'wavelet_family' must be one of"),
@@ -173,3 +177,33 @@ def test_copies_of_integers_stay_integers(tmp_path):
         if not tensor.is_floating_point()
     }
     assert {key for key, shape in shapes.items() if getattr(shape, "integer", False)} == whole
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("factors", "size"), [(2, 4), (3, 4), (4, 2), (3, 8)])
+def test_several_butterflies_are_as_in_pefts_layer(factors, size, monkeypatch):
+    """PEFT runs one factor where its CUDA extension is missing: in its place stands what the extension computes."""
+    monkeypatch.setattr(boft_layer, "get_fbd_cuda", lambda: True)
+    monkeypatch.setattr(boft_layer, "FastBlockDiag", Diagonals)
+    base, path = zoo.tiny_base("qwen2"), "model.layers.0.self_attn.q_proj"
+    options = {"target_modules": ["layers.0.self_attn.q_proj"], "boft_block_size": size}
+    config = peft.BOFTConfig(**options, boft_n_butterfly_factor=factors, init_weights=False)
+    with zoo.quiet():
+        oracle = peft.get_peft_model(zoo.tiny_base("qwen2"), config).eval().base_model.model.get_submodule(path)
+    key = f"base_model.model.{path}."
+    tensors = {key + "boft_R": oracle.boft_R["default"].data, key + "boft_s": oracle.boft_s["default"].data}
+    served = {"peft_type": "BOFT", **options, "boft_n_butterfly_factor": factors}
+    shapes = describe(base)
+    assert find("BOFT").expected(served, shapes, frozenset()) == {k: tuple(t.shape) for k, t in tensors.items()}
+    patch = find("BOFT").load(Spec("a", "0" * 12, "", "BOFT", served, 0), tensors, ModelBase(base)).patches[path]
+    x, module = zoo.inputs(shapes.modules[path]), base.get_submodule(path)
+    assert zoo.same(patch.apply(x, module), oracle(x))
+    assert zoo.same(zoo.folded(patch, x, module, shapes.modules[path]), oracle(x))
+
+
+class Diagonals:
+    """What PEFT's extension computes: each factor's blocks as one matrix."""
+
+    @staticmethod
+    def apply(blocks):
+        return torch.stack([torch.block_diag(*each) for each in blocks])

@@ -1,7 +1,8 @@
 """OFT and BOFT (PEFT `tuners/oft/layer.py`, `tuners/boft/layer.py`): the input is rotated, block by block.
 
 OFT    y = W (x R) + b             R = blockdiag of (I − Q)(I + Q)⁻¹, or of its series
-BOFT   y = s ∘ (W (x R)) + b       Q = (D − Dᵀ)/2, one butterfly factor
+BOFT   y = s ∘ (W (x R)) + b       Q = (D − Dᵀ)/2
+       several butterfly factors:  R = R_m … R_1, each of blocks between inputs that stand further apart: one W' = W Rᵀ
 """
 
 from __future__ import annotations
@@ -49,12 +50,19 @@ class Boft(Wrapping):
     }
 
     def tensors(self, at: Wrapped) -> Expected:
-        blocks, size = _blocks(at)
-        return {"boft_R": (1, blocks, size, size), "boft_s": (at.out, 1)}
+        factors, blocks, size = _blocks(at)
+        return {"boft_R": (factors, blocks, size, size), "boft_s": (at.out, 1)}
 
     def patch(self, at: Wrapped, read: Reader, common: Any) -> Patch:
-        D = read("boft_R")[0]
-        return Patch(turn=Turn(cayley((D.mT - D) / 2)), gain=read("boft_s").flatten())
+        each = [cayley((D.mT - D) / 2) for D in read("boft_R")]
+        gain = read("boft_s").flatten()
+        if len(each) == 1:
+            return Patch(turn=Turn(each[0]), gain=gain)
+        W = read.weight()
+        for i, R in enumerate(each):
+            order = _butterfly(at.inp, R.shape[-1], 1 << i)
+            W[:, order] = (W[:, order].view(len(W), len(R), 1, -1) @ R.mT).flatten(1)
+        return Patch(weight=W, gain=gain)
 
 
 def _size(at: Wrapped) -> int:
@@ -83,18 +91,26 @@ def _near(Q: Tensor, eps: float) -> Tensor:
     return torch.where(norm <= most, Q, most * Q / norm)
 
 
-def _blocks(at: Wrapped) -> tuple[int, int]:
-    """How many blocks of which size."""
-    if integer(at.config, "boft_n_butterfly_factor", 1) != 1:
-        raise AdapterRefused(
-            "adapter_config.json: 'boft_n_butterfly_factor' must be 1: PEFT itself needs a CUDA extension for more; "
-            "merge it into a base of its own with PEFT's merge_and_unload"
-        )
+def _butterfly(inp: int, size: int, apart: int) -> Tensor:
+    """Which input stands at each place of a factor's blocks (PEFT `block_butterfly_perm`, turned round)."""
+    halves = torch.arange(inp).view(-1, 2 * apart, size // 2)  # [groups, half blocks, half]
+    return torch.cat([halves[:, ::2], halves[:, 1::2]], 1).flatten().argsort()
+
+
+def _blocks(at: Wrapped) -> tuple[int, int, int]:
+    """How many factors, of how many blocks, of which size."""
+    factors = integer(at.config, "boft_n_butterfly_factor", 1, most=20)
     size, count = (integer(at.config, key, d, least=0) for key, d in (("boft_block_size", 4), ("boft_block_num", 0)))
     if (size == 0) == (count == 0):
         raise AdapterRefused("adapter_config.json: exactly one of 'boft_block_size' and 'boft_block_num' must be 0")
     other = at.parts(at.inp, size or count, "boft_block_size" if size else "boft_block_num")
-    return (other, size) if size else (count, other)
+    blocks, width = (other, size) if size else (count, other)
+    if factors > 1 and (blocks % (1 << (factors - 1)) or width % 2):
+        raise AdapterRefused(
+            f"adapter_config.json: {factors} in 'boft_n_butterfly_factor' need even blocks, a multiple of "
+            f"{1 << (factors - 1)} of them; at {at.path} there are {blocks} of {width}"
+        )
+    return factors, blocks, width
 
 
 FAMILIES: tuple[Family, ...] = (Oft(), Boft())
