@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,11 +17,14 @@ from torch import Tensor
 import rig
 import zoo
 from adapter_server.config import EngineConfig
+from adapter_server.core import Constraint
 from adapter_server.engine import Engine
+from adapter_server.engine.guide import Guides
 from adapter_server.engine.model import load
 from adapter_server.errors import AdapterRefused, BaseNotSupported, InvalidRequest, NotMergeable
 from adapter_server.families import before_the_prompt
 from adapter_server.registry.store import Store
+from fakes import save_byte_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT warns while it loads, on a thread of ours
 TOLERANCE = 1e-4
@@ -166,6 +170,22 @@ def test_what_has_no_meaning_there_is_refused(t5: Engine) -> None:
     assert isinstance(refusal(t5, "prompt", mode="merged"), NotMergeable)
     assert isinstance(refusal(t5, "dora", weight=0.5), InvalidRequest)
     assert isinstance(refusal(t5, "foreign"), AdapterRefused)
+    rated = refusal(t5, "lora", prompt_logprobs=1)
+    assert isinstance(rated, InvalidRequest)
+    assert rated.param == "prompt_logprobs"
+
+
+def test_a_form_is_followed_there_too(t5: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a tokenizer that knows more tokens than the head has, too."""
+    guides = Guides(save_byte_tokenizer(tmp_path), t5.info.vocab, t5.info.eos, 1 << 10)
+    monkeypatch.setattr(t5, "guides", guides)
+    form = Constraint("regex", "([a-d]|[R-T]{2}){4}")
+    names = [None, "lora", "prompt"]
+    for answer in rig.run(t5, [rig.ask(t5, name, (5, 6), constraint=form) for name in names]):
+        assert answer.end is not None
+        assert answer.end.reason == "stop", answer.end.error
+        assert re.fullmatch(form.text, "".join(chr(id + ord("!")) for id in answer.ids))
+    guides.close()
 
 
 def test_a_scale_lies_between_the_base_and_the_adapter(t5: Engine) -> None:
