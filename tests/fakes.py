@@ -23,6 +23,7 @@ INFO = SimpleNamespace(
     dtype="float32",
     lane="paged",
     lane_why="a fake",
+    has_encoder=False,
 )
 
 

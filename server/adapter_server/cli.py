@@ -307,7 +307,7 @@ def _answer(body: Any, store: Store, text: Text, worker: Worker, events: queue.S
     info = worker.engine.info
     ids = resolve.prompt_ids(body.prompt, text, info)
     request = resolve.admissible(body, ids, store, info, worker.stats().residents, time.monotonic())
-    stream = text.stream(ids, body.stops, info.eos)
+    stream = text.stream(() if info.has_encoder else ids, body.stops, info.eos)
     worker.submit(request)
     while not stream.stopped:
         for event in events.get():

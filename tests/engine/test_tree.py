@@ -6,6 +6,7 @@ import functools
 import gc
 import json
 import shutil
+import threading
 import time
 import weakref
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ import zoo
 from adapter_server.config import EngineConfig
 from adapter_server.core import Finished, Member, Request, Resident, Token
 from adapter_server.engine import Engine
+from adapter_server.engine.model import load
 from adapter_server.engine.tree import Sentry, Trees
 from adapter_server.errors import AdapterRefused, AdapterServerError, InvalidRequest, NotMergeable
 from adapter_server.registry.store import Store
@@ -288,6 +290,34 @@ def test_a_tree_shares_the_bases_memory_and_may_not_write_it() -> None:
     protected = {p.untyped_storage().data_ptr() for p in model.parameters()}
     with pytest.raises(AdapterRefused, match="write to a weight"), Sentry(protected, 1e9), torch.no_grad():
         tree.lm_head.weight.data.add_(1)
+
+
+def test_a_base_that_cannot_be_copied_keeps_its_other_lanes() -> None:
+    model = zoo.tiny_base("llama")
+    model.model.layers[0].lock = threading.Lock()
+    trees = Trees(model)
+    with pytest.raises(AdapterRefused, match="cannot be copied"):
+        trees.fresh()
+
+
+def test_a_graft_runs_over_four_bits(root: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    zoo.tiny_base(ARCH).save_pretrained(tmp_path)
+
+    def four() -> nn.Module:
+        model = load(tmp_path, "float32", torch.device("cpu"), "nf4")
+        model.generation_config.eos_token_id = None
+        return model
+
+    engine = Engine(four(), EngineConfig(kv_bytes=16 << 20), Store(root, settle_s=0))
+    digest = engine.model.digest()
+    [answer] = rig.run(engine, [rig.ask(engine, "lily", rig.PROMPTS[0])])
+    out = zoo.load_peft(four(), root / "lily").generate(
+        input_ids=torch.tensor([rig.PROMPTS[0]]), max_new_tokens=rig.NEW, do_sample=False
+    )
+    assert answer.ids == out[0, len(rig.PROMPTS[0]) :].tolist()
+    assert engine.model.digest() == digest
+    engine.close()
 
 
 def error(engine: Engine, request: Request) -> AdapterServerError:

@@ -46,7 +46,7 @@ class Answer:
         self._end: Finished | None = None
         self._ends = () if body.ignore_eos else service.info.eos
         self._newest = -1
-        self._stream = service.text.stream(request.prompt, body.stops, self._ends)
+        self._stream = service.text.stream(() if service.info.has_encoder else request.prompt, body.stops, self._ends)
         self._scope = http.scope
         self._bridge = service.bridge
         self._channel: Channel = service.bridge.submit(request, caller_of(http))

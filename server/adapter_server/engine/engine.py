@@ -65,6 +65,7 @@ class Info:
     parameters: int
     lane: str
     lane_why: str
+    has_encoder: bool  # which reads the prompt, so that an answer is no continuation of it
 
 
 def build(model: str | Path, config: EngineConfig, store: Store, name: str | None = None) -> Engine:
@@ -609,4 +610,5 @@ def _info(module: PreTrainedModel, model: Model, name: str, length: int) -> Info
         parameters=sum(math.prod(p.shape) for p in module.parameters()),
         lane=model.lane,
         lane_why=model.why,
+        has_encoder=bool(module.config.is_encoder_decoder),
     )

@@ -35,10 +35,20 @@ class Trees:
 
     def __init__(self, module: PreTrainedModel) -> None:
         self._base = module
-        self._bare = copy.deepcopy(module, _kept(module))
+        self._bare: PreTrainedModel | None = None
+        self._fault: Exception | None = None
+        try:
+            self._bare = copy.deepcopy(module, _kept(module))
+        except Exception as error:  # a module that cannot be copied takes nothing from the other lanes
+            self._fault = error
 
     def fresh(self) -> PreTrainedModel:
-        """A tree: parameters of its own objects, so that replacing one replaces it here alone, and shared memory."""
+        """A tree: parameters of its own objects, so that replacing one replaces it here alone, and shared memory.
+
+        Raises AdapterRefused where the base's modules are such that they cannot be copied.
+        """
+        if self._bare is None:
+            raise AdapterRefused(f"the base's modules cannot be copied, so it has no peft lane ({self._fault!r})")
         memo = _kept(self._base)
         for param in self._base.parameters():
             if type(param) is nn.Parameter:

@@ -371,9 +371,12 @@ def merged(model: Any, name: str) -> Any:
                     setattr(base, key, nn.Parameter(param.detach().clone(), requires_grad=False))
     try:
         with torch.no_grad():
-            return model.merge_and_unload(safe_merge=True)
+            plain = model.merge_and_unload(safe_merge=True)
     except (NotImplementedError, AttributeError, ValueError, TypeError, RuntimeError) as error:
         raise NotMergeable(f"adapter {name!r}: PEFT does not merge it ({str(error)[:200]})", param="mode") from error
+    if not all(bool(torch.isfinite(p).all()) for p in plain.parameters() if p.is_floating_point()):
+        raise AdapterRefused(f"folding {name!r} gave weights that are not finite; serve this adapter unmerged")
+    return plain
 
 
 def hooks(model: Any, options: Mapping[str, Any]) -> Any:
