@@ -82,6 +82,7 @@ HELP = {
     "api_key": "Key that may ask, sent as Authorization: Bearer; may be repeated",
     "admin_key": "Key that may also change adapters; may be repeated",
     "api_keys_file": "TOML file of keys, each with the adapters that it may use and its limits",
+    "adapter_chat_templates": "Let an adapter's own chat template put its conversations together",
     "gateway_metrics": "Also report metrics by the names that LoRA-aware gateways read",
     "log_level": "How much the log says",
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from jinja2 import TemplateError
 from transformers import AutoTokenizer
@@ -62,6 +63,16 @@ class Text:
         except (TemplateError, TypeError, ValueError) as error:
             message = f"the base's chat template refuses these messages: {error}"
             raise InvalidRequest(message, param="messages") from None
+        return ids
+
+    def chat_variables(self, messages: Sequence[Mapping[str, str]]) -> dict[str, Any]:
+        """What a chat template is given, as transformers gives it."""
+        given = {"messages": list(messages), "tools": None, "documents": None, "add_generation_prompt": True}
+        return {**self._tokenizer.special_tokens_map, **given}
+
+    def encode_chat(self, text: str) -> list[int]:
+        """The ids of a rendered template, which holds its special tokens itself."""
+        ids: list[int] = self._tokenizer(text, verbose=False, add_special_tokens=False)["input_ids"]
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:

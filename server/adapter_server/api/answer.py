@@ -227,6 +227,12 @@ def finite(logprob: float) -> float:
     return logprob if logprob > LOWEST_LOGPROB else LOWEST_LOGPROB  # NaN compares false
 
 
+def token_of(http: Request, seed: int | None) -> str:
+    """What decides between an alias' targets, once for all answers of an exchange."""
+    token: str = http.scope.setdefault("token", str(http.scope["request_id"] if seed is None else seed))
+    return token
+
+
 def _check_rights(service: Service, body: GenerateBody, http: Request) -> None:
     """By the names as they were asked for."""
     names = [name for name, _ in resolve.adapter_refs(body, service.info)]
@@ -240,7 +246,7 @@ def _by_own_names(service: Service, body: GenerateBody, http: Request) -> Genera
     asked = body.adapter
     if not asked or not service.aliases.all():
         return body
-    token: str = http.scope.setdefault("token", str(http.scope["request_id"] if body.seed is None else body.seed))
+    token = token_of(http, body.seed)
     if isinstance(asked, str):
         return body.model_copy(update={"adapter": service.own_name(asked, token)})
     members = [member.model_copy(update={"name": service.own_name(member.name, token)}) for member in asked]

@@ -88,6 +88,7 @@ def _lifespan(service: Service, on_death: Callable[[], None] | None) -> Callable
             over.set()
             beside[1].cancel()
             await asyncio.gather(*beside, return_exceptions=True)
+            await service.renderer.close()
             await asyncio.to_thread(service.worker.stop)
 
     return lifespan

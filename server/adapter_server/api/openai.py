@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 from fastapi import APIRouter, Depends, Request, Response
 
-from adapter_server.api import access, resolve
-from adapter_server.api.answer import LONG_TEXT, Answer, Piece, begin_all, encode, finite, logprob_of
+from adapter_server.api import access, resolve, templates
+from adapter_server.api.answer import LONG_TEXT, Answer, Piece, begin_all, encode, finite, logprob_of, token_of
 from adapter_server.api.callers import for_eyes_of
 from adapter_server.api.described import COMPLETED, KEYED, STREAMED, refused
 from adapter_server.api.openai_bodies import ChatBody, CompletionBody, adapter_of
@@ -202,14 +202,39 @@ async def chat_completions(request: Request) -> Response:
     speak(request, _worded_for_chats)
     service, body = service_of(request), parse(ChatBody, await request.body())
     body.check()
-    asked = body.asked(await _conversation(service, body), adapter_of(body.model, service.info.model))
+    adapter = adapter_of(body.model, service.info.model)
+    template = await _template(request, service, body, adapter)
+    asked = body.asked(await _conversation(service, body, template), adapter)
     return await _answer(request, body, asked, Chat(), [""] * body.choices)
 
 
-async def _conversation(service: Service, body: ChatBody) -> tuple[int, ...]:
+async def _template(
+    request: Request, service: Service, body: ChatBody, adapter: str | None
+) -> templates.ChatTemplate | None:
+    """The adapter's own, where the settings allow it and it has one."""
+    if not service.config.adapter_chat_templates or adapter in (None, "", service.info.model):
+        return None
+    caller = access.caller_of(request)
+    caller.check([str(adapter)])
+    ref = service.own_name(str(adapter), token_of(request, body.seed))
+    try:
+        spec = await asyncio.to_thread(service.store.resolve, ref)
+    except AdapterNotFound as error:
+        raise for_eyes_of(caller, error) from None
+    template = await asyncio.to_thread(templates.of, spec, service.store.root)
+    if template is not None:
+        note(request, x_chat_template=template.id)
+    return template
+
+
+async def _conversation(service: Service, body: ChatBody, template: templates.ChatTemplate | None) -> tuple[int, ...]:
     messages = [{"role": message.role, "content": message.text} for message in body.messages]
     length = sum(len(message["content"]) for message in messages)
     resolve.check_length(length, service.text, service.info)
+    if template is not None:
+        said = await service.renderer.render(template, service.text.chat_variables(messages))
+        resolve.check_length(len(said), service.text, service.info)
+        return await encode(service, await asyncio.to_thread(service.text.encode_chat, said))
     long = length > LONG_TEXT
     ids = await asyncio.to_thread(service.text.chat, messages) if long else service.text.chat(messages)
     return await encode(service, ids)

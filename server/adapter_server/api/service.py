@@ -11,6 +11,7 @@ from starlette.requests import Request
 
 from adapter_server.api.bridge import Bridge, Worker
 from adapter_server.api.resolve import Info
+from adapter_server.api.templates import Renderer
 from adapter_server.config import ServerConfig
 from adapter_server.errors import AdapterNotFound, Unavailable
 from adapter_server.metrics import Metrics
@@ -33,6 +34,7 @@ class Service:
     metrics: Metrics
     aliases: Aliases
     changing: asyncio.Lock = field(default_factory=asyncio.Lock)  # held while aliases change
+    renderer: Renderer = field(default_factory=Renderer)
     starting: bool = False
     uploads: int = 0  # under way
     draining: bool = False
