@@ -475,10 +475,10 @@ def save_arrow(model: PeftModel, experts: Mapping[str, Path], general: Mapping[s
     file.write_text(json.dumps(config))
 
 
-def load_peft(base: nn.Module, folder: Path) -> PeftModel:
+def load_peft(base: nn.Module, folder: Path, **options: bool) -> PeftModel:
     """PEFT alone, with this one adapter: what everything is compared with."""
     with quiet():
-        return PeftModel.from_pretrained(base, folder).eval()
+        return PeftModel.from_pretrained(base, folder, **options).eval()
 
 
 def _randomise(name: str, data: torch.Tensor, generator: torch.Generator) -> None:

@@ -61,9 +61,15 @@ class DenseModel(Model):
     lane = "dense"
     why = "its attention does not go through transformers' AttentionInterface"
 
-    def __init__(self, module: PreTrainedModel, pack: bool = True, trees: Trees | None = None) -> None:
+    def __init__(
+        self,
+        module: PreTrainedModel,
+        pack: bool = True,
+        trees: Trees | None = None,
+        adapters: torch.dtype = torch.float32,
+    ) -> None:
         self._accepts = set(inspect.signature(module.forward).parameters)
-        super().__init__(module, pack, trees)
+        super().__init__(module, pack, trees, adapters)
 
     def _adopt(self) -> None:
         """These bases keep the attention that they have."""

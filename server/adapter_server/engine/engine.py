@@ -99,7 +99,7 @@ class Engine:
         self.config = config
         if threads := config.threads or _few_threads(module):
             torch.set_num_threads(threads)
-        self.model = prepare(module, config.pack_weights)
+        self.model = prepare(module, config.pack_weights, _adapter_dtype(module, config))
         self.kv, length = self._kv()
         self.info = _info(module, self.model, name, length)
         self.guides = Guides(tokenizer, self.info.vocab, self.info.eos, config.max_grammar_bytes)
@@ -585,6 +585,10 @@ def _crashed(error: Exception) -> RequestFailed:
     failure = RequestFailed(f"the step that ran this request failed ({type(error).__name__}); see the server's log")
     failure.__cause__ = error
     return failure
+
+
+def _adapter_dtype(module: PreTrainedModel, config: EngineConfig) -> torch.dtype:
+    return module.dtype if config.adapter_dtype == "base" else torch.float32
 
 
 def _few_threads(module: PreTrainedModel) -> int:

@@ -23,10 +23,19 @@ from adapter_server.engine.attention import NAME, Probe, set_probe
 from adapter_server.engine.kv import LayerShape, bytes_per_token
 from adapter_server.engine.lowrank import Banked, LowRank
 from adapter_server.engine.routing import Routing, Step, current, running
-from adapter_server.engine.site import AttentionSite, LinearGroup, ModuleSite, Placed, Prefix, Tap, group_by_input
+from adapter_server.engine.site import (
+    AttentionSite,
+    Dtypes,
+    LinearGroup,
+    ModuleSite,
+    Placed,
+    Prefix,
+    Tap,
+    group_by_input,
+)
 from adapter_server.engine.tree import Tree, Trees
 from adapter_server.errors import AdapterRefused, BaseNotSupported
-from adapter_server.families.base import Adapter, Patch, Shapes
+from adapter_server.families.base import Adapter, EmbeddingPatch, Patch, Shapes
 from adapter_server.families.facts import ModelBase
 from adapter_server.families.quantised import is_quantised
 
@@ -73,12 +82,20 @@ class Model:
 
     plain: Tree | None = None  # what runs the base's rows, where no packed forward does
 
-    def __init__(self, module: PreTrainedModel, pack: bool = True, trees: Trees | None = None) -> None:
+    def __init__(
+        self,
+        module: PreTrainedModel,
+        pack: bool = True,
+        trees: Trees | None = None,
+        adapters: torch.dtype = torch.float32,
+    ) -> None:
+        """`adapters`: the dtype that they are held and added in; float32 is PEFT's rule over any base."""
         self.trees = trees or Trees(module)
         self.module = module.eval().requires_grad_(False)
         self.device, self.dtype = module.device, module.dtype
+        self.adapter_dtype = adapters
         self.base = ModelBase(module)
-        self.lowrank = _form(self.device, self.dtype)
+        self.lowrank = _form(self.device, self.adapter_dtype)
         self._modules = dict(module.named_modules())
         self._sites: dict[str, ModuleSite] = {}
         self._behind: dict[str, AttentionSite] = {}
@@ -91,6 +108,10 @@ class Model:
         self._group_of = {path: group for group in self.groups for path in group.paths}
         self.stable_rope = not _rope_by_row(self._modules)
         self.rope_border = _rope_border(module.config.get_text_config())
+
+    @property
+    def _dtypes(self) -> Dtypes:
+        return Dtypes(self.dtype, self.adapter_dtype)
 
     def _adopt(self) -> None:
         self.module.set_attn_implementation(NAME)
@@ -133,7 +154,7 @@ class Model:
             for part in self._alike(list(dict.fromkeys(paths)), head):
                 modules = {p: self._modules[p] for p in part}
                 is_head = any(module is head for module in modules.values())
-                groups.append(LinearGroup(len(groups), modules, self.lowrank, pack, is_head, self.dtype))
+                groups.append(LinearGroup(len(groups), modules, self.lowrank, pack, is_head, self._dtypes))
                 groups[-1].install(modules)
         return groups
 
@@ -164,7 +185,9 @@ class Model:
             group = self._group_of[path]
             groups[group.index] = group.place_block(block)
         others = {
-            path: p.to(self.device, self.dtype) for path, p in adapter.patches.items() if not isinstance(p, Patch)
+            path: p.to(self.device, self.adapter_dtype if isinstance(p, EmbeddingPatch) else self.dtype)
+            for path, p in adapter.patches.items()
+            if not isinstance(p, Patch)
         }
         before = replace(adapter, patches={}, blocks={}).to(self.device, self.dtype)
         prefixes: dict[int | None, Prefix] = {}

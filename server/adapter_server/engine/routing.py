@@ -99,7 +99,7 @@ def add_to(y: Tensor, segment: Segment, delta: Tensor) -> None:
     if isinstance(segment.tokens, slice):
         y[segment.tokens].add_(delta)
     else:
-        y.index_add_(0, segment.tokens, delta)
+        y.index_add_(0, segment.tokens, delta.to(y.dtype))
 
 
 @dataclass(slots=True, eq=False)

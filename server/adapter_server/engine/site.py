@@ -37,6 +37,17 @@ if TYPE_CHECKING:
 Part = TypeVar("Part", Delta, Mirror, "Turned")
 
 
+@dataclass(frozen=True, slots=True)
+class Dtypes:
+    """What the base computes in, and what adapters are held and added in, before one rounding to the base's.
+
+    PEFT's rule (`autocast_adapter_dtype`): adapters in float32 over a base in fewer bits.
+    """
+
+    base: torch.dtype
+    adapters: torch.dtype
+
+
 class Product:
     """y = x Wᵀ + b in the fastest form at hand: on the CPU in float32, oneDNN's packed weights beside the plain ones.
 
@@ -203,9 +214,10 @@ class LinearGroup:
         lowrank: LowRank,
         pack: bool,
         head: bool,
-        dtype: torch.dtype = torch.float32,
+        dtypes: Dtypes = Dtypes(torch.float32, torch.float32),
     ) -> None:
-        self.index, self.lowrank, self.pack, self.head, self.dtype = index, lowrank, pack, head, dtype
+        self.index, self.lowrank, self.pack, self.head = index, lowrank, pack, head
+        self.base_dtype, self.dtype = dtypes.base, dtypes.adapters
         self.paths = tuple(modules)
         params = [linear_params(module) for module in modules.values()]
         self.outs = tuple(weight.shape[0] for weight, _ in params)
@@ -258,8 +270,10 @@ class LinearGroup:
         return plan.whole(x) if plan.whole else self._mixed(x.contiguous(), plan, routing)
 
     def _mixed(self, x: Tensor, plan: Plan, routing: Routing) -> Tensor:
-        y = self.base(x if plan.in_scale is None else x * routing.by_token(plan.in_scale))
-        plain = self.base(x) if routing.composed and plan.in_scale is not None else y
+        narrow, x = x, x.to(self.dtype)
+        y = self.base(narrow if plan.in_scale is None else (x * routing.by_token(plan.in_scale)).to(narrow.dtype))
+        y = y.to(self.dtype)
+        plain = self.base(narrow).to(self.dtype) if routing.composed and plan.in_scale is not None else y
         added = [(s, at, mirror.apply(plain[s.tokens, at])) for s, at, mirror in plan.mirrors]
         added += [(s, at, delta.apply(x[s.tokens])) for s, at, delta in plan.deltas]
         after = [(segment, _after_block(plain, _stream(block.reads), segment, block)) for segment, block in plan.blocks]
@@ -276,15 +290,15 @@ class LinearGroup:
         for member, turns in plan.turns.items():
             self._turn(y[:, self.columns[member]], x, self.base.weight[self.columns[member]], turns)
         for segment, product in plan.replaced:
-            self._replace(y, x, segment, product)
+            self._replace(y, narrow, segment, product)
         for segment, delta in after:
             add_to(y, segment, delta)
-        return y
+        return y.to(narrow.dtype)
 
     def _turn(self, y: Tensor, x: Tensor, W: Tensor, turns: Sequence[tuple[Segment, Turned]]) -> None:
         """One product with the member's weight for all adapters that turn its input."""
         each = [(s, t, x[s.tokens]) for s, t in turns]
-        moved = F.linear(torch.cat([t.turn.apply(part) - part for _, t, part in each]), W)
+        moved = F.linear(torch.cat([t.turn.apply(part) - part for _, t, part in each]).to(W.dtype), W).to(y.dtype)
         for (segment, turned, _), part in zip(each, torch.split(moved, [s.count for s, *_ in each]), strict=True):
             part = part if turned.scale is None else part * turned.scale
             add_to(y, segment, part if segment.weights is None else part * segment.weights)
@@ -292,9 +306,9 @@ class LinearGroup:
     def _replace(self, y: Tensor, x: Tensor, segment: Segment, product: Product) -> None:
         part = product(x[segment.tokens])
         if _is_alone(segment):
-            y[segment.tokens] = part
+            y[segment.tokens] = part.to(y.dtype)
             return
-        delta = part - self.base(x[segment.tokens])
+        delta = (part - self.base(x[segment.tokens])).to(y.dtype)
         delta = delta if segment.weights is None else delta * segment.weights
         add_to(y, segment, delta)
 
@@ -400,7 +414,8 @@ class LinearGroup:
             weights.append(params["weight"])
             biases.append(params.get("bias"))
         joined = _joined_biases(biases, weights)
-        return Product(self._cast(torch.cat(weights)), None if joined is None else self._cast(joined), self.pack)
+        joined = None if joined is None else joined.to(self.device, self.base_dtype)
+        return Product(torch.cat(weights).to(self.device, self.base_dtype), joined, self.pack)
 
     def _low_rank(self, mine: Sequence[Patch | None]) -> tuple[Tensor | None, tuple[tuple[Tensor, Tensor] | None, ...]]:
         """A [Σ r, in] of all members, and per member (its rows of A, Bt [r, out])."""
@@ -525,7 +540,7 @@ def _stream(path: str) -> Tensor:
 
 def _after_block(y: Tensor, r: Tensor, segment: Segment, block: BlockPatch) -> Tensor:
     """w (y' − y) of a segment's tokens. y is the base's own, r [1, T, hidden] the stream."""
-    r = r.reshape(y.shape)
+    r = r.reshape(y.shape).to(y.dtype)
     part = y[segment.tokens]
     delta = block.apply(part, r[segment.tokens]) - part
     return delta if segment.weights is None else delta * segment.weights
