@@ -424,7 +424,8 @@ def quiet() -> Iterator[None]:
 
 def save_adapter(base_factory: Callable[[], nn.Module], config: PeftConfig, folder: Path, seed: int = 1) -> None:
     """Saves a PEFT adapter whose every trained parameter is random, large enough to be seen in the logits."""
-    with quiet():
+    with quiet(), torch.random.fork_rng([]):
+        torch.manual_seed(seed)  # PEFT's own beginnings are in the file too
         model = get_peft_model(base_factory(), config)
         generator = torch.Generator().manual_seed(seed)
         for name, param in model.named_parameters():
