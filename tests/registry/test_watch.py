@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import shutil
 import time
@@ -124,3 +125,23 @@ def test_cancelling_ends_the_watch_and_leaves_the_stop_alone(tmp_path: Path) -> 
         assert asyncio.all_tasks() == {asyncio.current_task()}
 
     asyncio.run(live())
+
+
+def test_a_slow_scan_is_followed_by_a_longer_pause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, looks = old(tmp_path, "a"), list[float]()
+
+    def slow() -> Changes:
+        looks.append(time.monotonic())
+        time.sleep(0.1)
+        return Changes()
+
+    async def live() -> None:
+        async with watched(store):
+            await asyncio.sleep(1.0)
+
+    monkeypatch.setattr(watching, "POLL_S", 0.01)
+    monkeypatch.setattr(store, "refresh", slow)
+    asyncio.run(live())
+    pauses = [b - a for a, b in itertools.pairwise(looks)]
+    assert pauses
+    assert min(pauses) > 0.1 * watching.REST

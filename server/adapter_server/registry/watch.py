@@ -7,6 +7,7 @@ told of (network file systems, a spent notice quota, a root that was replaced).
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ POLL_S = 1.0
 NOTICE_RETRY_S = 5.0
 GATHER_MS = 100  # notices closer than this wake one scan
 LEAST_S = 0.05
+REST = 4  # times as long as a scan took is the pause after it, unless a notice comes: thousands of folders take no core
 
 
 async def watch(store: Store, on_change: Callable[[Changes], None], stop: asyncio.Event) -> None:
@@ -30,11 +32,13 @@ async def watch(store: Store, on_change: Callable[[Changes], None], stop: asynci
     failure = None
     try:
         while not stop.is_set():
+            started = time.monotonic()
             changes = await asyncio.to_thread(_refresh, store)
+            rest = REST * (time.monotonic() - started)
             if changes and (changes.error is None or changes.error != failure):
                 on_change(changes)
             failure = changes.error
-            await _pause(nudge, over, max(store.settle_s, LEAST_S) if store.restless else POLL_S)
+            await _pause(nudge, over, max(rest, store.settle_s, LEAST_S) if store.restless else max(rest, POLL_S))
     finally:
         over.cancel()
         notices.cancel()
