@@ -397,6 +397,7 @@ class Engine:
         ids: list[int] = []
         positions: list[int] = []
         keep: list[int] = []
+        rates = False
         for s in slices:
             row, start = s.row, s.row.offset + s.row.done
             if row.lease is None:
@@ -404,13 +405,19 @@ class Engine:
             chunks.append(Chunk(row.lease, len(ids), s.count, start))
             ids += row.tokens[row.done : row.done + s.count]
             positions += range(row.shift + row.done, row.shift + row.done + s.count)
-            keep += [len(ids) - s.count + i for i in s.kept]
+            if row.unrated:
+                rates = True
+                keep += [len(ids) - s.count + i for i in s.kept]
+            elif s.last:
+                keep.append(len(ids) - 1)
         device = self.model.device
         step = Step(routing, self._head(slices, routing), self.kv.plan(chunks, len(ids)), rope_lengths=_lengths(slices))
         ids_, positions_ = (torch.tensor(v, device=device) for v in (ids, positions))
         with part("forward"):
             logits = self.model.forward(step, ids_, positions_, torch.tensor(keep or [0], device=device))
-        return slices, _sampled(slices, logits)
+        if rates:
+            return slices, _sampled(slices, logits)
+        return slices, logits if keep else None
 
     def _routed(self, slices: list[Slice]) -> tuple[list[Slice], Routing]:
         """The slices adapter by adapter, and their routing: last step's, while the same rows do the same."""
@@ -576,8 +583,6 @@ def _sampled(slices: Sequence[Slice], logits: Tensor) -> Tensor | None:
         if s.last:
             own.append(at)
             at += 1
-    if len(own) == at:
-        return logits if own else None
     return logits[own] if own else None
 
 
