@@ -1,6 +1,7 @@
 """AdapterHub's files: what they must hold, and what is refused."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -105,3 +106,10 @@ def test_weights_under_adapterhubs_name_are_to_be_renamed(tmp_path):
     (folder / guard.WEIGHTS).rename(folder / "adapter.safetensors")
     with pytest.raises(AdapterRefused, match=r"read from adapter_model\.safetensors alone: rename it"):
         guard.check_files(folder)
+
+
+def test_a_small_file_does_not_unfold_into_large_matrices():
+    wide = replace(SHAPES["llama"], hidden=1 << 16)
+    found = config(PLAIN | {"phm_layer": True, "reduction_factor": 1})
+    with pytest.raises(AdapterRefused, match="makes 17,179,869,184 numbers, beyond 268,435,456"):
+        find("ADAPTERHUB").expected(found, wide, frozenset())

@@ -462,7 +462,7 @@ class Engine:
             self.scheduler.remember(row)
         row.tokens.append(chosen.id)
         self.scheduler.waiting.charge(row)
-        if row.offset + len(row.tokens) - 1 == self.model.rope_border:
+        if row.shift + len(row.tokens) - 1 == self.model.rope_border:
             row.done = 0  # its keys are of other frequencies from here on
         rated = tuple(row.rated) if row.emitted == 1 else ()
         token = Token(row.request.id, row.emitted - 1, chosen.id, chosen.logprob, chosen.top, rated)

@@ -41,6 +41,7 @@ REFUSED = {
     "inv_adapter": "invertible adapters change the embeddings too; train without",
 }
 MAX_MEMBERS = 8
+MAX_NUMBERS = 1 << 28  # in all projections
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +105,7 @@ class AdapterHub:
     def expected(self, config: Config, shapes: Shapes, names: frozenset[str]) -> Expected:
         file, found = self._file(config, shapes), Expected()
         for options in file.bottlenecks:
+            _check_size(2 * shapes.hidden * sum(options.width(layer) for layer, *_ in file.places(options)))
             for layer, at, _, _ in file.places(options):
                 found |= options.expected(at, layer)
             found |= options.shared()
@@ -156,6 +158,14 @@ class Prefixed(AdapterHub):
         members = _members(table(config, "config"))
         found = [m.get("prefix_length", 30) for m in members if m.get("architecture") == "prefix_tuning"]
         return found[0] if found and type(found[0]) is int else 0
+
+
+def _check_size(numbers: int) -> None:
+    """Kronecker sums are small in the file and unfold into plain matrices."""
+    if numbers > MAX_NUMBERS:
+        raise AdapterRefused(
+            f"adapter_config.json: 'reduction_factor' makes {numbers:,} numbers, beyond {MAX_NUMBERS:,}; raise it"
+        )
 
 
 def _members(config: Config) -> list[Config]:
