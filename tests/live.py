@@ -158,3 +158,9 @@ def process(*words: object) -> Iterator[subprocess.Popen[str]]:
             yield running
         finally:
             running.kill()
+
+
+def address_of(process: subprocess.Popen[str]) -> str:
+    """Where `adapter-server demo` says that it listens."""
+    assert process.stdout
+    return next(line.split()[2].rstrip(",") for line in process.stdout if "http://" in line)

@@ -131,11 +131,6 @@ def test_who_leaves_while_its_adapter_loads_is_forgotten(demo: Live) -> None:
 # The server goes
 
 
-def address_of(process: Popen[str]) -> str:
-    assert process.stdout
-    return next(line.split()[2].rstrip(",") for line in process.stdout if "http://" in line)
-
-
 async def listen(http: httpx.AsyncClient, body: dict[str, Any], begun: list[int]) -> dict[str, Any]:
     """The last event of a stream."""
     last: dict[str, Any] = {}
@@ -163,7 +158,7 @@ async def streams_until_signal(address: str, process: Popen[str]) -> tuple[list[
 
 def test_a_signal_tells_all_streams() -> None:
     with live.process("demo", "--drain-timeout-s", "1") as process:
-        ends, late = asyncio.run(streams_until_signal(address_of(process), process))
+        ends, late = asyncio.run(streams_until_signal(live.address_of(process), process))
         process.communicate(timeout=20)
     assert process.returncode == 0
     assert late.status_code == 503

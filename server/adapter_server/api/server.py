@@ -23,6 +23,7 @@ from adapter_server.text import Text
 
 TICK_S = 0.02
 LAST_WORDS_S = 1.0  # for the answers of cancelled requests to leave
+KEEP_ALIVE_S = 75  # longer than clients keep a connection: whoever closes first must not be who is asked
 SLOW_READER_S = 5  # for clients that do not read what they are sent, once nothing runs
 Announce = Callable[[str], None]
 log = structlog.get_logger()
@@ -47,6 +48,7 @@ class Server(uvicorn.Server):
                 http="h11",  # the parser that takes a limit
                 h11_max_incomplete_event_size=config.max_header_bytes,
                 timeout_graceful_shutdown=SLOW_READER_S,
+                timeout_keep_alive=KEEP_ALIVE_S,
             )
         )
         self.exit_code = 0
