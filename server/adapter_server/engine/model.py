@@ -226,6 +226,8 @@ class Model:
     def forget(self, placed: Placed) -> None:
         for each in (placed, *placed.tasks.values()):
             self.lowrank.forget(each)
+        if placed.tree is not None:
+            placed.tree.release()
 
     def split(self, counts: list[int]) -> list[list[int]]:
         """Which of a step's rows, by their counts of tokens, run in one forward: here all of them."""

@@ -100,6 +100,12 @@ class Tree:
             kind = self.graft.kind if self.graft else "the base"
             raise InvalidRequest(f"scale has no meaning for {kind} in the peft lane: leave it out", param="scale")
 
+    def release(self) -> None:
+        """Let go of all tensors now: PEFT's modules refer to each other, and would wait for the garbage collector."""
+        for module in self.model.modules():
+            module._parameters.clear()
+            module._buffers.clear()
+
     @contextmanager
     def running(self, options: Mapping[str, Any], weight: float) -> Iterator[None]:
         """What PEFT sets up around a forward, and a row's own scale."""
