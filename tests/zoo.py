@@ -350,6 +350,7 @@ ADAPTERS: dict[str, Case] = {
     "boft": Case(wraps(peft.BOFTConfig, boft_block_size=4, bias="boft_only"), LINEAR),
     "fourierft": Case(wraps(peft.FourierFTConfig, n_frequency=60, scaling=90), BOTH),
     "waveft": Case(wraps(peft.WaveFTConfig, n_frequency=60, scaling=3), BOTH),
+    "waveft_db4": Case(wraps(peft.WaveFTConfig, n_frequency=60, scaling=3, wavelet_family="db4"), ONE),
     "waveft_shared_out": Case(
         wraps(peft.WaveFTConfig, n_frequency=60, scaling=3, use_idwt=False, proportional_parameters=True), ONE
     ),

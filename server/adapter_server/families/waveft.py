@@ -1,12 +1,15 @@
 """WaveFT (PEFT `tuners/waveft/layer.py`): a few wavelet coefficients of ΔW, at places drawn from a seed.
 
-ΔW = s·idwt2(S)      S [out,in] is zero but for `n_frequency` numbers;  Haar's wavelet (db1), one level, or none at all
+ΔW = s·idwt2(S)      S [out,in] is zero but for `n_frequency` numbers;  one level of db1 to db10, or none at all
 """
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -19,6 +22,7 @@ from adapter_server.families.parts import Expected
 from adapter_server.families.wrapping import Reader, Wrapped, Wrapping, added
 
 DEFAULT = 2592
+WAVELETS = tuple(f"db{n}" for n in range(1, 11))
 
 
 class WaveFT(Wrapping):
@@ -39,32 +43,51 @@ class WaveFT(Wrapping):
 
     def tensors(self, at: Wrapped) -> Expected:
         if _transformed(at.config):
-            choice(at.config, "wavelet_family", "db1", ("db1",))
+            _half(at.config)
         return {"waveft_spectrum": (frequencies(at, DEFAULT),)}
 
     def patch(self, at: Wrapped, read: Reader, common: Any) -> Patch:
         values = as_number(at.config.get("scaling", 25.0), "scaling") * read("waveft_spectrum")
         S = Sparse.of(*places(at, len(values)), values, (at.out, at.inp))
-        return added(_haar(S.dense()), read) if _transformed(at.config) else Patch(delta=S)
+        return added(_inverse(S.dense(), _half(at.config)), read) if _transformed(at.config) else Patch(delta=S)
 
 
 def _transformed(config: Config) -> bool:
     return flag({"use_idwt": True, **config}, "use_idwt")
 
 
-def _haar(S: Tensor) -> Tensor:
-    """The inverse transform of one level. Quadrants of S, padded to even sides:  | a  h |
+def _half(config: Config) -> int:
+    """Half the length of the wavelet's filters."""
+    return WAVELETS.index(choice(config, "wavelet_family", "db1", WAVELETS)) + 1
+
+
+def _inverse(S: Tensor, half: int) -> Tensor:
+    """The inverse transform of one level. Quadrants of S in the middle of even sides:  | a  h |
     | v  d |"""
-    (out, inp), S = S.shape, F.pad(S, (0, S.shape[1] % 2, 0, S.shape[0] % 2))
-    top, bottom = S.chunk(2, 0)
+    sides = [n + 2 * (half - 1) + n % 2 for n in S.shape]
+    before = [(side - n) // 2 for side, n in zip(sides, S.shape, strict=True)]
+    after = [side - n - b for side, n, b in zip(sides, S.shape, before, strict=True)]
+    top, bottom = F.pad(S, (before[1], after[1], before[0], after[0])).chunk(2, 0)
     (a, h), (v, d) = top.chunk(2, 1), bottom.chunk(2, 1)
-    rows = _merged(a, h, 0), _merged(v, d, 0)
-    return _merged(*rows, 1)[:out, :inp]
+    low = torch.tensor(daubechies(half))
+    rows = _merged(a.T, h.T, low).T, _merged(v.T, d.T, low).T
+    return _merged(*rows, low)[: S.shape[0], : S.shape[1]]
 
 
-def _merged(low: Tensor, high: Tensor, dim: int) -> Tensor:
-    """Averages and differences to the numbers they came from, twice as many along `dim`."""
-    return torch.stack((low + high, low - high), dim + 1).flatten(dim, dim + 1) / 2**0.5
+def _merged(low: Tensor, high: Tensor, scaling: Tensor) -> Tensor:
+    """Averages and differences [n, m] to the numbers that they came from, twice as many in each row."""
+    mirror = scaling.flip(0) * (-1.0) ** torch.arange(len(scaling))
+    bands, filters = torch.stack([low, high], 1), torch.stack([scaling, mirror])[:, None]
+    return F.conv_transpose1d(bands, filters, stride=2, padding=len(scaling) - 2)[:, 0]
+
+
+@functools.cache
+def daubechies(half: int) -> tuple[float, ...]:
+    """The 2·half numbers of the scaling filter: Daubechies' polynomial, its roots inside the unit circle."""
+    ys = np.roots([math.comb(half - 1 + k, k) for k in reversed(range(half))])
+    roots = [1 - 2 * y + sign * np.sqrt((1 - 2 * y) ** 2 - 1 + 0j) for y in ys for sign in (1, -1)]
+    h = np.real(np.poly([-1.0] * half + [z for z in roots if abs(z) < 1]))
+    return tuple((h * math.sqrt(2) / h.sum()).astype(np.float32).tolist())
 
 
 FAMILY: Family = WaveFT()
