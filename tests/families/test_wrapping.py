@@ -68,7 +68,7 @@ def refuses(kind, reason, **options):
         ("BOFT", {"boft_n_butterfly_factor": 21}, r"must be an integer in 1\.\.20"),
         ("BOFT", {"boft_block_num": 4}, "exactly one of 'boft_block_size'"),
         ("FOURIERFT", {"n_frequency": 2000}, "more than model.layers.0.self_attn.q_proj has weights"),
-        ("WAVEFT", {"n_frequency": 9, "wavelet_family": "db2"}, "'wavelet_family' must be one of"),
+        ("WAVEFT", {"n_frequency": 9, "wavelet_family": "sym4"}, "'wavelet_family' must be one of"),
         ("C3A", {"block_size": 5}, "'block_size' is 5"),
         ("RANDLORA", {"save_projection": False}, "depend on the machine"),
         ("FROD", {"save_projection": False}, "save the adapter with its projections"),
