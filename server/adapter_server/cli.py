@@ -83,6 +83,7 @@ HELP = {
     "api_key": "Key that may ask, sent as Authorization: Bearer; may be repeated",
     "admin_key": "Key that may also change adapters; may be repeated",
     "api_keys_file": "TOML file of keys, each with the adapters that it may use and its limits",
+    "cors_origin": "Origin whose pages may ask from a browser, such as https://example.com; may be repeated",
     "adapter_chat_templates": "Let an adapter's own chat template put its conversations together",
     "gateway_metrics": "Also report metrics by the names that LoRA-aware gateways read",
     "log_level": "How much the log says",
@@ -169,7 +170,7 @@ def _flag(kind: type[Any], name: str) -> inspect.Parameter:
         limits = {"parser": parse_bytes, "metavar": "<bytes>"}
     if kind_of_value == tuple[str, ...]:
         default, kind_of_value = None, list[str] | None
-        limits = {"metavar": "<name>" if name == "preload" else "<key>"}
+        limits = {"metavar": {"preload": "<name>", "cors_origin": "<origin>"}.get(name, "<key>")}
     option = typer.Option(envvar=ENV + name.upper(), help=HELP[name], **limits)
     hint = Annotated[kind_of_value, option]  # type: ignore[valid-type]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)

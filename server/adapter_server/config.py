@@ -66,6 +66,7 @@ class ServerConfig:
     api_key: tuple[str, ...] = field(default=(), repr=False)  # any of them may ask; none: everybody may
     admin_key: tuple[str, ...] = field(default=(), repr=False)  # for the adapters' routes
     api_keys_file: str | None = None  # more keys, each with its rights and limits
+    cors_origin: tuple[str, ...] = ()  # whose pages may ask from a browser
     adapter_chat_templates: bool = False
     gateway_metrics: bool = True
     log_level: Literal["debug", "info", "warning", "error"] = "info"

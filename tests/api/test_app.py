@@ -335,3 +335,15 @@ def test_a_client_that_takes_nothing_is_let_go(text: Text, adapters: Path) -> No
     taken = asyncio.run(stalled(app, config, {"prompt": "x" * 200, "stream": True, "max_new_tokens": 50}))
     assert len(taken) == 2
     assert time.monotonic() - start < 3
+
+
+def test_pages_of_named_origins_may_ask_and_no_others(text: Text, adapters: Path, served: Served) -> None:
+    asks = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST"}
+    assert "access-control-allow-origin" not in served.http.options("/generate", headers=asks).headers
+    config = ServerConfig(cors_origin=("https://a.example",), api_key=("key",))
+    with serving(text, adapters, config) as named:
+        allowed = named.http.options("/generate", headers=asks)
+        assert (allowed.status_code, allowed.headers["access-control-allow-origin"]) == (200, "https://a.example")
+        assert named.http.options("/generate", headers=asks | {"Origin": "https://b.example"}).status_code == 400
+        refused = named.http.post("/generate", json={"prompt": "a"}, headers={"Origin": "https://a.example"})
+        assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (401, "https://a.example")

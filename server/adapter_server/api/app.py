@@ -9,6 +9,7 @@ from typing import Any
 
 import structlog
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from fastapi.middleware.cors import CORSMiddleware
 
 from adapter_server import __version__
 from adapter_server.api import access, adapters, aliases, generate, lorax, openai, refusals, vllm
@@ -72,6 +73,14 @@ def create_app(
     if access.guards_host(config):
         app.add_middleware(access.HostGuard, own=config.host)
     app.add_middleware(Envelope, config=config, wordings=dict.fromkeys(LORAXS, lorax.worded))
+    if config.cors_origin:  # outermost: refusals, too, are for a page to read
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.cors_origin,
+            allow_methods=["GET", "POST", "PUT", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=["*"],
+        )
     return app
 
 
