@@ -36,8 +36,8 @@ from adapter_server.engine.site import (
 from adapter_server.engine.tree import Tree, Trees
 from adapter_server.errors import AdapterRefused, BaseNotSupported
 from adapter_server.families.base import Adapter, EmbeddingPatch, Patch, Shapes
-from adapter_server.families.facts import ModelBase
-from adapter_server.families.quantised import is_quantised
+from adapter_server.families.facts import ModelBase, owns
+from adapter_server.families.quantised import is_quantised, plain_tensors
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -259,7 +259,8 @@ class Model:
         sha = hashlib.sha256()
         for name, tensor in sorted(self.module.state_dict().items()):
             sha.update(name.encode())
-            sha.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            for part in plain_tensors(tensor.detach()):
+                sha.update(part.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         return sha.hexdigest()
 
 
@@ -302,7 +303,7 @@ class Calls:
 
     @contextmanager
     def noted(self, modules: Mapping[str, nn.Module]) -> Iterator[None]:
-        owners = [(p, m) for p, m in modules.items() if next(m.parameters(recurse=False), None) is not None]
+        owners = [(p, m) for p, m in modules.items() if owns(m)]
         hooks = [module.register_forward_pre_hook(self._hook(path)) for path, module in owners]
         try:
             yield

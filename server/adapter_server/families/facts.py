@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from adapter_server.errors import AdapterUnavailable
 from adapter_server.families.base import ModuleShape, Shapes, linear_params
+from adapter_server.families.quantised import is_quantised
 
 
 def describe(model: nn.Module) -> Shapes:
@@ -19,7 +20,7 @@ def describe(model: nn.Module) -> Shapes:
     paths = {id(module): path for path, module in modules.items()}
     heads = getattr(config, "num_attention_heads", None) or 1  # state-space models have none
     return Shapes(
-        modules={path: _shape(module) for path, module in modules.items() if _owns(module)},
+        modules={path: _shape(module) for path, module in modules.items() if owns(module)},
         layers=config.num_hidden_layers,
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
@@ -42,20 +43,29 @@ class ModelBase:
         self._modules = dict(model.named_modules())
 
     def weight(self, path: str) -> Tensor:
-        """[out, in], whichever way the module stores it; an embedding's is [vocab, hidden]."""
-        return _copy(linear_params(self._modules[path])[0], path)
+        """[out, in], however the module stores it; an embedding's is [vocab, hidden]. Raises AdapterUnavailable."""
+        try:
+            return _copy(linear_params(self._modules[path])[0], path)
+        except (RuntimeError, TypeError, NotImplementedError) as error:  # of the quantisation's own kernels
+            raise AdapterUnavailable(
+                f"{path} is quantised and does not tell its weight, which this adapter needs: serve the base unquantised"
+            ) from error
 
     def bias(self, path: str) -> Tensor | None:
         bias = getattr(self._modules[path], "bias", None)
         return None if bias is None else _copy(bias, path)
 
     def param(self, path: str, name: str) -> Tensor:
-        """A parameter as its module stores it."""
-        return _copy(self._modules[path].get_parameter(name), path)
+        """A parameter as its module stores it; a quantised weight as the module computes with it."""
+        module = self._modules[path]
+        if name == "weight" and is_quantised(module):
+            return self.weight(path)
+        return _copy(module.get_parameter(name), path)
 
 
-def _owns(module: nn.Module) -> bool:
-    return next(module.parameters(recurse=False), None) is not None
+def owns(module: nn.Module) -> bool:
+    """Whether a module has numbers of its own."""
+    return is_quantised(module) or next(module.parameters(recurse=False), None) is not None
 
 
 def _tied(embed: nn.Module, head: nn.Module | None, config: Any) -> bool:
@@ -68,9 +78,10 @@ def _tied(embed: nn.Module, head: nn.Module | None, config: Any) -> bool:
 def _shape(module: nn.Module) -> ModuleShape:
     """Linears by their features, since a quantised weight is stored packed."""
     params = {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False)}
-    if isinstance(module, nn.Linear):
-        params["weight"] = module.out_features, module.in_features
-        return ModuleShape("linear", module.in_features, module.out_features, params)
+    if isinstance(module, nn.Linear) or is_quantised(module):
+        out, inp = int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
+        bias = {} if getattr(module, "bias", None) is None else {"bias": (out,)}
+        return ModuleShape("linear", inp, out, {"weight": (out, inp), **bias})
     if isinstance(module, nn.Embedding):
         return ModuleShape("embedding", module.num_embeddings, module.embedding_dim, params)
     if type(module).__name__ == "Conv1D":
