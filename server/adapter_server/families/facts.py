@@ -48,7 +48,7 @@ class ModelBase:
             return _copy(linear_params(self._modules[path])[0], path)
         except (RuntimeError, TypeError, NotImplementedError) as error:  # of the quantisation's own kernels
             raise AdapterUnavailable(
-                f"{path} is quantised and does not tell its weight, which this adapter needs: serve the base unquantised"
+                f"{path} is quantised and does not tell its weight, which is needed here: serve the base unquantised"
             ) from error
 
     def bias(self, path: str) -> Tensor | None:
