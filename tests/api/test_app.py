@@ -85,6 +85,9 @@ def test_every_refusal_has_the_one_shape(
     assert set(error) == {"message", "type", "param", "code"}
     assert response.headers["x-request-id"]
     assert response.headers["server-timing"]
+    if status == 405:
+        assert error["message"] == "there is no GET /generate: ask with POST"
+    assert response.headers.get("connection") == ("close" if status == 413 else None)
 
 
 def test_a_body_of_unknown_length_has_the_same_limit(served: Served) -> None:

@@ -187,6 +187,10 @@ def test_an_echo_is_rated_as_by_peft_and_transformers(http: httpx.Client, sdk: o
         assert choice.logprobs.token_logprobs[0] is None
         assert choice.logprobs.token_logprobs[1:-1] == pytest.approx(rated, abs=1e-4)
         assert choice.logprobs.text_offset == list(range(len(ids) + 1))
+        [alone] = sdk.completions.create(**fields | {"max_tokens": 0}).choices
+        assert (alone.text, alone.finish_reason) == (PROMPT, "length")
+        assert alone.logprobs
+        assert alone.logprobs.token_logprobs == pytest.approx([None, *rated], abs=1e-4)
     parameters = {"adapter_id": None if model == "demo" else model, "details": True, "decoder_input_details": True}
     [answer] = http.post("/", json={"inputs": PROMPT, "parameters": parameters | {"max_new_tokens": 1}}).json()
     prefill = answer["details"]["prefill"]

@@ -38,6 +38,8 @@ def test_an_answer_is_its_text(served: Served) -> None:
     told = {"x-adapter-id": "shout", "x-adapter-source": "local", "x-model-id": "tiny-base"}
     told |= {"x-prompt-tokens": "8", "x-generated-tokens": "9", "x-total-tokens": "17"}
     assert told.items() <= dict(response.headers).items()
+    assert response.headers["server-timing"].startswith("queue;dur=")
+    assert ask(served, path="/generate_stream").headers["server-timing"].startswith("ttft;dur=")
 
 
 def test_the_root_answers_a_list_of_one(served: Served) -> None:

@@ -225,6 +225,34 @@ def test_an_echo_has_the_prompts_logprobs_too(served: Served, sdk: openai.OpenAI
         assert [value for each in streamed for value in each[name]] == values
 
 
+@pytest.mark.parametrize("fields", [{}, {"echo": True}, {"echo": True, "logprobs": 2}, {"logprobs": 1}, {"n": 2}])
+def test_no_tokens_at_all_may_be_asked_for(served: Served, sdk: openai.OpenAI, fields: dict[str, Any]) -> None:
+    asked: dict[str, Any] = {"model": "tiny-base", "prompt": "hé!", "max_tokens": 0, **fields}
+    answer = sdk.completions.create(**asked)
+    assert answer.usage
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (4, 0)
+    for choice in answer.choices:
+        assert (choice.text, choice.finish_reason) == ("hé!" if fields.get("echo") else "", "length")
+        told = [None, -0.5, -0.5, -0.5] if fields.get("echo") else []
+        assert (choice.logprobs.token_logprobs if choice.logprobs else None) == (told if "logprobs" in fields else None)
+    parts = chunks(complete, served, **asked, stream_options={"include_usage": True})
+    assert parts[-1]["usage"] == answer.usage.model_dump(exclude_none=True)
+    for choice in answer.choices:
+        mine = [part["choices"][0] for part in parts[:-1] if part["choices"][0]["index"] == choice.index]
+        assert "".join(part["text"] for part in mine) == choice.text
+        assert [part["finish_reason"] for part in mine if part["finish_reason"]] == ["length"]
+        rated = [part["logprobs"] for part in mine if part["logprobs"]]
+        assert rated == ([choice.logprobs.model_dump()] if choice.logprobs and choice.logprobs.tokens else [])
+
+
+@pytest.mark.parametrize("many", [{}, {"n": 3}])
+def test_server_timing_tells_where_the_time_went(served: Served, many: dict[str, Any]) -> None:
+    for ask in (complete, chat):
+        names = [span.split(";")[0] for span in ask(served, **many).headers["server-timing"].split(", ")]
+        assert names == ["queue", "load", "ttft", "total"]
+        assert ask(served, stream=True, **many).headers["server-timing"].startswith("ttft;dur=")
+
+
 # Chats
 
 
@@ -349,7 +377,7 @@ def test_an_error_in_mid_stream_reaches_the_client(own: Served) -> None:
         ({"prompt": ["a", [5]]}, "prompt.0"),
         ({"n": 129}, "n"),
         ({"model": 5}, "model"),
-        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": -1}, "max_tokens"),
         ({"temperature": -1}, "temperature"),
         ({"top_p": 0}, "top_p"),
         ({"n": 0}, "n"),
@@ -397,6 +425,7 @@ def test_a_bad_field_of_a_completion_is_400_and_named(served: Served, fields: di
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content.0.type"),
         ({"messages": [{"role": "tool", "content": "a"}]}, "messages"),
         ({"max_completion_tokens": 0}, "max_completion_tokens"),
+        ({"max_tokens": 0}, "max_tokens"),
         ({"logprobs": 1}, "logprobs"),
         ({"top_logprobs": 1}, "top_logprobs"),
         ({"tools": [{"type": "function"}]}, "tools"),
@@ -413,7 +442,8 @@ def test_a_bad_field_of_a_chat_is_400_and_named(served: Served, fields: dict[str
 def test_what_is_too_long_for_the_context_is_a_bad_request(served: Served, sdk: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="256 tokens"):
         sdk.completions.create(model="tiny-base", prompt="x" * 300)
-    refused(complete(served, max_tokens=255), 400, "prompt", "prompt_too_long")
+    assert "ask for fewer" in refused(complete(served, max_tokens=255), 400, "prompt", "prompt_too_long")
+    assert "connection" not in complete(served, max_tokens=255).headers
     refused(chat(served, "x" * 300), 400, "messages", "prompt_too_long")
     refused(chat(served, "x" * 20_000), 400, "messages", "prompt_too_long")
 

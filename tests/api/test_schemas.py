@@ -86,6 +86,8 @@ def test_a_value_out_of_range_is_refused_by_its_field(field: str, values: list[A
         ({"logit_bias": {"x": 1}}, "logit_bias", "token ids"),
         ({"logit_bias": {"5": 200}}, "logit_bias", "less than or equal to 100"),
         ({"top_p": 3}, "top_p", "less than or equal to 1"),
+        ({"stop": ""}, "stop", "stop should have at least 1 character"),
+        ({"stop": ["a"] * 17}, "stop", "stop should have at most 16 items, not 17"),
     ],
 )
 def test_the_message_says_what_to_do(fields: dict[str, Any], param: str, said: str) -> None:

@@ -95,10 +95,6 @@ class Answer:
         return error if isinstance(error, VersionGone) else ended_by(self._scope, error)
 
     @property
-    def age_ms(self) -> float:
-        return (time.monotonic() - self.request.arrived) * 1e3
-
-    @property
     def may_end(self) -> bool:
         """Whether the newest token ends the answer, unless the engine is cut short."""
         sampling = self.request.sampling
@@ -120,6 +116,19 @@ class Answer:
     @property
     def finish_reason(self) -> FinishReason:
         return "stop" if self._stream.stopped else self.end.reason
+
+    @property
+    def timing(self) -> dict[str, float | None]:
+        """Seconds, once it has ended."""
+        spans = {name: getattr(self.end, name) for name in ("queue_s", "load_s", "ttft_s", "total_s")}
+        return {name: None if seconds is None else round(seconds, 6) for name, seconds in spans.items()}
+
+    @property
+    def server_timing(self) -> str:
+        """The header, in milliseconds: all of it once it has ended, before that the time to the first token."""
+        spans = self.timing if self._end else {"ttft_s": time.monotonic() - self.request.arrived}
+        known = {name.removesuffix("_s"): seconds for name, seconds in spans.items() if seconds is not None}
+        return ", ".join(f"{name};dur={seconds * 1e3:.2f}" for name, seconds in known.items())
 
     @property
     def completion_tokens(self) -> int:

@@ -58,22 +58,19 @@ def create_app(
     metrics.gateway.aliases = known.all
     app.state.service = service
     app.state.keys = access.Keys(config)
-    for part in (
-        probes,
-        router,
-        generate.router,
-        openai.router,
-        lorax.router,
-        vllm.router,
-        adapters.router,
-        aliases.router,
-    ):
+    for part in (probes, router, *(each.router for each in (generate, openai, lorax, vllm, adapters, aliases))):
         app.include_router(part)
     refusals.install(app)
+    _wrap(app, config)
+    return app
+
+
+def _wrap(app: FastAPI, config: ServerConfig) -> None:
+    """What stands around every route, the innermost first."""
     if access.guards_host(config):
         app.add_middleware(access.HostGuard, own=config.host)
     app.add_middleware(Envelope, config=config, wordings=dict.fromkeys(LORAXS, lorax.worded))
-    if config.cors_origin:  # outermost: refusals, too, are for a page to read
+    if config.cors_origin:  # refusals, too, are for a page to read
         app.add_middleware(
             CORSMiddleware,
             allow_origins=config.cors_origin,
@@ -81,7 +78,6 @@ def create_app(
             allow_headers=["*"],
             expose_headers=["*"],
         )
-    return app
 
 
 def _lifespan(service: Service, on_death: Callable[[], None] | None) -> Callable[[FastAPI], Any]:

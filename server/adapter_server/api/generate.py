@@ -39,10 +39,10 @@ async def generate(request: Request) -> Response:
     body = parse(GenerateBody, raw)
     answer = await begin(service_of(request), body, request)
     if body.stream:
-        note(request, server_timing=f"ttft;dur={answer.age_ms:.2f}")
+        note(request, server_timing=answer.server_timing)
         return EventStream(_events(answer))
     content = await _whole(answer)
-    note(request, server_timing=_server_timing(content["timing"]))
+    note(request, server_timing=answer.server_timing)
     return reply(content)
 
 
@@ -87,7 +87,6 @@ def _prompt_logprobs(answer: Answer) -> dict[str, Any]:
 
 def _summary(answer: Answer) -> dict[str, Any]:
     """The fields that are known at the end."""
-    end = answer.end
     return {
         "finish_reason": answer.finish_reason,
         "adapter": answer.adapter or None,
@@ -96,14 +95,9 @@ def _summary(answer: Answer) -> dict[str, Any]:
         "usage": {
             "prompt_tokens": len(answer.request.prompt),
             "completion_tokens": answer.completion_tokens,
-            "cached_tokens": end.cached_tokens,
+            "cached_tokens": answer.end.cached_tokens,
         },
-        "timing": {
-            "queue_s": round(end.queue_s, 6),
-            "load_s": round(end.load_s, 6),
-            "ttft_s": None if end.ttft_s is None else round(end.ttft_s, 6),
-            "total_s": round(end.total_s, 6),
-        },
+        "timing": answer.timing,
     }
 
 
@@ -114,8 +108,3 @@ def _logprob(answer: Answer, token: Token) -> dict[str, Any]:
 
 def _choice(answer: Answer, id: int, value: float) -> dict[str, Any]:
     return {"token_id": id, "text": answer.text.token(id), "logprob": value}
-
-
-def _server_timing(timing: dict[str, float | None]) -> str:
-    known = {name.removesuffix("_s"): value for name, value in timing.items() if value is not None}
-    return ", ".join(f"{name};dur={value * 1e3:.2f}" for name, value in known.items())

@@ -292,7 +292,7 @@ def _unfinished(answer: Answer) -> AdapterServerError | None:
 
 def _tell(request: Request, answer: Answer) -> None:
     read, written, end = len(answer.request.prompt), answer.completion_tokens, answer.end
-    note(request, x_generated_tokens=written, x_total_tokens=read + written)
+    note(request, server_timing=answer.server_timing, x_generated_tokens=written, x_total_tokens=read + written)
     note(request, x_queue_time=round(end.queue_s * 1e3), x_total_time=round(end.total_s * 1e3))
 
 
@@ -356,7 +356,9 @@ def _token(body: LoraxBody, answer: Answer, token: Token, text: str) -> Json:
 async def _stream(request: Request, body: LoraxBody) -> Response:
     if body.how.decoder_input_details:
         raise InvalidRequest("decoder_input_details is not for streams", param="parameters.decoder_input_details")
-    return EventStream(_events(await _begin(request, body, stream=True), body))
+    answer = await _begin(request, body, stream=True)
+    note(request, server_timing=answer.server_timing)
+    return EventStream(_events(answer, body))
 
 
 async def _events(answer: Answer, body: LoraxBody) -> AsyncIterator[bytes]:

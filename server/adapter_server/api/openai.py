@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -250,7 +250,8 @@ async def _answer(
     service = service_of(request)
     answers = await begin_all(service, asked, request)
     top = (body.logprobs or 0) if isinstance(body, CompletionBody) else (body.top_logprobs or 0)
-    choices = [Choice(*each, form, top) for each in zip(range(len(answers)), answers, echoed, strict=True)]
+    silent = isinstance(body, CompletionBody) and body.max_tokens == 0
+    choices = [Choice(*each, form, top, silent) for each in zip(range(len(answers)), answers, echoed, strict=True)]
     head = {
         "id": form.prefix + request.scope["request_id"],
         "created": int(time.time()),
@@ -259,9 +260,11 @@ async def _answer(
     }
     call = Call(head, form, choices, body.choices)
     if body.stream:
-        note(request, server_timing=f"ttft;dur={answers[0].age_ms:.2f}")
+        note(request, server_timing=answers[0].server_timing)
         return EventStream(_events(call, bool(body.stream_options and body.stream_options.include_usage)))
-    return reply(await _whole(call))
+    content = await _whole(call)
+    note(request, server_timing=max(answers, key=lambda answer: answer.end.total_s).server_timing)
+    return reply(content)
 
 
 # Answers
@@ -269,14 +272,24 @@ async def _answer(
 
 @dataclass(slots=True)
 class Choice:
-    """One of the answers as it grows. `offset` counts the characters that are out, the echoed prompt's first."""
+    """One of the answers as it grows. `offset` counts the characters that are out, the echoed prompt's first.
+
+    A silent one was asked for its prompt alone, and its token is dropped.
+    """
 
     index: int
     answer: Answer
     echo: str
     form: Form
     top: int
+    silent: bool = False
     offset: int = 0
+
+    async def steps(self) -> AsyncGenerator[list[Piece], None]:
+        """The answer's."""
+        async with aclosing(self.answer.steps()) as steps:
+            async for pieces in steps:
+                yield [] if self.silent else pieces
 
     def opening(self) -> Json | None:
         """What comes before the answer, and the log-probabilities of the prompt."""
@@ -327,7 +340,7 @@ class Choice:
 
     @property
     def reason(self) -> str:
-        return REASONS.get(self.answer.finish_reason, self.answer.finish_reason)
+        return "length" if self.silent else REASONS.get(self.answer.finish_reason, self.answer.finish_reason)
 
 
 @dataclass(frozen=True, slots=True)
@@ -339,8 +352,8 @@ class Call:
     choices: list[Choice]
     per_prompt: int
 
-    def steps(self) -> Any:
-        return together([choice.answer.steps() for choice in self.choices])
+    def steps(self) -> AsyncGenerator[tuple[int, list[Piece]], None]:
+        return together([choice.steps() for choice in self.choices])
 
     def chunk(self, part: Json, with_usage: bool) -> bytes:
         usage = {"usage": None} if with_usage else {}
@@ -349,7 +362,7 @@ class Call:
     def usage(self) -> Json:
         firsts = [choice.answer for choice in self.choices[:: self.per_prompt]]
         read = sum(len(answer.request.prompt) for answer in firsts)
-        written = sum(choice.answer.completion_tokens for choice in self.choices)
+        written = sum(choice.answer.completion_tokens for choice in self.choices if not choice.silent)
         cached = sum(answer.end.cached_tokens for answer in firsts)
         return {
             "prompt_tokens": read,

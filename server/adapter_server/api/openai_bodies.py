@@ -11,6 +11,7 @@ from pydantic import Field, field_validator
 from adapter_server.api.schemas import (
     BIASES,
     FORMATS,
+    MOST_NEW,
     NOT_YET,
     STOPS,
     AdapterRef,
@@ -58,7 +59,7 @@ class ChatAsk(GenerateBody):
     """The same for a chat, whose answer may fill the context."""
 
     temperature: Temperature = 1.0
-    max_new_tokens: NewTokens = 1 << 20
+    max_new_tokens: NewTokens = MOST_NEW
 
 
 class StreamOptions(Lenient):
@@ -109,6 +110,7 @@ class CompletionBody(CommonBody):
     unions: ClassVar[Unions] = {**CommonBody.unions, "prompt": "text, token ids, or a list of either"}
 
     prompt: str | TokenIds | Some[str] | Some[TokenIds]
+    max_tokens: Annotated[int, Field(ge=0, le=MOST_NEW)] | None = None  # 0: the prompt alone
     logprobs: Alternatives | None = None
     echo: bool | None = None
     best_of: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
@@ -133,7 +135,7 @@ class CompletionBody(CommonBody):
         """The requests that this prompt makes, one for each choice."""
         given = self.passed() | {"prompt": list(prompt), "adapter": adapter}
         if self.max_tokens is not None:
-            given["max_new_tokens"] = self.max_tokens
+            given["max_new_tokens"] = max(1, self.max_tokens)  # the engine's least
         if self.logprobs is not None:
             given["logprobs"] = max(1, self.logprobs)  # 0 asks for the chosen token's own
             given["prompt_logprobs"] = given["logprobs"] if self.echo else 0

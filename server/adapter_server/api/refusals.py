@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import Scope
 
 from adapter_server.api.service import service_of
-from adapter_server.errors import AdapterServerError
+from adapter_server.errors import AdapterServerError, BodyTooLarge, BodyTooSlow, HeadersTooLarge
 
 Wording = Callable[[AdapterServerError], tuple[int, dict[str, Any]]]  # the status and the body of a refusal
 TYPES = {
@@ -29,7 +29,7 @@ TYPES = {
 }
 CODES = {404: "not_found", 405: "method_not_allowed"}
 RETRY = (429, 503)
-LAST = (408, 413, 431)  # what is left of such a request is not read: the connection ends with the answer
+LAST = (BodyTooLarge, BodyTooSlow, HeadersTooLarge)  # what is left of the request is not read: the connection ends
 
 
 def shape(message: str, status: int, code: str, param: str | None = None) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def answer(error: AdapterServerError, wording: Wording = plainly) -> JSONRespons
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after or 1)))
     if status == 500:
         headers["x-should-retry"] = "false"  # OpenAI's clients would ask again
-    if error.status in LAST:
+    if isinstance(error, LAST):
         headers["connection"] = "close"
     if status == 401:
         headers["www-authenticate"] = "Bearer"
@@ -96,10 +96,17 @@ async def _typed(request: Request, error: Exception) -> JSONResponse:
 async def _http(request: Request, error: Exception) -> JSONResponse:
     if not isinstance(error, HTTPException):
         raise error
-    message = f"there is no route {request.method} {request.url.path}" if error.status_code == 404 else None
-    response = plain_answer(error.status_code, message or error.detail)
+    response = plain_answer(error.status_code, _unrouted(request, error) or error.detail)
     response.headers.update(error.headers or {})
     return response
+
+
+def _unrouted(request: Request, error: HTTPException) -> str | None:
+    """What there is not, and what there is."""
+    asked = f"{request.method} {request.url.path}"
+    if error.status_code == 405:
+        return f"there is no {asked}: ask with {(error.headers or {}).get('Allow', 'another method')}"
+    return f"there is no route {asked}" if error.status_code == 404 else None
 
 
 def install(app: FastAPI) -> None:

@@ -58,8 +58,8 @@ def check_length(characters: int, text: Text, info: Info) -> None:
         raise _too_long(f"the prompt's {characters:,} characters", info)
 
 
-def _too_long(what: str, info: Info) -> PromptTooLong:
-    return PromptTooLong(f"{what} do not fit the context of {info.max_model_len:,} tokens: shorten it", param="prompt")
+def _too_long(what: str, info: Info, remedy: str = "shorten it") -> PromptTooLong:
+    return PromptTooLong(f"{what} do not fit the context of {info.max_model_len:,} tokens: {remedy}", param="prompt")
 
 
 def admissible(
@@ -162,7 +162,8 @@ def sampling(body: GenerateBody, prompt: Sequence[int], members: Sequence[Member
         raise InvalidRequest(f"token id {wrong} is not below the vocabulary's {info.vocab}", param="logit_bias")
     wanted = body.max_new_tokens
     if wanted > room and "max_new_tokens" in body.model_fields_set:
-        raise _too_long(f"the prompt's {len(prompt):,} tokens and {wanted:,} new ones", info)
+        what = f"the prompt's {len(prompt):,} tokens and {wanted:,} new ones"
+        raise _too_long(what, info, "shorten it, or ask for fewer")
     return Sampling(
         temperature=body.temperature,
         top_p=body.top_p,

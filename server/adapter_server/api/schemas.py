@@ -21,6 +21,7 @@ MAX_IDS = 1 << 20
 MAX_DEPTH = 64  # of lists and objects within each other
 MAX_PARTS = 200_000  # texts and brackets of one body
 _PARTS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[][{}]', re.DOTALL)  # a text without an end runs to the end
+_SUBJECT = re.compile(r"^\w+ should")  # the field's name stands there already
 _STEP = {b"[": 1, b"{": 1, b"]": -1, b"}": -1}
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
 TokenIds = Annotated[list[TokenId], Field(max_length=MAX_IDS, fail_fast=True)]
@@ -29,7 +30,8 @@ AdapterRef = Annotated[str, Field(max_length=256)]
 Effect = Annotated[float, Field(ge=-100, le=100)]
 ModeChoice = Literal["auto", "unmerged", "merged"]
 TaskId = Annotated[int, Field(ge=0, lt=1 << 31)]
-NewTokens = Annotated[int, Field(ge=1, le=1 << 20)]
+MOST_NEW = 1 << 20
+NewTokens = Annotated[int, Field(ge=1, le=MOST_NEW)]
 Temperature = Annotated[float, Field(ge=0, le=100)]
 TopP = Annotated[float, Field(gt=0, le=1)]
 TopK = Annotated[int, Field(ge=0, lt=1 << 31)]
@@ -257,7 +259,8 @@ def _reason(model: type[Strict], error: ErrorDetails, path: list[str]) -> str:
     unions = {name: text for part in _nested(model) for name, text in part.unions.items()}
     if kind.endswith(("_type", "_parsing")) and path and path[-1] in unions:
         return f"must be {unions[path[-1]]}"
-    return error["msg"].replace("Input should", "should").replace("Field required", "is required")
+    said = _SUBJECT.sub("should", error["msg"]).replace(" after validation", "")
+    return said.replace("Field required", "is required")
 
 
 def _unknown(name: str, model: type[Strict]) -> str:
