@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
-from adapter_server.core import Event, Finished, Request, Resident, Spec, Stats, Token
+from adapter_server.core import Event, Finished, Mode, Request, Resident, Spec, Stats, Token
 from adapter_server.errors import AdapterServerError, QueueFull, Unavailable
 
 EOS = 256
@@ -81,7 +81,15 @@ class FakeWorker:
             sent, reason = self._echo(request)
         self.rows.pop(request.id)
         total = time.monotonic() - request.arrived
-        self.deliver([Finished(request.id, reason, error, sent, queue_s=0.001, ttft_s=0.002, total_s=total)])
+        mode = self._mode(request)
+        self.deliver([Finished(request.id, reason, error, sent, queue_s=0.001, ttft_s=0.002, total_s=total, mode=mode)])
+
+    def _mode(self, request: Request) -> Mode:
+        """A snapshot that is there is taken."""
+        if request.mode != "auto":
+            return request.mode
+        folded = {(r.name, r.version) for r in self.residents if r.snapshot_bytes}
+        return "merged" if request.may_merge and request.members[0].spec.key in folded else "unmerged"
 
     def _echo(self, request: Request) -> tuple[int, str]:
         most = request.sampling.max_new_tokens

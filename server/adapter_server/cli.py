@@ -58,6 +58,7 @@ HELP = {
     "page_tokens": "Tokens of one page of keys and values, and of one block of a prompt that is kept",
     "prefix_cache_bytes": "Memory for beginnings of prompts that were computed before, beside --kv-bytes; 0: keep none",
     "adapter_bytes": "Memory for adapters and merged snapshots together, such as 512M",
+    "auto_merge": "Let mode auto make a merged snapshot of an adapter that most requests ask for, where that pays",
     "host_bytes": "Main memory for compiled adapters, so that one evicted from the device comes back quickly",
     "pack_weights": "Keep packed copies of the base's weights on the CPU: faster, larger",
     "max_grammar_bytes": "Largest schema, expression or grammar of a response_format, such as 64K",
@@ -309,7 +310,7 @@ def _answer(body: Any, store: Store, text: Text, worker: Worker, events: queue.S
 
     info = worker.engine.info
     ids = resolve.prompt_ids(body.prompt, text, info)
-    request = resolve.admissible(body, ids, store, info, worker.stats().residents, time.monotonic())
+    request = resolve.admissible(body, ids, store, info, time.monotonic())
     stream = text.stream(() if info.has_encoder else ids, body.stops, info.eos)
     worker.submit(request)
     while not stream.stopped:

@@ -35,6 +35,7 @@ class EngineConfig:
     page_tokens: int = 16  # also the blocks in which beginnings of prompts are kept
     prefix_cache_bytes: int = GIB // 4  # for beginnings computed before: beside --kv-bytes, or 0: keep none
     adapter_bytes: int = 2 * GIB  # device memory for adapters and snapshots together
+    auto_merge: bool = True  # mode auto may make a snapshot of the adapter that most rows ask for, where that pays
     host_bytes: int = 2 * GIB  # main memory for compiled adapters, on the device or evicted from it
     pack_weights: bool = True  # CPU float32: oneDNN-packed copies of the base's weights, faster and larger
     max_grammar_bytes: int = 32 << 10  # of one response_format

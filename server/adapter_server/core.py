@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 from adapter_server.errors import AdapterServerError
 
 Mode = Literal["base", "unmerged", "merged"]
+AskedMode = Mode | Literal["auto"]  # auto: the engine chooses when the row starts, once
 FinishReason = Literal["stop", "length", "eos", "cancelled", "timeout", "error"]
 ResidentState = Literal["registered", "loading", "ready", "failed"]  # registered: in the host tier alone
 Tier = Literal["disk", "host", "device"]
@@ -84,7 +85,7 @@ class Request:
     prompt: tuple[int, ...]
     sampling: Sampling = Sampling()
     members: tuple[Member, ...] = ()
-    mode: Mode = "base"
+    mode: AskedMode = "base"
     task_id: int | None = None
     arrived: float = 0.0
     deadline: float | None = None
@@ -94,12 +95,17 @@ class Request:
         """Tokens that it may take: those of the prompt, and as many new ones as it allows."""
         return len(self.prompt) + self.sampling.max_new_tokens
 
+    @property
+    def may_merge(self) -> bool:
+        """Whether `auto` may take a snapshot: one adapter as it was trained, and no seed to be true to."""
+        return len(self.members) == 1 and self.members[0].weight == 1 and self.sampling.seed is None
+
 
 @dataclass(frozen=True, slots=True)
 class Token:
     """One emitted token of a request; `index` counts from 0. `logprob` and `top` are of the raw logits.
 
-    The first carries those of the prompt's second token and all after it, where they were asked for.
+    The first carries those of the prompt's second token and all after it, where they were asked for, and the mode.
     """
 
     request_id: str
@@ -108,6 +114,7 @@ class Token:
     logprob: float | None = None
     top: Top = ()
     prompt: tuple[tuple[float, Top], ...] = ()
+    mode: Mode | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +130,7 @@ class Finished:
     load_s: float = 0.0
     ttft_s: float | None = None
     total_s: float = 0.0
+    mode: Mode | None = None  # how it ran; of one that never did, how it was asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,3 +188,4 @@ class Stats:
     steps: int = 0
     residents: tuple[Resident, ...] = ()
     hits: Mapping[Tier, int] = field(default_factory=dict)  # where queued requests found their adapters
+    decisions: Mapping[Mode, int] = field(default_factory=dict)  # what became of requests of mode auto

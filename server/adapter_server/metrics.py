@@ -36,8 +36,8 @@ class _Live:
 
     request: Request
     names: tuple[str, ...]
-    intervals: Histogram
     generated: tuple[Counter, ...]
+    intervals: Histogram | None = None  # by its mode, which the first token tells
     last: float | None = None
 
 
@@ -110,6 +110,7 @@ class Metrics:
         self.refused = self._counter("refused", "Requests that were refused, by the code of the refusal", "code")
         self.preemptions = self._counter("preemptions", "Rows put back because memory ran out")
         self.hits = self._counter("adapter_hits", "Where admitted requests found their adapters", "tier")
+        self.decisions = self._counter("auto_decisions", "What became of requests of mode auto", "mode")
         self.steps = self._counter("steps", "Forward passes of the engine")
 
     def _gauges(self) -> None:
@@ -133,7 +134,7 @@ class Metrics:
         """From here on the events of this request are counted."""
         names = tuple(member.spec.name for member in request.members) or (BASE,)
         generated = tuple(self._child(self.tokens, name, "generated") for name in names)
-        self._live[request.id] = _Live(request, names, self.intervals.labels(request.mode), generated)
+        self._live[request.id] = _Live(request, names, generated)
 
     def observe(self, events: Iterable[Event]) -> None:
         """One step's events. A request that was not admitted here is not counted."""
@@ -171,9 +172,11 @@ class Metrics:
         live = self._live.get(token.request_id)
         if live is None:
             return
-        if live.last is None:
+        if live.last is None or live.intervals is None:
             self._read(live)
-            self.ttft.labels(live.request.mode).observe(now - live.request.arrived)
+            mode = token.mode or live.request.mode
+            live.intervals = self.intervals.labels(mode)
+            self.ttft.labels(mode).observe(now - live.request.arrived)
         else:
             live.intervals.observe(now - live.last)
         live.last = now
@@ -190,7 +193,7 @@ class Metrics:
         live = self._live.pop(end.request_id, None)
         if live is None or isinstance(end.error, VersionGone):
             return
-        mode = live.request.mode
+        mode = end.mode or live.request.mode
         self.total.labels(mode).observe(end.total_s)
         self.queue.labels(mode).observe(end.queue_s)
         outcome = end.error.code if end.error is not None else end.reason
@@ -216,6 +219,8 @@ class Metrics:
         self.steps.inc(max(0, stats.steps - self._seen.steps))
         for tier, hits in stats.hits.items():
             self.hits.labels(tier).inc(max(0, hits - self._seen.hits.get(tier, 0)))
+        for mode, count in stats.decisions.items():
+            self.decisions.labels(mode).inc(max(0, count - self._seen.decisions.get(mode, 0)))
         self._seen = stats
 
     def _set_adapters(self, residents: Sequence[Resident], specs: Sequence[Spec], refused: int) -> None:

@@ -272,8 +272,7 @@ def _timeout(service: Service, body: GenerateBody) -> float:
 async def _admissible(
     service: Service, body: GenerateBody, prompt: tuple[int, ...], arrived: float, deadline: float, caller: Caller
 ) -> core.Request:
-    residents = service.worker.stats().residents
-    make = partial(resolve.admissible, body, prompt, service.store, service.info, residents, arrived, deadline)
+    make = partial(resolve.admissible, body, prompt, service.store, service.info, arrived, deadline)
     # The store reads files, and hashes them the first time.
     try:
         return await asyncio.to_thread(make) if body.adapter else make()

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
 from adapter_server.api.schemas import GenerateBody
-from adapter_server.core import Member, Mode, Request, Resident, Sampling
+from adapter_server.core import AskedMode, Member, Request, Sampling
 from adapter_server.errors import InvalidRequest, PromptTooLong
 from adapter_server.families import before_the_prompt, tasks, virtual_tokens
 from adapter_server.registry.store import Store
@@ -67,7 +67,6 @@ def admissible(
     prompt: tuple[int, ...],
     store: Store,
     info: Info,
-    residents: Iterable[Resident],
     arrived: float,
     deadline: float | None = None,
 ) -> Request:
@@ -80,7 +79,7 @@ def admissible(
         prompt=prompt,
         sampling=sampling(body, prompt, members, info),
         members=members,
-        mode=route(body, members, residents),
+        mode=route(body, members),
         task_id=body.task_id,
         arrived=arrived,
         deadline=deadline,
@@ -129,22 +128,12 @@ def _check_task(body: GenerateBody, tasked: Mapping[str, int]) -> None:
             raise InvalidRequest(f"adapter {name!r} needs a task_id from 0 to {count - 1}", param="task_id")
 
 
-def route(body: GenerateBody, members: Sequence[Member], residents: Iterable[Resident]) -> Mode:
-    """How the members are applied; `auto` is decided here, once."""
+def route(body: GenerateBody, members: Sequence[Member]) -> AskedMode:
+    """How the members are to be applied."""
     if not members:
         return "base"
-    if body.mode != "auto":
-        return _explicit(body, members)
-    if len(members) > 1 or members[0].weight != 1 or body.seed is not None:
-        return "unmerged"
-    key = members[0].spec.key
-    folded = any((r.name, r.version) == key and r.snapshot_bytes for r in residents)
-    return "merged" if folded else "unmerged"
-
-
-def _explicit(body: GenerateBody, members: Sequence[Member]) -> Mode:
     if body.mode != "merged":
-        return "unmerged"
+        return body.mode
     if len(members) > 1:
         raise InvalidRequest("mode merged takes one adapter: use unmerged for a composition", param="mode")
     if members[0].weight != 1:

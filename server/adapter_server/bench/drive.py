@@ -9,22 +9,19 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from adapter_server.api.resolve import route
-from adapter_server.api.schemas import GenerateBody
 from adapter_server.bench.workloads import IN_PLACE, Workload, llama
 from adapter_server.config import GIB, EngineConfig
-from adapter_server.core import Finished, Member, Mode, Request, Sampling, Token
+from adapter_server.core import AskedMode, Finished, Member, Request, Sampling, Token
 from adapter_server.engine import Engine
 from adapter_server.engine.model import DTYPES, load
 from adapter_server.errors import BaseNotSupported, RequestFailed
 from adapter_server.registry.store import Store
 
 Tokens = tuple[int, ...]
-AskMode = Mode | Literal["auto"]
 NEAR_TIE = 1e-4  # logits closer than this may change places by float32's rounding
 NEAR_TIE_16 = 0.05  # and by bfloat16's, of logits about 1
 _numbers = itertools.count()
@@ -91,7 +88,7 @@ class Ask:
 
     prompt: Tokens
     adapter: str | None = None
-    mode: AskMode = "unmerged"
+    mode: AskedMode = "unmerged"
     task_id: int | None = None
 
 
@@ -142,21 +139,15 @@ def drive(engine: Engine, asks: Sequence[Ask], new: int) -> Run:
 
 def request_of(engine: Engine, ask: Ask, new: int, logprobs: int = 0) -> Request:
     members = () if ask.adapter is None else (Member(engine.pool.store.resolve(ask.adapter)),)
-    mode: Mode = "base" if not members else _mode(engine, ask, members) if ask.mode == "auto" else ask.mode
     return Request(
         id=f"bench-{next(_numbers)}",
         prompt=ask.prompt,
         sampling=Sampling(max_new_tokens=new, ignore_eos=True, logprobs=logprobs),
         members=members,
-        mode=mode,
+        mode=ask.mode if members else "base",
         task_id=ask.task_id,
         arrived=time.monotonic(),
     )
-
-
-def _mode(engine: Engine, ask: Ask, members: tuple[Member, ...]) -> Mode:
-    """What a server chooses."""
-    return route(GenerateBody(prompt=[], adapter=ask.adapter), members, engine.stats().residents)
 
 
 def _take(events: Sequence[object], tokens: dict[str, list[int]]) -> None:

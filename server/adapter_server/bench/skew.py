@@ -33,7 +33,7 @@ from adapter_server.bench.command import (
 )
 from adapter_server.bench.drive import Ask, Run, drive, opened, ready
 from adapter_server.bench.workloads import Workload, many_loras, prompts
-from adapter_server.core import Mode
+from adapter_server.core import AskedMode
 from adapter_server.engine import Engine
 
 Way = Literal["unmerged", "merged", "dominant", "auto"]
@@ -72,7 +72,7 @@ def asks(workload: Workload, plan: Plan, share: float, way: Way) -> list[Ask]:
     return [Ask(prompt, f"lora-{i}", _mode(way, i)) for prompt, i in given]
 
 
-def _mode(way: Way, adapter: int) -> Mode | Literal["auto"]:
+def _mode(way: Way, adapter: int) -> AskedMode:
     if way == "dominant":
         return "unmerged" if adapter else "merged"
     return way

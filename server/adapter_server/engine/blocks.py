@@ -15,7 +15,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
-from adapter_server.core import Request
+from adapter_server.core import Mode, Request
 
 
 @dataclass(slots=True)
@@ -33,9 +33,9 @@ class Chain:
     keys: list[bytes] = field(default_factory=list)
 
     @classmethod
-    def of(cls, request: Request, block: int, offset: int, acts: float = 0, acting: Hashable = ()) -> Chain:
+    def of(cls, request: Request, mode: Mode, block: int, offset: int, acts: float = 0, acting: Hashable = ()) -> Chain:
         """`acts`: inf where no adapter touches any token. `acting`: which adapters do, and from which token on."""
-        return cls(_salt(request, acting), block, offset, acts)
+        return cls(_salt(request, mode, acting), block, offset, acts)
 
     @property
     def first(self) -> int:
@@ -55,9 +55,9 @@ class Chain:
         return self.keys[: max(0, full)]
 
 
-def _salt(request: Request, acting: Hashable) -> bytes:
+def _salt(request: Request, mode: Mode, acting: Hashable) -> bytes:
     members = [(m.spec.name, m.spec.version, m.weight) for m in request.members]
-    return blake2b(repr((members, request.mode, request.task_id, acting)).encode(), digest_size=32).digest()
+    return blake2b(repr((members, mode, request.task_id, acting)).encode(), digest_size=32).digest()
 
 
 class BlockCache:

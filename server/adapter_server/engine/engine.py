@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from adapter_server.config import EngineConfig
 from adapter_server.core import Event, Finished, FinishReason, Folded, Loaded, Request, Spec, Stats, Token
+from adapter_server.engine.auto import Auto
 from adapter_server.engine.guide import Guides
 from adapter_server.engine.host import Host
 from adapter_server.engine.kv import Chunk, KvPool, PagePool, SlotPool
@@ -49,6 +50,7 @@ PATIENCE_S = 1.0  # that a loaded adapter waits for room before its rows hold up
 SMALL_BASE = 8_000_000  # parameters: below, one thread is faster than two (seen: 1.5-2.5 times at 1.3M)
 TASKS_KEPT = 16  # of one adapter with skills, on the device
 TURNS = 4  # rows of the peft lane that get a token in one step, so that packed rows need not wait for all of them
+ROUTINGS_KEPT = 8  # groups of rows that may take turns
 SLOTS_AT_LEAST = 16  # rows that the automatic context length leaves room for
 
 
@@ -112,7 +114,8 @@ class Engine:
         self.forming: list[Row] = []  # whose constraint is being compiled
         self._rows: dict[str, Row] = {}
         self._doomed: list[tuple[Row, AdapterServerError]] = []
-        self._routing: tuple[tuple[tuple[Row, int, int], ...], list[int], Routing] | None = None  # key, order, routing
+        self.auto = Auto(self.pool, self._rows, config.max_rows, config.auto_merge)
+        self._routings: dict[tuple[tuple[Row, int, int], ...], tuple[list[int], Routing]] = {}  # order, routing
 
     def _kv(self) -> tuple[KvPool, int]:
         """The pool that the budget allows, and the context length: the base's own, or what leaves room for rows."""
@@ -155,8 +158,13 @@ class Engine:
 
     def _queue(self, row: Row) -> None:
         self.scheduler.waiting.append(row)
-        row.held = [self.pool.claim(m.spec, row.request.mode == "merged") for m in row.request.members]
+        merged, auto = self._merged(row, time.monotonic()), row.request.mode == "auto"
+        row.held = [self.pool.claim(m.spec, merged, auto) for m in row.request.members]
         row.loading = None if all(h.live for h in row.held) else time.monotonic()
+
+    def _merged(self, row: Row, now: float) -> bool:
+        """Whether a row that has not started yet takes a snapshot."""
+        return self.auto.merges(row, now) if row.request.mode == "auto" else row.mode == "merged"
 
     def _check(self, request: Request, offset: int) -> None:
         if not request.prompt or not all(0 <= t < self.info.vocab for t in request.prompt):
@@ -208,7 +216,7 @@ class Engine:
         """One forward for all rows that can run. Events in the order in which they came about."""
         events = [*self._settled(), *self._formed(), *self._expired(time.monotonic())]
         with part("plan"):
-            slices = self.scheduler.plan()
+            slices = self.auto.turn(self.scheduler.plan())
         events += self._failed(self._doomed)
         self._doomed = []
         if slices:
@@ -255,8 +263,9 @@ class Engine:
         """Whether a waiting row's adapters are on the device; if so, lay them on the row."""
         if row.started is not None:
             return True
-        row.held = [self.pool.renew(h) for h in row.held]
         now = time.monotonic()
+        merged, auto = self._merged(row, now), row.request.mode == "auto"
+        row.held = [self.pool.renew(h, merged, auto) for h in row.held]
         if not all(h.live for h in row.held):
             row.loading = row.loading or now
             return False
@@ -265,6 +274,9 @@ class Engine:
         except AdapterServerError as error:
             self._doomed.append((row, error))
             return False
+        if auto:
+            row.mode = "merged" if merged else "unmerged"
+            self.auto.decisions[row.mode] += 1
         row.started = now
         row.load_s = 0.0 if row.loading is None else now - row.loading
         for holding in row.held:
@@ -284,6 +296,7 @@ class Engine:
         started = [(p, w, p.adapter.start(request.prompt)) for p, w in weighted]
         acting = [(p, w, start) for p, w, start in started if start is not None and p.acts]
         row.uses = tuple((p, w) for p, w, _ in acting)
+        row.whole = row.uses[0][0] if len(row.uses) == 1 and row.uses[0][1] == 1 and row.uses[0][0].replaces else None
         row.starts = tuple(start for *_, start in acting) if any(start for *_, start in acting) else ()
         before = [p for p in placed if p.prefixes or p.adapter.embeds is not None or p.adapter.tasks]
         if len(before) > 1:
@@ -329,14 +342,15 @@ class Engine:
             raise RequestFailed("the adapter says that it has tasks, and has none")
         mixed = placed.tasks.pop(key, None) or self.model.place(placed.adapter.mixed(key))
         if len(placed.tasks) >= TASKS_KEPT:
-            self._routing = None
+            self._routings.clear()
             self.model.forget(placed.tasks.pop(next(iter(placed.tasks))))
         placed.tasks[key] = mixed
         self.pool.recount(placed)
         return [placed, mixed]
 
     def _evicted(self, placed: Placed) -> None:
-        self._routing = None  # its rows hold what they ran on
+        self._routings.clear()  # its rows hold what they ran on
+        self.auto.forget()
         self.kv.drop(placed.adapter.spec.key)
         for prefix in placed.prefixes.values():
             self.kv.forget(prefix)
@@ -346,9 +360,15 @@ class Engine:
         self.steps += 1
         packed = [s for s in slices if s.row.decode is None]
         alone = sorted((s for s in slices if s.row.decode is not None), key=lambda s: s.row.turn)
-        events = self._run_packed(packed) if packed else []
+        events = self._run_timed(packed) if packed else []
         for s in alone[:TURNS]:
             events += self._run_alone(s)
+        return events
+
+    def _run_timed(self, slices: list[Slice]) -> list[Event]:
+        start = time.perf_counter()
+        events = self._run_packed(slices)
+        self.auto.ran(slices, time.perf_counter() - start)
         return events
 
     def _run_packed(self, slices: list[Slice]) -> list[Event]:
@@ -356,7 +376,7 @@ class Engine:
         try:
             slices, chosen = self._forward(slices)
         except Exception as error:
-            self._routing = None
+            self._routings.clear()
             return [self._finish(s.row, "error", _crashed(error), scrub=True) for s in slices]
         with part("events"):
             return self._advance(slices, chosen)
@@ -420,14 +440,17 @@ class Engine:
         return slices, logits if keep else None
 
     def _routed(self, slices: list[Slice]) -> tuple[list[Slice], Routing]:
-        """The slices adapter by adapter, and their routing: last step's, while the same rows do the same."""
+        """The slices adapter by adapter, and their routing: an earlier step's, while the same rows do the same."""
         key = tuple((s.row, s.count, s.row.border) for s in slices)
-        if self._routing is not None and self._routing[0] == key:
-            return [slices[i] for i in self._routing[1]], self._routing[2]
+        if (known := self._routings.pop(key, None)) is not None:
+            self._routings[key] = known
+            return [slices[i] for i in known[0]], known[1]
         runs = [s.routed for s in slices]
         places = self.model.lowrank.arrange([(s.count, r[-1][1]) for s, r in zip(slices, runs, strict=True)])
         routing = route([run for i in places for run in runs[i]], self.model.device)
-        self._routing = key, places, routing
+        if len(self._routings) >= ROUTINGS_KEPT:
+            del self._routings[next(iter(self._routings))]
+        self._routings[key] = places, routing
         return [slices[i] for i in places], routing
 
     def _head(self, slices: Sequence[Slice], routing: Routing) -> Routing:
@@ -465,7 +488,8 @@ class Engine:
         if row.shift + len(row.tokens) - 1 == self.model.rope_border:
             row.done = 0  # its keys are of other frequencies from here on
         rated = tuple(row.rated) if row.emitted == 1 else ()
-        token = Token(row.request.id, row.emitted - 1, chosen.id, chosen.logprob, chosen.top, rated)
+        mode = row.mode if row.emitted == 1 else None
+        token = Token(row.request.id, row.emitted - 1, chosen.id, chosen.logprob, chosen.top, rated, mode)
         reason = self._reason(row, chosen.id)
         return [token] if reason is None else [token, self._finish(row, reason)]
 
@@ -490,6 +514,8 @@ class Engine:
         self.scheduler.release(row, scrub)
         for holding in row.held:
             self.pool.let_go(holding, ran=row.started is not None)
+        if row.started is not None:
+            self.auto.ended(now - row.started)
         if reason == "timeout" and row.first is None:
             error = DeadlineExceeded("the deadline passed before the first token; ask for more time or try later")
         return Finished(
@@ -502,6 +528,7 @@ class Engine:
             load_s=row.load_s,
             ttft_s=None if row.first is None else row.first - request.arrived,
             total_s=now - request.arrived,
+            mode=row.mode,
         )
 
     def abandon(self, reason: FinishReason, error: AdapterServerError | None = None) -> list[Event]:
@@ -519,6 +546,7 @@ class Engine:
             steps=self.steps,
             residents=self.pool.residents(waiting),
             hits=dict(self.pool.hits),
+            decisions=dict(self.auto.decisions),
         )
 
     def on_wake(self, wake: Callable[[], None]) -> None:

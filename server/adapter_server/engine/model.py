@@ -223,6 +223,10 @@ class Model:
             if patch.block is not None and patch.block.reads not in self._taps:
                 self._taps[patch.block.reads] = Tap(patch.block.reads, self._modules[patch.block.reads])
 
+    def folded_bytes(self, placed: Placed) -> int:
+        """About what a snapshot of an adapter takes: the weights of the Linears that it touches."""
+        return sum(self.groups[i].folded_bytes for i in placed.groups)
+
     def forget(self, placed: Placed) -> None:
         for each in (placed, *placed.tasks.values()):
             self.lowrank.forget(each)

@@ -60,6 +60,7 @@ class Holding:
     gone: bool = False  # out of the books: who comes anew loads it again
     error: AdapterServerError | None = None
     pinned: bool = False
+    auto: bool = False  # a snapshot that nobody asked for: the first to go
     rows: int = 0  # running
     wanted: int = 0  # rows that run or wait
     used: float = 0.0
@@ -90,19 +91,22 @@ class Pool:
 
     # What rows ask
 
-    def claim(self, spec: Spec, merged: bool) -> Holding:
-        """A row is queued that wants this version, until `let_go`."""
+    def claim(self, spec: Spec, merged: bool, auto: bool = False) -> Holding:
+        """A row is queued that wants this version, until `let_go`. `auto`: it leaves its route to us."""
         self.hits[self._tier(spec, merged)] += 1
-        holding = self.want(spec, merged)
+        holding = self.want(spec, merged, auto=auto)
         holding.wanted += 1
         return holding
 
-    def renew(self, holding: Holding) -> Holding:
-        """The same for a waiting row, or another holding of the version where this one made room for others."""
-        if not holding.gone or holding in self._leaving:
+    def renew(self, holding: Holding, merged: bool, auto: bool = False) -> Holding:
+        """The same for a waiting row, or another holding of the version: this one made room, or its route changed."""
+        kept = not holding.gone or holding in self._leaving
+        if kept and holding.merged == merged:
             return holding
-        again = self.want(holding.spec, holding.merged)
+        again = self.want(holding.spec, merged, auto=auto)
         again.wanted += 1
+        if kept:
+            self.let_go(holding, ran=False)
         return again
 
     def hold(self, holding: Holding) -> None:
@@ -129,16 +133,17 @@ class Pool:
 
     # Loading
 
-    def want(self, spec: Spec, merged: bool = False, waiter: Future[None] | None = None) -> Holding:
-        """The holding of this version, whose load begins now if it had not."""
+    def want(self, spec: Spec, merged: bool = False, waiter: Future[None] | None = None, auto: bool = False) -> Holding:
+        """The holding of this version, whose load begins now if it had not. `auto`: nobody asked for it."""
         self._unloaded.discard(spec.key)
         holding = self.holdings.get((*spec.key, merged))
         if holding is None or holding.error is not None:
-            holding = Holding(spec, merged, time.monotonic(), used=time.monotonic())
+            holding = Holding(spec, merged, time.monotonic(), used=time.monotonic(), auto=auto and merged)
             if previous := self.holdings.get(holding.key):
                 holding.pinned = previous.pinned
             self.holdings[holding.key] = holding
             self._begin(holding)
+        holding.auto = holding.auto and auto
         if waiter is not None:
             self._notify(holding, waiter)
         return holding
@@ -213,6 +218,9 @@ class Pool:
             self.host.put(holding.adapter)
             holding.adapter = None
         if holding.error is None and not reserved and not self._make_room(holding):
+            if holding.auto:
+                self._strike(holding)
+                return None
             holding.placed, holding.parked = None, True  # the device has no bytes for it now, nor while it waits
             self._parked.append(holding)
             return None
@@ -251,14 +259,20 @@ class Pool:
             )
             return True
         idle = [h for h in self.holdings.values() if h.live and not h.rows and not h.pinned]
-        for victim in sorted(idle, key=lambda h: (h.wanted > 0, h.used)):
+        idle = [h for h in idle if not h.wanted or not holding.auto]
+        for victim in sorted(idle, key=lambda h: (not h.auto, h.wanted > 0, h.used)):
             if self.used + holding.bytes <= self.budget:
                 break
             self._strike(victim)
             self._drop(victim)
-        if self.used + holding.bytes > self.budget and not self._is_room_coming():
+        if self.used + holding.bytes > self.budget and not self._is_room_coming() and not holding.auto:
             holding.error = AdapterUnavailable(f"no room for {holding.spec.name!r}: everything loaded is pinned")
         return holding.error is not None or self.used + holding.bytes <= self.budget
+
+    def has_room(self, size: int) -> bool:
+        """Whether so many bytes fit beside what rows want and what is pinned."""
+        kept = sum(h.bytes for h in self._all() if (h.live or h.reserved) and (h.wanted or h.pinned or h.reserved))
+        return kept + size <= self.budget
 
     def _is_room_coming(self) -> bool:
         return bool(self._leaving) or any((h.rows or h.reserved) and not h.pinned for h in self.holdings.values())

@@ -14,14 +14,14 @@ import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from adapter_server.core import Request, Top
+from adapter_server.core import Mode, Request, Top
 from adapter_server.engine.blocks import Chain
 from adapter_server.engine.guide import Guide
 from adapter_server.engine.kv import KvPool, Lease, PagePool
 from adapter_server.engine.pool import Holding
 from adapter_server.engine.routing import Use
 from adapter_server.engine.sampling import Draw
-from adapter_server.engine.site import Prefix
+from adapter_server.engine.site import Placed, Prefix
 from adapter_server.engine.tree import Decode
 from adapter_server.engine.turns import Turns
 
@@ -33,9 +33,11 @@ class Row:
     request: Request
     tokens: list[int]
     seed: int
+    mode: Mode  # of auto, from the start of the row on
     uses: tuple[Use, ...] = ()
     starts: tuple[int, ...] = ()  # aLoRA among them: per use, the first of `tokens` that it acts on
     prefix: Prefix | None = None
+    whole: Placed | None = None  # what replaces all weights that it touches, a snapshot: no row runs on less
     held: list[Holding] = field(default_factory=list)
     decode: Decode | None = None  # what PEFT computes of it, in its own lane
     turn: int = 0  # of that lane: the step in which it last had one
@@ -53,7 +55,8 @@ class Row:
     @classmethod
     def of(cls, request: Request) -> Row:
         seed = request.sampling.seed
-        return cls(request, list(request.prompt), secrets.randbits(63) if seed is None else seed)
+        mode: Mode = "unmerged" if request.mode == "auto" else request.mode
+        return cls(request, list(request.prompt), secrets.randbits(63) if seed is None else seed, mode)
 
     @property
     def offset(self) -> int:
@@ -226,7 +229,7 @@ class Scheduler:
         """The keys of the blocks that may be known: all but the last token's, whose logits are wanted; or all are."""
         if self.kv.blocks is None or row.decode is not None:
             return []
-        row.chain = row.chain or Chain.of(row.request, self.kv.block, row.offset, row.acts, row.acting)
+        row.chain = row.chain or Chain.of(row.request, row.mode, self.kv.block, row.offset, row.acts, row.acting)
         return [] if row.unrated else row.chain.upto(row.tokens, len(row.tokens) - 1)
 
     def remember(self, row: Row) -> None:

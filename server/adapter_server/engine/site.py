@@ -166,6 +166,11 @@ class Placed:
         return bool(self.groups or self.others or self.gated)
 
     @property
+    def replaces(self) -> bool:
+        """Whether it has weights of its own wherever it touches a Linear, as a snapshot does."""
+        return bool(self.groups) and all(patch.product is not None for patch in self.groups.values())
+
+    @property
     def bytes(self) -> int:
         others = sum(t.nbytes for patch in self.others.values() for t in patch.tensors())
         others += sum(t.nbytes for prompt in self.gated.values() for t in prompt.tensors())
@@ -387,6 +392,12 @@ class LinearGroup:
         if len(self.paths) > 1:
             raise AdapterRefused(f"{self.paths[0]} is no block's last Linear: it shares its input with others")
         return GroupPatch(pairs=(None,), block=block.to(self.device, self.dtype))
+
+    @property
+    def folded_bytes(self) -> int:
+        """Of a snapshot's weights here."""
+        packed = isinstance(self.base, Product) and self.base.packed is not None
+        return sum(self.outs) * self.inp * self.base_dtype.itemsize * (2 if packed else 1)
 
     def _moved(self, part: Part) -> Part:
         return part.to(self.device, self.dtype)
