@@ -91,7 +91,7 @@ def _summary(answer: Answer) -> dict[str, Any]:
         "finish_reason": answer.finish_reason,
         "adapter": answer.adapter or None,
         "adapter_version": answer.version or None,
-        "mode": end.mode or answer.request.mode,
+        "mode": answer.end.mode or answer.request.mode,
         "usage": {
             "prompt_tokens": len(answer.request.prompt),
             "completion_tokens": answer.completion_tokens,
