@@ -61,6 +61,7 @@ HELP = {
     "auto_merge": "Let mode auto make a merged snapshot of an adapter that most requests ask for, where that pays",
     "host_bytes": "Main memory for compiled adapters, so that one evicted from the device comes back quickly",
     "pack_weights": "Keep packed copies of the base's weights on the CPU: faster, larger",
+    "kernels": "On CUDA, run Triton kernels that have agreed with torch at start; without: plain torch",
     "max_grammar_bytes": "Largest schema, expression or grammar of a response_format, such as 64K",
     "threads": "Threads of torch on the CPU; 0: torch's own choice, one for a tiny base",
     "profile": "Write a trace of 64 steps here, for Perfetto or chrome://tracing",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
-from adapter_server.engine.kv import Decodes, KvStep
+from adapter_server.engine.kv import Decodes, KvStep, PagePool
 from adapter_server.engine.routing import Segment, Step, add_to, current
 from adapter_server.families.base import GatedPrompt
 
@@ -120,6 +120,13 @@ def packed_attention(
 
 def _decode(out: Tensor, query: Tensor, layer: int, kv: KvStep, decodes: Decodes, scores: Scores) -> None:
     """One query per row: the heads of a kv head become the queries of one small attention."""
+    pool = kv.pool
+    if isinstance(pool, PagePool) and pool.kernels is not None:
+        kernels = pool.kernels
+        rows = kernels.Rows(decodes.table, decodes.lengths, decodes.tokens, pool.page, decodes.context)
+        form = kernels.Form(scores.scaling, scores.softcap, scores.window, scores.sinks)
+        kernels.paged_decode(out[0], query[0], pool.keys[layer], pool.values[layer], rows, form)
+        return
     n = decodes.take.shape[0]
     k, v = kv.batch(layer, n)
     q = query[0].index_select(1, decodes.take).transpose(0, 1)  # [n, heads, dim]

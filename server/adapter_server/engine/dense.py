@@ -67,9 +67,10 @@ class DenseModel(Model):
         pack: bool = True,
         trees: Trees | None = None,
         adapters: torch.dtype = torch.float32,
+        kernels: bool = True,
     ) -> None:
         self._accepts = set(inspect.signature(module.forward).parameters)
-        super().__init__(module, pack, trees, adapters)
+        super().__init__(module, pack, trees, adapters, kernels)
 
     def _adopt(self) -> None:
         """These bases keep the attention that they have."""

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from adapter_server.config import EngineConfig
 from adapter_server.core import Event, Finished, FinishReason, Folded, Loaded, Request, Spec, Stats, Token
+from adapter_server.engine import forms
 from adapter_server.engine.auto import Auto
 from adapter_server.engine.guide import Guides
 from adapter_server.engine.host import Host
@@ -101,7 +102,7 @@ class Engine:
         self.config = config
         if threads := config.threads or _few_threads(module):
             torch.set_num_threads(threads)
-        self.model = prepare(module, config.pack_weights, _adapter_dtype(module, config))
+        self.model = prepare(module, config.pack_weights, _adapter_dtype(module, config), config.kernels)
         self.kv, length = self._kv()
         self.info = _info(module, self.model, name, length)
         self.guides = Guides(tokenizer, self.info.vocab, self.info.eos, config.max_grammar_bytes)
@@ -140,7 +141,11 @@ class Engine:
             )  # fmt: skip
             return slot_pool, length
         pages = places // config.page_tokens
-        return PagePool(model.layers, pages, config.page_tokens, model.dtype, model.device, cached > 0), length
+        page_pool = PagePool(model.layers, pages, config.page_tokens, model.dtype, model.device, cached > 0)
+        if model.lane == "packed":
+            heads = model.module.config.get_text_config().num_attention_heads
+            page_pool.kernels = forms.decoding(model.device, model.dtype, model.layers.values(), heads, config.kernels)
+        return page_pool, length
 
     # Requests
 

@@ -15,6 +15,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -140,8 +141,16 @@ class Decodes:
     take: Tensor
     tokens: Tensor
     put: Tensor | None
-    places: Tensor | None = None  # [n, context], for pages
+    table: Tensor | None = None  # [n, pages] int32, for pages
     masks: dict[int | None, Tensor] = field(default_factory=dict)  # by sliding window
+    _places: Tensor | None = None
+
+    def places(self, page: int) -> Tensor | None:
+        """[n, context], for pages; made once a step, and only where keys are gathered."""
+        if self._places is None and self.table is not None:
+            at = torch.arange(self.context, device=self.table.device)
+            self._places = self.table[:, at // page].long() * page + at % page
+        return self._places
 
     def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
         """[n, 1, 1, context] to be added to the scores."""
@@ -183,10 +192,11 @@ class KvStep:
         return self.decodes
 
     def _rows(self, store: Tensor, n: int, decodes: Decodes) -> Tensor:
-        if decodes.places is None:
+        places = decodes.places(self.pool.page)
+        if places is None:
             slots = store[: self.pool.places].view(-1, self.pool.page, *store.shape[1:])
             return slots[:n, : decodes.context]
-        return store.index_select(0, decodes.places.view(-1)).view(n, decodes.context, *store.shape[1:])
+        return store.index_select(0, places.view(-1)).view(n, decodes.context, *store.shape[1:])
 
     def context(self, layer: int, places: Tensor | slice) -> tuple[Tensor, Tensor]:
         """K, V of one row's context, each [1, kv_heads, context, dim]."""
@@ -318,6 +328,7 @@ class PagePool(KvPool):
     ) -> None:
         super().__init__(layers, pages * page, page, dtype, device)
         self.blocks = BlockCache() if cached else None
+        self.kernels: ModuleType | None = None  # what reads decode rows, where `forms.decoding` has accepted it
         self._prefixes: dict[Prefix, Lease] = {}
         self._readers = [0] * pages
 
@@ -421,11 +432,11 @@ class PagePool(KvPool):
     def _decodes(self, chunks: Sequence[Chunk]) -> Decodes:
         context = max(chunk.context for chunk in chunks)
         width = math.ceil(context / self.page)
-        table = torch.tensor([(c.lease.pages + [0] * width)[:width] for c in chunks], device=self.device)
-        at = torch.arange(context, device=self.device)
+        rows = [(c.lease.pages + [0] * width)[:width] for c in chunks]
+        table = torch.tensor(rows, dtype=torch.int32, device=self.device)
         tokens = torch.tensor([chunk.start for chunk in chunks], device=self.device)
         lengths = torch.tensor([chunk.context for chunk in chunks], device=self.device)
-        return Decodes(context, lengths, tokens, tokens, None, table[:, at // self.page] * self.page + at % self.page)
+        return Decodes(context, lengths, tokens, tokens, None, table)
 
 
 def bytes_per_token(layers: Mapping[int, LayerShape], dtype: torch.dtype) -> int:

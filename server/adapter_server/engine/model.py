@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import is_bitsandbytes_available
 
-from adapter_server.engine import native
+from adapter_server.engine import forms
 from adapter_server.engine.attention import NAME, Probe, set_probe
 from adapter_server.engine.kv import LayerShape, bytes_per_token
-from adapter_server.engine.lowrank import Banked, LowRank
 from adapter_server.engine.routing import Routing, Step, current, running
 from adapter_server.engine.site import (
     AttentionSite,
@@ -88,6 +87,7 @@ class Model:
         pack: bool = True,
         trees: Trees | None = None,
         adapters: torch.dtype = torch.float32,
+        kernels: bool = True,
     ) -> None:
         """`adapters`: the dtype that they are held and added in; float32 is PEFT's rule over any base."""
         self.trees = trees or Trees(module)
@@ -95,7 +95,7 @@ class Model:
         self.device, self.dtype = module.device, module.dtype
         self.adapter_dtype = adapters
         self.base = ModelBase(module)
-        self.lowrank = _form(self.device, self.adapter_dtype)
+        self.lowrank = forms.low_rank(self.device, self.adapter_dtype, kernels)
         self._modules = dict(module.named_modules())
         self._sites: dict[str, ModuleSite] = {}
         self._behind: dict[str, AttentionSite] = {}
@@ -266,12 +266,6 @@ class Model:
             for part in plain_tensors(tensor.detach()):
                 sha.update(part.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         return sha.hexdigest()
-
-
-def _form(device: torch.device, dtype: torch.dtype) -> LowRank:
-    """The fastest form of the low-rank products that this machine has."""
-    kernel = native.library() if device.type == "cpu" and dtype == torch.float32 else None
-    return Banked() if kernel is None else native.Native(kernel)
 
 
 def _as_seen(shapes: Shapes, layers: Mapping[int, LayerShape]) -> Shapes:

@@ -62,14 +62,16 @@ class PeftLane(Model):
         raise RuntimeError("the peft lane has no packed rows")
 
 
-def prepare(module: PreTrainedModel, pack: bool = True, adapters: torch.dtype = torch.float32) -> Model:
+def prepare(
+    module: PreTrainedModel, pack: bool = True, adapters: torch.dtype = torch.float32, kernels: bool = True
+) -> Model:
     """The base in the fastest lane that it can run in; `why` says what decided. Raises BaseNotSupported."""
     trees = Trees(module)  # before anything of the base is changed
     if module.config.is_encoder_decoder:
         return PeftLane(module, trees, "it is an encoder-decoder")
     if module.config.model_type in TESTED:
-        return DenseModel(module, pack, trees, adapters)
+        return DenseModel(module, pack, trees, adapters, kernels)
     try:
-        return Model(module, pack, trees, adapters)
+        return Model(module, pack, trees, adapters, kernels)
     except BaseNotSupported as error:
         return PeftLane(module, trees, error.message)

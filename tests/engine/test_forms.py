@@ -1,0 +1,80 @@
+"""Who runs the hot products: kernels where they are right, plain torch where they are not, and a line that says so."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from adapter_server.engine import forms
+from adapter_server.engine.grouped import Grouped
+from adapter_server.engine.native import Native
+
+kernels = pytest.importorskip("adapter_server.engine.kernels", reason="Triton is not installed")
+CPU = torch.device("cpu")
+LAYERS = [(2, 8, 8)]
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CUDA device, in the interpreter."""
+    monkeypatch.setattr(forms, "usable", lambda device: True)
+
+
+def spoilt(name: str, do: object) -> SimpleNamespace:
+    """The kernels, but for one."""
+    return SimpleNamespace(**{**vars(kernels), name: do})
+
+
+def fails(*_: object) -> None:
+    raise RuntimeError("no compiler for this architecture")
+
+
+def nothing(*_: object) -> None:
+    """Leaves its output as it was."""
+
+
+def test_what_agrees_is_used(caplog: pytest.LogCaptureFixture) -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert isinstance(forms.low_rank(CPU, dtype), Grouped)
+        assert forms.decoding(CPU, dtype, LAYERS, 4) is kernels
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(("do", "word"), [(fails, "no compiler"), (nothing, "off by")])
+def test_what_fails_or_differs_is_left_out(
+    do: object, word: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(forms, "kernels", lambda: spoilt("add_low_rank", do))
+    assert not isinstance(forms.low_rank(CPU, torch.float32), Grouped)
+    monkeypatch.setattr(forms, "kernels", lambda: spoilt("paged_decode", do))
+    assert forms.decoding(CPU, torch.float32, LAYERS, 4) is None
+    assert [word in record.getMessage() for record in caplog.records] == [True, True]
+
+
+def test_a_machine_without_triton(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(forms, "kernels", lambda: None)
+    assert not isinstance(forms.low_rank(CPU, torch.bfloat16), Grouped)
+    assert forms.decoding(CPU, torch.float32, LAYERS, 4) is None
+    assert not caplog.records
+
+
+def test_kernels_may_be_turned_off() -> None:
+    assert not isinstance(forms.low_rank(CPU, torch.float32, wanted=False), Grouped)
+    assert forms.decoding(CPU, torch.float32, LAYERS, 4, wanted=False) is None
+
+
+def test_the_cpu_has_forms_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    assert not forms.usable(CPU)
+    assert forms.usable(torch.device("cuda:1"))
+    assert not isinstance(forms.low_rank(CPU, torch.float32), Grouped)
+    assert not isinstance(forms.low_rank(CPU, torch.bfloat16), Native)
+
+
+def test_probing_leaves_the_random_state_alone() -> None:
+    before = torch.random.get_rng_state()
+    forms.low_rank(CPU, torch.float32)
+    forms.decoding(CPU, torch.float32, LAYERS, 4)
+    assert torch.equal(before, torch.random.get_rng_state())

@@ -1,0 +1,144 @@
+"""Each kernel against its line of torch, in Triton's interpreter where there is no CUDA device."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import rig
+import zoo
+from adapter_server.engine import forms
+from adapter_server.engine.grouped import Grouped
+from adapter_server.engine.routing import route
+from adapter_server.engine.site import Placed
+from test_site import OUTS, Case, close
+
+kernels = pytest.importorskip("adapter_server.engine.kernels", reason="Triton is not installed")
+
+CPU = torch.device("cpu")
+Form = kernels.Form
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}  # of values about 1
+KINDS = ("lora", "dora", "scale", "bias", "override", "delta_more")
+
+
+def grouped() -> Grouped:
+    return Grouped(kernels, CPU)
+
+
+@pytest.mark.parametrize("composed", [False, True])
+@pytest.mark.parametrize("outs", [OUTS, (10,)])
+@pytest.mark.parametrize("most", [1, 20])
+def test_any_mix_is_the_formula(composed: bool, outs: tuple[int, ...], most: int) -> None:
+    for seed in range(2):
+        case = Case(seed, outs, KINDS, form=grouped())
+        for _ in range(2):  # the table lives on from step to step
+            assert close(*case.run(case.rows(most, composed))), seed
+
+
+def test_adapters_come_and_go() -> None:
+    form = grouped()
+    case = Case(1, kinds=("lora",), n=5, form=form)
+    for step in range(6):
+        gone = case.random.choice(list(case.patches))
+        form.forget(gone)
+        del case.patches[gone]
+        case.add(f"new{step}", "lora")
+        chosen = case.random.sample(list(case.patches), 3)
+        assert close(*case.run([(1, ((placed, 1.0),)) for placed in chosen])), step
+    assert len(form.table.held) <= 5
+
+
+def test_who_else_is_in_the_step_changes_no_bit() -> None:
+    case = Case(5, kinds=("lora",), n=6, form=grouped())
+    mine, *others = case.patches
+    x = torch.randn(3, 12)
+    alone = low_rank(case, [(3, mine)], x)
+    mixed = low_rank(case, [*((2, other) for other in others), (3, mine)], torch.cat([torch.randn(10, 12), x]))
+    assert torch.equal(alone, mixed[-3:])
+
+
+def low_rank(case: Case, rows: list[tuple[int, Placed]], x: Tensor) -> Tensor:
+    """The sum of w · B (A x) alone, of the rows in this order [T, outs]."""
+    routing = route([(n, ((placed, 1.0),)) for n, placed in rows], CPU)
+    [adder], large = case.form.plan(case.group, routing, routing.segments)
+    assert not large
+    y = torch.zeros(routing.tokens, sum(case.group.outs))
+    adder.add(y, x)
+    return y
+
+
+@pytest.mark.parametrize("held", TOLERANCE, ids=str)
+@pytest.mark.parametrize("given", TOLERANCE, ids=str)
+def test_low_rank_by_dtype(given: torch.dtype, held: torch.dtype) -> None:
+    """Sums over several splits, ranks in several blocks, columns in several blocks: one rounding each."""
+    error = forms.low_rank_error(kernels, CPU, given, held)
+    assert error < max(TOLERANCE[given], TOLERANCE[held])
+
+
+@pytest.mark.parametrize("window", [None, 150])
+@pytest.mark.parametrize("cap", [None, 5.0])
+@pytest.mark.parametrize("sunk", [False, True])
+def test_attention_with_every_option(window: int | None, cap: float | None, sunk: bool) -> None:
+    sinks = torch.randn(4) if sunk else None
+    assert forms.attention_error(kernels, Form(0.3, cap, window, sinks), (2, 24, 16), 4, CPU, torch.float32) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("shape", "heads"), [((1, 64, 64), 8), ((3, 80, 80), 3), ((1, 192, 128), 2)])
+def test_attention_by_shape_and_dtype(shape: tuple[int, int, int], heads: int, dtype: torch.dtype) -> None:
+    error = forms.attention_error(kernels, Form(shape[1] ** -0.5), shape, heads, CPU, dtype)
+    assert error < TOLERANCE[dtype]
+
+
+def test_a_long_row_has_no_more_chunks_than_fit() -> None:
+    """Beyond MOST_CHUNKS · CHUNK keys chunks grow; a short row beside it reads as it does alone."""
+    lengths = [kernels.MOST_CHUNKS * kernels.CHUNK + 77, 3]
+    assert forms.attention_error(kernels, Form(0.3), (1, 16, 16), 1, CPU, torch.float32, lengths) < 1e-5
+
+
+@pytest.fixture
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CUDA device, in the interpreter."""
+    monkeypatch.setattr(forms, "usable", lambda device: True)
+
+
+KERNELLED = ("lora", "dora", "ia3", "lora_saved", "prefix")
+
+
+@pytest.mark.usefixtures("on_the_cpu")
+@pytest.mark.parametrize("arch", ["llama", "gemma2"])
+def test_the_engine_with_kernels_is_peft(arch: str) -> None:
+    """GQA over pages, and in Gemma 2 with windows and soft caps, each as PEFT alone computes it."""
+    names = tuple(name for name in KERNELLED if arch in zoo.ADAPTERS[name].archs)
+    served = rig.engine(arch, names, kv_layout="pages", page_tokens=4)
+    assert isinstance(served.model.lowrank, Grouped)
+    assert served.kv.kernels is kernels
+    digest = served.model.digest()
+    asked = [rig.ask(served, name, rig.PROMPTS[i % 3], max_new_tokens=3) for i, name in enumerate((None, *names))]
+    for i, (name, answer) in enumerate(zip((None, *names), rig.run(served, asked), strict=True)):
+        ids, logprobs = rig.peft_alone(arch, name, rig.PROMPTS[i % 3], 3)
+        assert tuple(answer.ids) == ids, name
+        assert (answer.matrix() - logprobs).abs().max().item() < 1e-4, name
+    assert served.model.digest() == digest
+    served.close()
+
+
+@pytest.mark.parametrize(
+    ("arch", "options"),
+    [(90, "bf16"), *(pytest.param(*each, marks=pytest.mark.soak) for each in [(90, "fp32"), (80, "fp16")])],
+)
+def test_kernels_compile_for_cuda_without_a_device(arch: int, options: str, tmp_path: Path) -> None:
+    """To machine code by the compiler that Triton brings: what the interpreter takes, a GPU may not."""
+    found = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("compiling.py")), str(arch), options],
+        env={**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert found.returncode == 0, found.stderr[-2000:]
+    assert found.stdout.split() == ["_shrink", "_expand", "_attend", "_combine"]
