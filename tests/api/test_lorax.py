@@ -170,6 +170,7 @@ def test_a_stream_that_breaks_says_so(own: Served) -> None:
         {"merged_adapters": {"ids": [], "weights": []}},
         {"merged_adapters": {"ids": ["shout", "pirate"], "weights": [1.0]}},
         {"merged_adapters": {"ids": ["shout"]}},
+        {"merged_adapters": {"ids": [""], "weights": [1.0]}},
         {"merged_adapters": {"ids": ["shout"], "weights": [1.0], "merge_strategy": "ties"}},
         {"merged_adapters": {"ids": ["prefix", "prefix2"], "weights": [1.0, 1.0]}},
         {"best_of": 2},
@@ -196,6 +197,7 @@ def test_a_stream_that_breaks_says_so(own: Served) -> None:
         {"response_format": 5},
         {"grammar": {"type": "regex", "value": {}}},
         {"grammar": {"type": "json", "value": "{"}},
+        {"grammar": {"type": "regex", "value": ""}},
         {"grammar": {"type": "json", "value": {}}, "response_format": {"type": "json_object"}},
     ],
 )

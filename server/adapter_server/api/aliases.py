@@ -10,7 +10,7 @@ from pydantic import Field
 
 from adapter_server.api import access
 from adapter_server.api.described import KEYED, refused
-from adapter_server.api.schemas import AdapterRef, Parts, Strict, Unions, document, parse
+from adapter_server.api.schemas import AdapterRef, MemberName, Parts, Strict, Unions, document, parse
 from adapter_server.api.service import Service, service_of
 from adapter_server.errors import AdapterNotFound, AdapterRefused, InvalidRequest, VersionConflict
 from adapter_server.registry.aliases import Target, Targets
@@ -22,7 +22,7 @@ router = APIRouter(prefix="/aliases", dependencies=[Depends(access.admin)], resp
 class TargetBody(Strict):
     """One of the adapters that an alias shares requests out among."""
 
-    name: Annotated[str, Field(min_length=1, max_length=256)]
+    name: MemberName
     share: Annotated[float, Field(gt=0, le=1_000_000)] = 1.0
 
 

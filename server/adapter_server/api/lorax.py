@@ -31,6 +31,7 @@ from adapter_server.api.schemas import (
     GrammarText,
     Lenient,
     LenientFormat,
+    MemberName,
     NewTokens,
     Parts,
     Penalty,
@@ -77,7 +78,7 @@ router = APIRouter(dependencies=[Depends(_speak), Depends(access.inference)], re
 class MergedAdapters(Lenient):
     """Adapters that answer together."""
 
-    ids: Annotated[list[AdapterRef], Field(min_length=1, max_length=8)]
+    ids: Annotated[list[MemberName], Field(min_length=1, max_length=8)]
     weights: Annotated[list[Effect], Field(max_length=8)]
     merge_strategy: Literal["linear"] | None = None
 
@@ -86,7 +87,7 @@ class Grammar(Lenient):
     """The form of an answer in the words of clients that TGI has too."""
 
     type: Literal["json", "json_schema", "regex"]
-    value: Schema | GrammarText
+    value: Schema | Annotated[GrammarText, Field(min_length=1)]
 
     def format(self) -> ResponseFormat:
         if isinstance(self.value, str) == (self.type != "regex"):

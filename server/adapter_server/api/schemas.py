@@ -27,6 +27,7 @@ TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
 TokenIds = Annotated[list[TokenId], Field(max_length=MAX_IDS, fail_fast=True)]
 StopText = Annotated[str, Field(min_length=1, max_length=256)]
 AdapterRef = Annotated[str, Field(max_length=256)]
+MemberName = Annotated[AdapterRef, Field(min_length=1)]  # never the base
 Effect = Annotated[float, Field(ge=-100, le=100)]
 ModeChoice = Literal["auto", "unmerged", "merged"]
 TaskId = Annotated[int, Field(ge=0, lt=1 << 31)]
@@ -73,7 +74,7 @@ class Lenient(Strict):
 class MemberBody(Strict):
     """One adapter of a weighted composition."""
 
-    name: Annotated[str, Field(min_length=1, max_length=256)]
+    name: MemberName
     weight: Effect = 1.0
 
 
