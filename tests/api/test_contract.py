@@ -71,7 +71,7 @@ def examine(demo: live.Live, schema: Any, operation: str, count: int) -> None:
 
 @pytest.mark.parametrize("operation", operations())
 def test_every_answer_is_a_documented_one(demo: live.Live, schema: Any, operation: str) -> None:
-    examine(demo, schema, operation, 20)
+    examine(demo, schema, operation, 12)
     demo.settle()
     assert demo.ask(SURE).json()["text"] == SURE.answer
 
@@ -159,7 +159,7 @@ def throw(demo: live.Live, kind: st.SearchStrategy[Any], count: int) -> None:
 
 @pytest.mark.parametrize("kind", [bodies(), JUNK], ids=["bodies", "junk"])
 def test_no_body_harms_the_engine(demo: live.Live, kind: st.SearchStrategy[Any]) -> None:
-    throw(demo, kind, 60)
+    throw(demo, kind, 30)
 
 
 @pytest.mark.soak

@@ -56,10 +56,7 @@ def test_it_renders_as_transformers_does() -> None:
         assert rendered(template, variables=variables) == [theirs]
 
 
-SLOW = [
-    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-    "{{ 9 ** (9 ** 9) }}",
-]
+SLOW = ["{{ 9 ** (9 ** 9) }}", "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"]
 HOSTILE = [
     "{{ ''.__class__.__mro__[1].__subclasses__() }}",
     "{{ messages.append(1) }}",
@@ -87,14 +84,14 @@ def test_hostile_templates_end_in_a_refusal_and_the_next_is_rendered() -> None:
         assert after == "2", hostile
 
 
-def test_one_that_takes_too_long_is_killed_and_not_tried_again() -> None:
+@pytest.mark.parametrize("slow", [SLOW[0], pytest.param(SLOW[1], marks=pytest.mark.soak)])
+def test_one_that_takes_too_long_is_killed_and_not_tried_again(slow: str) -> None:
     start = time.monotonic()
-    found = rendered(*SLOW, "{{ messages | length }}", *SLOW)
-    assert time.monotonic() - start < 60
-    assert found[2] == "2"
-    refusals = [found[i] for i in (0, 1, 3, 4)]
-    assert all(isinstance(refusal, InvalidRequest) for refusal in refusals)
-    assert ["before" in str(refusal) for refusal in refusals] == [False, False, True, True]
+    first, after, again = rendered(slow, "{{ messages | length }}", slow)
+    assert time.monotonic() - start < 40
+    assert after == "2"
+    assert all(isinstance(refusal, InvalidRequest) for refusal in (first, again))
+    assert ["before" in str(refusal) for refusal in (first, again)] == [False, True]
 
 
 @pytest.fixture

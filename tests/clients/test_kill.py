@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from subprocess import Popen
 from typing import Any
@@ -142,29 +143,44 @@ async def listen(http: httpx.AsyncClient, body: dict[str, Any], begun: list[int]
     return last
 
 
-async def streams_until_signal(address: str, process: Popen[str]) -> tuple[list[dict[str, Any]], httpx.Response]:
-    """The ends of 64 streams, short and long; and what who comes later hears."""
+async def streams_until_signal(address: str, tell: Callable[[], object]) -> tuple[list[dict[str, Any]], httpx.Response]:
+    """The ends of 64 streams, short and long, when the server is told to go; and what who comes later hears."""
     bodies = [LONG | {"prompt": "red cat>", "max_new_tokens": 20 if i % 2 else 450} for i in range(64)]
     async with httpx.AsyncClient(base_url=address, timeout=60, limits=httpx.Limits(max_connections=None)) as http:
         begun: list[int] = []
         ends = [asyncio.create_task(listen(http, body, begun)) for body in bodies]
         while len(begun) < len(bodies):
             await asyncio.sleep(0.005)
-        process.send_signal(signal.SIGTERM)
+        tell()
         await asyncio.sleep(0.1)
         late = await http.post("/generate", json={"prompt": "a"})
         return await asyncio.gather(*ends), late
 
 
-def test_a_signal_tells_all_streams() -> None:
-    with live.process("demo", "--drain-timeout-s", "1") as process:
-        ends, late = asyncio.run(streams_until_signal(live.address_of(process), process))
-        process.communicate(timeout=20)
-    assert process.returncode == 0
+def check_ends(ends: list[dict[str, Any]], late: httpx.Response) -> None:
     assert late.status_code == 503
     assert {end["finish_reason"] for end in ends[1::2]} == {"length"}
     assert {end["finish_reason"] for end in ends[::2]} <= {"length", "cancelled"}
     assert all(end["usage"]["completion_tokens"] >= 1 for end in ends)
+
+
+def test_a_signal_tells_all_streams() -> None:
+    with live.demo(config=ServerConfig(drain_timeout_s=1)) as demo:
+        check_ends(
+            *asyncio.run(streams_until_signal(demo.address, lambda: demo.server.handle_exit(signal.SIGTERM, None)))
+        )
+        demo.thread.join(20)
+        assert not demo.thread.is_alive()
+    assert demo.server.exit_code == 0
+
+
+@pytest.mark.soak
+def test_a_signal_from_outside_tells_all_streams() -> None:
+    with live.process("demo", "--drain-timeout-s", "1") as process:
+        tell = partial(process.send_signal, signal.SIGTERM)
+        check_ends(*asyncio.run(streams_until_signal(live.address_of(process), tell)))
+        process.communicate(timeout=20)
+    assert process.returncode == 0
 
 
 def keep_busy(address: str, adapters: Path, over: threading.Event) -> None:
