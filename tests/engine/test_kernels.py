@@ -15,8 +15,8 @@ import rig
 import zoo
 from adapter_server.engine import forms
 from adapter_server.engine.grouped import Grouped
+from adapter_server.engine.placed import Placed
 from adapter_server.engine.routing import route
-from adapter_server.engine.site import Placed
 from test_site import OUTS, Case, close
 
 kernels = pytest.importorskip("adapter_server.engine.kernels", reason="Triton is not installed")

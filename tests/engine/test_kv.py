@@ -8,7 +8,7 @@ import torch
 from adapter_server.core import Member, Request, Spec
 from adapter_server.engine.blocks import BlockCache, Chain
 from adapter_server.engine.kv import Chunk, KvPool, Lease, PagePool, SlotPool, bytes_per_token
-from adapter_server.engine.site import Prefix
+from adapter_server.engine.placed import Prefix
 
 LAYERS = {0: (2, 4, 4), 1: (2, 4, 6)}
 CPU = torch.device("cpu")

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from adapter_server.core import Spec
 from adapter_server.engine import native
 from adapter_server.engine.lowrank import SMALL, Banked, LowRank, rank_class
+from adapter_server.engine.placed import Placed
 from adapter_server.engine.routing import Routing, Step, Use, route, running
-from adapter_server.engine.site import LinearGroup, Placed
+from adapter_server.engine.site import LinearGroup
 from adapter_server.families.base import Adapter, Patch
 from adapter_server.families.deltas import Kronecker, Mirror, Sparse, Turn
 

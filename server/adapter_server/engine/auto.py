@@ -22,7 +22,7 @@ from adapter_server.engine.pool import Holding, Pool
 from adapter_server.engine.scheduler import Row, Slice
 
 if TYPE_CHECKING:
-    from adapter_server.engine.site import Placed
+    from adapter_server.engine.placed import Placed
 
 FOLD_S = 2.0  # what a fold takes, until one was seen
 ROW_S = 2.0  # what a row takes, the same

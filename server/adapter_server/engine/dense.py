@@ -20,8 +20,8 @@ from transformers.cache_utils import CacheLayerMixin
 
 from adapter_server.engine.kv import KvStep, LayerShape
 from adapter_server.engine.model import Model
+from adapter_server.engine.placed import Prefix
 from adapter_server.engine.routing import Routing, Step, running
-from adapter_server.engine.site import Prefix
 from adapter_server.engine.tree import Trees
 
 TESTED = ("bloom", "falcon", "gptj", "mpt", "codegen", "xglm")  # GPT Neo's windows count keys from the left: not exact

@@ -27,12 +27,12 @@ from adapter_server.engine.host import Host
 from adapter_server.engine.kv import Chunk, KvPool, PagePool, SlotPool
 from adapter_server.engine.model import Model, context_length, load
 from adapter_server.engine.peft_lane import prepare
+from adapter_server.engine.placed import Placed, Prefix
 from adapter_server.engine.pool import Pool
 from adapter_server.engine.profile import Profile, part
 from adapter_server.engine.routing import Routing, Step, route
 from adapter_server.engine.sampling import Chosen, Draw, choose, rate
 from adapter_server.engine.scheduler import Row, Scheduler, Slice
-from adapter_server.engine.site import Placed, Prefix
 from adapter_server.engine.tree import Decode
 from adapter_server.errors import (
     AdapterServerError,

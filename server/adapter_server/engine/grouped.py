@@ -20,7 +20,8 @@ from adapter_server.engine.routing import Routing, Segment
 
 if TYPE_CHECKING:
     from adapter_server.engine.kernels import Outputs, Tiles
-    from adapter_server.engine.site import GroupPatch, LinearGroup, Placed
+    from adapter_server.engine.placed import GroupPatch, Placed
+    from adapter_server.engine.site import LinearGroup
 
 LARGE = 256  # tokens of one adapter's own; above, plain products read its tensors often enough
 

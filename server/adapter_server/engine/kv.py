@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from adapter_server.engine.blocks import BlockCache
-from adapter_server.engine.site import Prefix
+from adapter_server.engine.placed import Prefix
 
 LayerShape = tuple[int, int, int]  # kv_heads, key dim, value dim
 

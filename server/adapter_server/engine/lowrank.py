@@ -29,7 +29,8 @@ from torch import Tensor
 from adapter_server.engine.routing import Routing, Segment, Use
 
 if TYPE_CHECKING:
-    from adapter_server.engine.site import LinearGroup, Placed
+    from adapter_server.engine.placed import Placed
+    from adapter_server.engine.site import LinearGroup
 
 SMALL = 8  # tokens; below, dispatch costs more than padding
 FEW = 3  # adapters; below, the plain products cost no more, and need no copy in a bank

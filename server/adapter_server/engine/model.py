@@ -21,17 +21,10 @@ from transformers.utils import is_bitsandbytes_available
 from adapter_server.engine import forms
 from adapter_server.engine.attention import NAME, Probe, set_probe
 from adapter_server.engine.kv import LayerShape, bytes_per_token
+from adapter_server.engine.modules import AttentionSite, ModuleSite, Tap
+from adapter_server.engine.placed import Dtypes, Placed, Prefix
 from adapter_server.engine.routing import Routing, Step, current, running
-from adapter_server.engine.site import (
-    AttentionSite,
-    Dtypes,
-    LinearGroup,
-    ModuleSite,
-    Placed,
-    Prefix,
-    Tap,
-    group_by_input,
-)
+from adapter_server.engine.site import LinearGroup, group_by_input
 from adapter_server.engine.tree import Tree, Trees
 from adapter_server.errors import AdapterRefused, BaseNotSupported
 from adapter_server.families.base import Adapter, EmbeddingPatch, Patch, Shapes

@@ -26,7 +26,8 @@ from adapter_server.engine.lowrank import Adder, PackedRow, by_adapter
 from adapter_server.engine.routing import Routing, Segment
 
 if TYPE_CHECKING:
-    from adapter_server.engine.site import LinearGroup, Placed
+    from adapter_server.engine.placed import Placed
+    from adapter_server.engine.site import LinearGroup
 
 SOURCE = Path(__file__).with_name("lowrank.c")
 SERIAL = 250_000  # multiplications; below, waking a second thread costs more than it saves

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 from adapter_server.engine.dense import TESTED, DenseModel
 from adapter_server.engine.lowrank import Banked
 from adapter_server.engine.model import Model
+from adapter_server.engine.placed import Placed
 from adapter_server.engine.routing import Step
-from adapter_server.engine.site import Placed
 from adapter_server.engine.tree import Decode, Tree, Trees, refusing
 from adapter_server.errors import AdapterServerError, BaseNotSupported
 from adapter_server.families.base import Adapter

@@ -23,7 +23,7 @@ from torch import Tensor
 from adapter_server.core import TIERS, Event, Folded, Loaded, Resident, ResidentState, Spec, Tier
 from adapter_server.engine.host import Host
 from adapter_server.engine.model import Model
-from adapter_server.engine.site import Placed
+from adapter_server.engine.placed import Placed
 from adapter_server.engine.snapshot import check_foldable, fold
 from adapter_server.errors import AdapterRefused, AdapterServerError, AdapterUnavailable
 from adapter_server.families import find, serving, slow

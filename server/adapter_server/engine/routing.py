@@ -22,7 +22,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from adapter_server.engine.kv import KvStep
-    from adapter_server.engine.site import Placed
+    from adapter_server.engine.placed import Placed
 
 Use = tuple["Placed", float]  # an adapter laid out on the device, and its weight
 
@@ -36,6 +36,11 @@ class Segment:
     count: int
     weights: Tensor | None
     sole: bool  # none of these tokens carries another adapter
+
+    @property
+    def alone(self) -> bool:
+        """Whether these tokens are the adapter's, whole and alone."""
+        return self.sole and self.weights is None
 
 
 @dataclass(slots=True, eq=False)

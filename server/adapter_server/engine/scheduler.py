@@ -18,10 +18,10 @@ from adapter_server.core import Mode, Request, Top
 from adapter_server.engine.blocks import Chain
 from adapter_server.engine.guide import Guide
 from adapter_server.engine.kv import KvPool, Lease, PagePool
+from adapter_server.engine.placed import Placed, Prefix
 from adapter_server.engine.pool import Holding
 from adapter_server.engine.routing import Use
 from adapter_server.engine.sampling import Draw
-from adapter_server.engine.site import Placed, Prefix
 from adapter_server.engine.tree import Decode
 from adapter_server.engine.turns import Turns
 

@@ -14,182 +14,28 @@ A `Site` replaces a module's `forward` (never the module) and holds no adapter. 
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adapter_server.engine.lowrank import Adder, LowRank, add_large
-from adapter_server.engine.routing import Routing, Segment, Use, add_to, current
+from adapter_server.engine.modules import stream
+from adapter_server.engine.placed import FLOAT32, Dtypes, GroupPatch, Product, Separate, Turned, joined_biases
+from adapter_server.engine.routing import Routing, Segment, add_to, current
 from adapter_server.errors import AdapterRefused
-from adapter_server.families.base import Adapter, AnyPatch, BlockPatch, GatedPrompt, ParamPatch, Patch, linear_params
-from adapter_server.families.deltas import Delta, Mirror, TensorFields, Turn
+from adapter_server.families.base import BlockPatch, Patch, linear_params
+from adapter_server.families.deltas import Delta, Mirror
 from adapter_server.families.quantised import is_quantised
 
 if TYPE_CHECKING:
-    from adapter_server.engine.tree import Tree
+    pass
 
-Part = TypeVar("Part", Delta, Mirror, "Turned")
-
-
-@dataclass(frozen=True, slots=True)
-class Dtypes:
-    """What the base computes in, and what adapters are held and added in, before one rounding to the base's.
-
-    PEFT's rule (`autocast_adapter_dtype`): adapters in float32 over a base in fewer bits.
-    """
-
-    base: torch.dtype
-    adapters: torch.dtype
-
-
-class Product:
-    """y = x Wᵀ + b in the fastest form at hand: on the CPU in float32, oneDNN's packed weights beside the plain ones.
-
-    A single token takes the plain form: a matrix-vector product gains nothing from packing.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, pack: bool) -> None:
-        self.weight, self.bias = weight, bias
-        can = weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous()) if pack and can else None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """x [T, in] → y [T, out], a new tensor."""
-        if self.packed is None or x.shape[0] == 1:
-            return F.linear(x, self.weight, self.bias)
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
-        return y
-
-    @property
-    def bytes(self) -> int:
-        own = self.weight.numel() * self.weight.element_size()
-        return own * (1 if self.packed is None else 2) + (0 if self.bias is None else self.bias.nbytes)
-
-
-class Separate:
-    """A quantised group's base: each member's own product, side by side. Its weights are read where one is replaced."""
-
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self._modules = tuple(modules)
-        self._forwards = tuple(module.forward for module in modules)  # before they become sites
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """x [T, in] → y [T, outs], a new tensor."""
-        return torch.cat([forward(x) for forward in self._forwards], -1)
-
-    @property
-    def weight(self) -> Tensor:
-        return torch.cat([linear_params(module)[0] for module in self._modules])
-
-    @property
-    def bias(self) -> Tensor | None:
-        params = [linear_params(module) for module in self._modules]
-        return _joined_biases([b for _, b in params], [w for w, _ in params])
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Turned(TensorFields):
-    """One member's turned input, and what scales its outputs."""
-
-    member: int
-    turn: Turn
-    scale: Tensor | None = None  # [out]
-
-
-@dataclass(frozen=True, eq=False)
-class GroupPatch:
-    """An adapter's patches at one group, laid out for the run.
-
-    A [Σ r, in] of all members; `pairs` per member: its rows of A [r, in] and Bt [r, out], or None.
-    """
-
-    A: Tensor | None = None
-    pairs: tuple[tuple[Tensor, Tensor] | None, ...] = ()
-    mul: Tensor | None = None  # [outs], times the base's output
-    add: Tensor | None = None  # [outs]
-    shift: Tensor | None = None  # [in], in_scale − 1: x + shift ⊙ x
-    deltas: tuple[tuple[slice, Delta], ...] = ()  # each at a member's columns
-    mirrors: tuple[tuple[slice, Mirror], ...] = ()
-    turns: tuple[Turned, ...] = ()
-    product: Product | None = None  # replaces the base's, and all the above
-    block: BlockPatch | None = None  # alone
-
-    @functools.cached_property
-    def addresses(self) -> tuple[int, ...]:
-        """A and R, and per member Bt and its rank, as `lowrank.c` takes them; 0 for none."""
-        pairs = [(0, 0) if pair is None else (pair[1].data_ptr(), pair[1].shape[0]) for pair in self.pairs]
-        A = (0, 0) if self.A is None else (self.A.data_ptr(), self.A.shape[0])
-        return (*A, *(value for pair in pairs for value in pair))
-
-    @functools.cached_property
-    def numbers(self) -> int:
-        """In A and all Bt: the multiplications of one token."""
-        return sum(t.numel() for t in (self.A, *(pair[1] for pair in self.pairs if pair)) if t is not None)
-
-    @property
-    def bytes(self) -> int:
-        vectors = [self.A, self.mul, self.add, self.shift, *(pair[1] for pair in self.pairs if pair)]
-        for _, delta in self.deltas:
-            vectors += delta.tensors()
-        for part in (*(mirror for _, mirror in self.mirrors), *self.turns):
-            vectors += part.tensors()
-        vectors += self.block.tensors() if self.block else ()
-        return sum(t.nbytes for t in vectors if t is not None) + (self.product.bytes if self.product else 0)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Placed:
-    """An adapter laid out on the device: per group, per other module, and what stands before its rows' prompts."""
-
-    adapter: Adapter
-    groups: Mapping[int, GroupPatch]
-    others: Mapping[str, AnyPatch]
-    prefixes: dict[int | None, Prefix] = field(default_factory=dict)  # by task id
-    gated: Mapping[int, GatedPrompt] = field(default_factory=dict)  # by layer
-    tasks: dict[int, Placed] = field(default_factory=dict)  # what skills are for a task, the last used at the end
-    tree: Tree | None = None  # what PEFT runs, in its own lane
-
-    @property
-    def rank(self) -> int:
-        ranks = (pair[0].shape[0] for patch in self.groups.values() for pair in patch.pairs if pair)
-        return max(ranks, default=0)
-
-    @property
-    def acts(self) -> bool:
-        """Whether it changes what a token meets on its way, rather than what stands before it alone."""
-        return bool(self.groups or self.others or self.gated)
-
-    @property
-    def replaces(self) -> bool:
-        """Whether it has weights of its own wherever it touches a Linear, as a snapshot does."""
-        return bool(self.groups) and all(patch.product is not None for patch in self.groups.values())
-
-    @property
-    def bytes(self) -> int:
-        others = sum(t.nbytes for patch in self.others.values() for t in patch.tensors())
-        others += sum(t.nbytes for prompt in self.gated.values() for t in prompt.tensors())
-        before = sum(t.nbytes for t in (self.adapter.embeds, *self.adapter.tasks) if t is not None)
-        kept = sum(k.nbytes + v.nbytes for prefix in self.prefixes.values() for k, v in prefix.layers)
-        mixed = sum(placed.bytes for placed in self.tasks.values()) + (self.tree.bytes if self.tree else 0)
-        return sum(patch.bytes for patch in self.groups.values()) + others + before + kept + mixed
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Prefix:
-    """Keys and values that exist before the prompt: per layer K, V [n, kv_heads, dim], at positions 0..n-1."""
-
-    layers: tuple[tuple[Tensor, Tensor], ...]
-    shifts: bool = True  # whether real tokens' positions begin at n, or at 0 beside it
-
-    @property
-    def tokens(self) -> int:
-        return self.layers[0][0].shape[0]
+Part = TypeVar("Part", Delta, Mirror, Turned)
 
 
 @dataclass(slots=True, eq=False)
@@ -219,7 +65,7 @@ class LinearGroup:
         lowrank: LowRank,
         pack: bool,
         head: bool,
-        dtypes: Dtypes = Dtypes(torch.float32, torch.float32),
+        dtypes: Dtypes = FLOAT32,
     ) -> None:
         self.index, self.lowrank, self.pack, self.head = index, lowrank, pack, head
         self.base_dtype, self.dtype = dtypes.base, dtypes.adapters
@@ -281,7 +127,7 @@ class LinearGroup:
         plain = self.base(narrow).to(self.dtype) if routing.composed and plan.in_scale is not None else y
         added = [(s, at, mirror.apply(plain[s.tokens, at])) for s, at, mirror in plan.mirrors]
         added += [(s, at, delta.apply(x[s.tokens])) for s, at, delta in plan.deltas]
-        after = [(segment, _after_block(plain, _stream(block.reads), segment, block)) for segment, block in plan.blocks]
+        after = [(segment, _after_block(plain, stream(block.reads), segment, block)) for segment, block in plan.blocks]
         if plan.mul is not None:
             y.addcmul_(plain, routing.by_token(plan.mul))
         if plan.add is not None:
@@ -310,7 +156,7 @@ class LinearGroup:
 
     def _replace(self, y: Tensor, x: Tensor, segment: Segment, product: Product) -> None:
         part = product(x[segment.tokens])
-        if _is_alone(segment):
+        if segment.alone:
             y[segment.tokens] = part.to(y.dtype)
             return
         delta = (part - self.base(x[segment.tokens])).to(y.dtype)
@@ -323,7 +169,7 @@ class LinearGroup:
             raise RuntimeError(f"{self.paths[0]} saw {tokens} tokens where the step has {routing.tokens}")
         here = [(s, patch) for s in routing.segments if (patch := s.placed.groups.get(self.index))]
         replaced = [(s, patch.product) for s, patch in here if patch.product is not None]
-        if len(replaced) == 1 and replaced[0][0].count == routing.tokens and _is_alone(replaced[0][0]):
+        if len(replaced) == 1 and replaced[0][0].count == routing.tokens and replaced[0][0].alone:
             return Plan(whole=replaced[0][1])
         small, large = self.lowrank.plan(self, routing, [s for s, patch in here if patch.A is not None])
         return Plan(
@@ -424,7 +270,7 @@ class LinearGroup:
             params = params if patch is None else patch.fold(params)
             weights.append(params["weight"])
             biases.append(params.get("bias"))
-        joined = _joined_biases(biases, weights)
+        joined = joined_biases(biases, weights)
         joined = None if joined is None else joined.to(self.device, self.base_dtype)
         return Product(torch.cat(weights).to(self.device, self.base_dtype), joined, self.pack)
 
@@ -462,113 +308,12 @@ class LinearGroup:
         return t.to(self.device, self.dtype).contiguous()
 
 
-class ModuleSite:
-    """A module that is no Linear (embedding, norm, experts): its own forward for everybody, patched segments over it.
-
-    `axis` is the tokens' in its input and output: norms of single heads see [1, heads, T, dim] in some models.
-    """
-
-    def __init__(self, path: str, module: nn.Module, axis: int) -> None:
-        self.path, self.module, self.axis = path, module, axis
-        self.base = module.forward
-        module.forward = self.forward
-
-    def forward(self, x: Tensor, *args: Tensor, **kwargs: Tensor) -> Tensor | tuple[Tensor, ...]:
-        step, more = current(), (*args, *kwargs.values())
-        if step is None or step.routing.plain:
-            plain: Tensor | tuple[Tensor, ...] = self.base(x, *args, **kwargs)
-            return plain
-        routing = step.routing
-        here = [(s, patch) for s in routing.segments if (patch := s.placed.others.get(self.path))]
-        if len(here) == 1 and here[0][0].count == routing.tokens and _is_alone(here[0][0]):
-            return here[0][1].apply(x, self.module, *more)
-        y: Tensor | tuple[Tensor, ...] = self.base(x, *args, **kwargs)
-        if not here:
-            return y
-        return self._routed(x, y, routing) if isinstance(y, tuple) else self._patched(x, y, here, more)
-
-    def _patched(self, x: Tensor, y: Tensor, here: list[tuple[Segment, AnyPatch]], more: tuple[Tensor, ...]) -> Tensor:
-        out = y.clone()
-        xs, ys, outs = (self._by_token(t) for t in (x, y, out))
-        for segment, patch in here:
-            rest = (self._by_token(t)[segment.tokens] for t in more)
-            delta = patch.apply(xs[segment.tokens], self.module, *rest) - ys[segment.tokens]
-            if segment.weights is not None:
-                delta = delta * segment.weights.view(-1, *[1] * (delta.dim() - 1))
-            add_to(outs, segment, delta)
-        return out
-
-    def _routed(self, x: Tensor, y: tuple[Tensor, ...], routing: Routing) -> tuple[Tensor, ...]:
-        """A router's outputs [T, …] are choices, which no sum of differences mixes: its parameters are mixed."""
-        xs, outs = self._by_token(x), tuple(t.clone() for t in y)
-        for i, uses in enumerate(routing.uses):
-            if (params := self._mixed(uses)) and routing.use_of is not None:
-                tokens = (routing.use_of == i).nonzero()[:, 0]
-                for out, part in zip(outs, ParamPatch(params).apply(xs[tokens], self.module), strict=True):
-                    out.index_copy_(0, tokens, part)
-        return outs
-
-    def _mixed(self, uses: Sequence[Use]) -> dict[str, Tensor]:
-        """W + Σ wᵢ (Wᵢ − W) for each parameter that some adapter replaces."""
-        mixed: dict[str, Tensor] = {}
-        for placed, weight in uses:
-            patch = placed.others.get(self.path)
-            for name, value in patch.params.items() if isinstance(patch, ParamPatch) else ():
-                own = self.module.get_parameter(name)
-                mixed[name] = mixed.get(name, own) + weight * (value - own)
-        return mixed
-
-    def _by_token(self, t: Tensor) -> Tensor:
-        """A view with all tokens first: [1, T, …] or, of rows with one token each, [T, 1, …]."""
-        if self.axis == 0:
-            return t
-        t = t.movedim(self.axis, 0)
-        return t[:, 0] if t.shape[1] == 1 else t[0]
-
-
-class Tap:
-    """Notes a module's input: the residual stream, where bottleneck adapters of the step read it."""
-
-    def __init__(self, path: str, module: nn.Module) -> None:
-        self.path, self.base = path, module.forward
-        module.forward = self.forward
-
-    def forward(self, x: Tensor) -> Tensor:
-        step = current()
-        if step is not None and not step.routing.plain:
-            step.streams[self.path] = x
-        y: Tensor = self.base(x)
-        return y
-
-
-def _stream(path: str) -> Tensor:
-    """What the step's tap at a path has noted."""
-    step = current()
-    if step is None or path not in step.streams:
-        raise RuntimeError(f"{path} was not called before the block that it leads into")
-    return step.streams[path]
-
-
 def _after_block(y: Tensor, r: Tensor, segment: Segment, block: BlockPatch) -> Tensor:
     """w (y' − y) of a segment's tokens. y is the base's own, r [1, T, hidden] the stream."""
     r = r.reshape(y.shape).to(y.dtype)
     part = y[segment.tokens]
     delta = block.apply(part, r[segment.tokens]) - part
     return delta if segment.weights is None else delta * segment.weights
-
-
-class AttentionSite:
-    """An attention that adapters add to behind its last Linear: what they add was found with its queries."""
-
-    def __init__(self, layer: int, module: nn.Module) -> None:
-        self.layer, self.base = layer, module.forward
-        module.forward = self.forward
-
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        y, *rest = self.base(*args, **kwargs)
-        step = current()
-        added = None if step is None else step.added.pop(self.layer, None)
-        return (y if added is None else y + added, *rest)
 
 
 def group_by_input(calls: Sequence[tuple[str, int]]) -> list[list[str]]:
@@ -590,14 +335,7 @@ def _joined(
     for module, (w, _) in zip(modules.values(), params, strict=True):
         module.get_parameter("weight").data = weight[at : at + len(w)]
         at += len(w)
-    return weight, _joined_biases([b for _, b in params], [w for w, _ in params])
-
-
-def _joined_biases(biases: Sequence[Tensor | None], weights: Sequence[Tensor]) -> Tensor | None:
-    if all(b is None for b in biases):
-        return None
-    each = [torch.zeros_like(w[:, 0]) if b is None else b for b, w in zip(biases, weights, strict=True)]
-    return torch.cat(each).detach()
+    return weight, joined_biases([b for _, b in params], [w for w, _ in params])
 
 
 def _runs_alike(outs: Sequence[int]) -> list[range]:
@@ -615,7 +353,3 @@ def _scale(patch: Patch) -> Tensor | None:
 def _mul(patch: Patch) -> Tensor | None:
     scale = _scale(patch)
     return None if scale is None else scale - 1
-
-
-def _is_alone(segment: Segment) -> bool:
-    return segment.sole and segment.weights is None

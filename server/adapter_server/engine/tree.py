@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
-from adapter_server.engine.site import Placed
+from adapter_server.engine.placed import Placed
 from adapter_server.errors import AdapterRefused, AdapterServerError, InvalidRequest
 from adapter_server.families import fallback
 from adapter_server.families.base import Adapter, Graft

@@ -1,0 +1,183 @@
+"""What an adapter is once it is laid out on the device: per group of Linears, and before its rows' prompts."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from adapter_server.families.base import Adapter, AnyPatch, BlockPatch, GatedPrompt, linear_params
+from adapter_server.families.deltas import Delta, Mirror, TensorFields, Turn
+
+if TYPE_CHECKING:
+    from adapter_server.engine.tree import Tree
+
+
+@dataclass(frozen=True, slots=True)
+class Dtypes:
+    """What the base computes in, and what adapters are held and added in, before one rounding to the base's.
+
+    PEFT's rule (`autocast_adapter_dtype`): adapters in float32 over a base in fewer bits.
+    """
+
+    base: torch.dtype
+    adapters: torch.dtype
+
+
+FLOAT32 = Dtypes(torch.float32, torch.float32)
+
+
+class Product:
+    """y = x Wᵀ + b in the fastest form at hand: on the CPU in float32, oneDNN's packed weights beside the plain ones.
+
+    A single token takes the plain form: a matrix-vector product gains nothing from packing.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, pack: bool) -> None:
+        self.weight, self.bias = weight, bias
+        can = weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous()) if pack and can else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [T, in] → y [T, out], a new tensor."""
+        if self.packed is None or x.shape[0] == 1:
+            return F.linear(x, self.weight, self.bias)
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        return y
+
+    @property
+    def bytes(self) -> int:
+        own = self.weight.numel() * self.weight.element_size()
+        return own * (1 if self.packed is None else 2) + (0 if self.bias is None else self.bias.nbytes)
+
+
+class Separate:
+    """A quantised group's base: each member's own product, side by side. Its weights are read where one is replaced."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self._modules = tuple(modules)
+        self._forwards = tuple(module.forward for module in modules)  # before they become sites
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [T, in] → y [T, outs], a new tensor."""
+        return torch.cat([forward(x) for forward in self._forwards], -1)
+
+    @property
+    def weight(self) -> Tensor:
+        return torch.cat([linear_params(module)[0] for module in self._modules])
+
+    @property
+    def bias(self) -> Tensor | None:
+        params = [linear_params(module) for module in self._modules]
+        return joined_biases([b for _, b in params], [w for w, _ in params])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Turned(TensorFields):
+    """One member's turned input, and what scales its outputs."""
+
+    member: int
+    turn: Turn
+    scale: Tensor | None = None  # [out]
+
+
+@dataclass(frozen=True, eq=False)
+class GroupPatch:
+    """An adapter's patches at one group, laid out for the run.
+
+    A [Σ r, in] of all members; `pairs` per member: its rows of A [r, in] and Bt [r, out], or None.
+    """
+
+    A: Tensor | None = None
+    pairs: tuple[tuple[Tensor, Tensor] | None, ...] = ()
+    mul: Tensor | None = None  # [outs], times the base's output
+    add: Tensor | None = None  # [outs]
+    shift: Tensor | None = None  # [in], in_scale − 1: x + shift ⊙ x
+    deltas: tuple[tuple[slice, Delta], ...] = ()  # each at a member's columns
+    mirrors: tuple[tuple[slice, Mirror], ...] = ()
+    turns: tuple[Turned, ...] = ()
+    product: Product | None = None  # replaces the base's, and all the above
+    block: BlockPatch | None = None  # alone
+
+    @functools.cached_property
+    def addresses(self) -> tuple[int, ...]:
+        """A and R, and per member Bt and its rank, as `lowrank.c` takes them; 0 for none."""
+        pairs = [(0, 0) if pair is None else (pair[1].data_ptr(), pair[1].shape[0]) for pair in self.pairs]
+        A = (0, 0) if self.A is None else (self.A.data_ptr(), self.A.shape[0])
+        return (*A, *(value for pair in pairs for value in pair))
+
+    @functools.cached_property
+    def numbers(self) -> int:
+        """In A and all Bt: the multiplications of one token."""
+        return sum(t.numel() for t in (self.A, *(pair[1] for pair in self.pairs if pair)) if t is not None)
+
+    @property
+    def bytes(self) -> int:
+        vectors = [self.A, self.mul, self.add, self.shift, *(pair[1] for pair in self.pairs if pair)]
+        for _, delta in self.deltas:
+            vectors += delta.tensors()
+        for part in (*(mirror for _, mirror in self.mirrors), *self.turns):
+            vectors += part.tensors()
+        vectors += self.block.tensors() if self.block else ()
+        return sum(t.nbytes for t in vectors if t is not None) + (self.product.bytes if self.product else 0)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Placed:
+    """An adapter laid out on the device: per group, per other module, and what stands before its rows' prompts."""
+
+    adapter: Adapter
+    groups: Mapping[int, GroupPatch]
+    others: Mapping[str, AnyPatch]
+    prefixes: dict[int | None, Prefix] = field(default_factory=dict)  # by task id
+    gated: Mapping[int, GatedPrompt] = field(default_factory=dict)  # by layer
+    tasks: dict[int, Placed] = field(default_factory=dict)  # what skills are for a task, the last used at the end
+    tree: Tree | None = None  # what PEFT runs, in its own lane
+
+    @property
+    def rank(self) -> int:
+        ranks = (pair[0].shape[0] for patch in self.groups.values() for pair in patch.pairs if pair)
+        return max(ranks, default=0)
+
+    @property
+    def acts(self) -> bool:
+        """Whether it changes what a token meets on its way, rather than what stands before it alone."""
+        return bool(self.groups or self.others or self.gated)
+
+    @property
+    def replaces(self) -> bool:
+        """Whether it has weights of its own wherever it touches a Linear, as a snapshot does."""
+        return bool(self.groups) and all(patch.product is not None for patch in self.groups.values())
+
+    @property
+    def bytes(self) -> int:
+        others = sum(t.nbytes for patch in self.others.values() for t in patch.tensors())
+        others += sum(t.nbytes for prompt in self.gated.values() for t in prompt.tensors())
+        before = sum(t.nbytes for t in (self.adapter.embeds, *self.adapter.tasks) if t is not None)
+        kept = sum(k.nbytes + v.nbytes for prefix in self.prefixes.values() for k, v in prefix.layers)
+        mixed = sum(placed.bytes for placed in self.tasks.values()) + (self.tree.bytes if self.tree else 0)
+        return sum(patch.bytes for patch in self.groups.values()) + others + before + kept + mixed
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prefix:
+    """Keys and values that exist before the prompt: per layer K, V [n, kv_heads, dim], at positions 0..n-1."""
+
+    layers: tuple[tuple[Tensor, Tensor], ...]
+    shifts: bool = True  # whether real tokens' positions begin at n, or at 0 beside it
+
+    @property
+    def tokens(self) -> int:
+        return self.layers[0][0].shape[0]
+
+
+def joined_biases(biases: Sequence[Tensor | None], weights: Sequence[Tensor]) -> Tensor | None:
+    if all(b is None for b in biases):
+        return None
+    each = [torch.zeros_like(w[:, 0]) if b is None else b for b, w in zip(biases, weights, strict=True)]
+    return torch.cat(each).detach()
