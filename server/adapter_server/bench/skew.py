@@ -2,13 +2,15 @@
 
     unmerged   every row on the low rank             merged   every row on its adapter's snapshot
     dominant   the dominant adapter's rows merged, the others unmerged
-    auto       what a server chooses by itself, on an engine of its own whose snapshots are its own affair
+    auto       what a server chooses by itself, on an engine of its own whose snapshots are its own affair, once it has
+               seen the dominant adapter alone for a while, so that it knows what its steps cost
 
 The other rows take turns on the other adapters.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -53,10 +55,11 @@ class Plan:
     prompt: int = 32
     new: int = 32
     rounds: int = 3
+    warm_s: float = 60.0  # at most, until `auto` has made up its mind
     http: bool = False
 
 
-QUICK: dict[str, Any] = {"rows": 4, "adapters": 2, "rank": 4, "prompt": 8, "new": 4, "rounds": 1}
+QUICK: dict[str, Any] = {"rows": 4, "adapters": 2, "rank": 4, "prompt": 8, "new": 4, "rounds": 1, "warm_s": 0.0}
 
 
 def chosen(share: float, rows: int, adapters: int) -> list[int]:
@@ -92,6 +95,7 @@ def measure(workload: Workload, plan: Plan, bench: Bench) -> dict[str, Any]:
         checker.learn(
             asked[SHARES[0], "unmerged"][0], drive(fixed, asked[SHARES[0], "unmerged"][:1], plan.new).answers[0]
         )
+        _warm(free, asked[SHARES[-1], "auto"], plan)
         run = partial(_run, fixed, free)
         found = cells.rounds(run, asked, plan.new, plan.rounds, checker.check, bench.console)
         results = {"results": [_line(cell, found) for cell in asked]}
@@ -111,6 +115,13 @@ def measure(workload: Workload, plan: Plan, bench: Bench) -> dict[str, Any]:
 def _prepare(engine: Engine, own: list[Ask]) -> None:
     for ask in dict.fromkeys(Ask((), ask.adapter, ask.mode) for ask in own):
         ready(engine, ask)
+
+
+def _warm(engine: Engine, own: list[Ask], plan: Plan) -> None:
+    """Run the dominant adapter alone until its snapshot has shown what it is worth."""
+    ends = time.monotonic() + plan.warm_s
+    while time.monotonic() < ends and engine.auto.costs.step("alone", plan.rows, time.monotonic()) is None:
+        drive(engine, own, plan.new)
 
 
 def _run(fixed: Engine, free: Engine, own: list[Ask], new: int) -> Run:

@@ -24,7 +24,7 @@ from adapter_server.engine.scheduler import Row, Slice
 if TYPE_CHECKING:
     from adapter_server.engine.placed import Placed
 
-FOLD_S = 2.0  # what a fold takes, until one was seen
+FOLDED_PER_S = 500e6  # bytes of a snapshot that a fold makes in a second, until one was seen
 ROW_S = 2.0  # what a row takes, the same
 EVERY = 8  # steps between two looks at the ledger
 OUSTED = -1.0  # of the time: what is taken from the account of one when another has more rows
@@ -43,7 +43,7 @@ class Auto:
         self.target: Spec | None = None  # whom the ledger is about
         self.holding: Holding | None = None  # its snapshot, once one was asked for
         self.decisions: Counter[Mode] = Counter()
-        self._fold_s, self._row_s = FOLD_S, ROW_S
+        self._folded_per_s, self._row_s = FOLDED_PER_S, ROW_S
         self._not_before: dict[tuple[str, str], float] = {}  # versions that do not fold, or found no room
         self._recent: deque[tuple[str, ...]] = deque(maxlen=RECENT)
         self._running: list[Row] = []  # in all groups, when the last step was planned
@@ -140,7 +140,7 @@ class Auto:
             self.target, self.ledger = top, self.ledger if top == self.target else None
         if self.target is None or not running:
             return
-        self.ledger = self.ledger or Ledger(self._fold_s + self._row_s / 2)
+        self.ledger = self.ledger or Ledger(self._size(self.target) / self._folded_per_s + self._row_s / 2)
         own = sum(_is_for(row, self.target) for row in running)
         gain = self._gain(running, self.target, now) if top == self.target else OUSTED
         self.ledger.add(gain, own, len(running) - own, seconds)
@@ -159,7 +159,7 @@ class Auto:
             return None
         if holding.live and self.ledger is not None and not self.ledger.bought:
             self.ledger.bought = True
-            self._fold_s = now - holding.since
+            self._folded_per_s = holding.bytes / max(1e-3, now - holding.since)
         return holding if holding.live else None
 
     def _top(self, running: Sequence[Row], now: float) -> Spec | None:
@@ -175,11 +175,14 @@ class Auto:
         plain = self.pool.holdings.get((*spec.key, False))
         return plain is not None and plain.live and plain.foldable and row.whole is None
 
-    def _fold(self, spec: Spec, now: float) -> None:
+    def _size(self, spec: Spec) -> int:
+        """About the bytes of its snapshot; 0 where it has just left the device."""
         plain = self.pool.holdings.get((*spec.key, False))
-        if plain is None or plain.placed is None:
-            return
-        if self.pool.has_room(self.pool.model.folded_bytes(plain.placed)):
+        return 0 if plain is None or plain.placed is None else self.pool.model.folded_bytes(plain.placed)
+
+    def _fold(self, spec: Spec, now: float) -> None:
+        size = self._size(spec)
+        if size and self.pool.has_room(size):
             self.holding = self.pool.want(spec, merged=True, auto=True)
         else:
             self._not_before[spec.key] = now + AGAIN_S
