@@ -39,6 +39,19 @@ def test_a_request_is_counted_under_its_adapter_and_mode() -> None:
     assert found["adapter_server_request_seconds_sum", ("merged",)] == 0.02
 
 
+def test_a_request_of_mode_auto_is_counted_under_what_became_of_it() -> None:
+    metrics = Metrics()
+    metrics.admitted(Request("a", (1, 2, 3), members=(Member(SPEC),), mode="auto"))
+    metrics.observe([Token("a", 0, 5, mode="merged"), Token("a", 1, 5), Finished("a", "length", mode="merged")])
+    found = samples(metrics, Stats(decisions={"merged": 3, "unmerged": 1}))
+    for name in ("ttft_seconds_count", "inter_token_seconds_count", "request_seconds_count", "queue_seconds_count"):
+        assert found[f"adapter_server_{name}", ("merged",)] == 1
+    assert found["adapter_server_requests_total", ("length", "merged", "shout")] == 1
+    assert found["adapter_server_auto_decisions_total", ("merged",)] == 3
+    assert found["adapter_server_auto_decisions_total", ("unmerged",)] == 1
+    assert not [labels for _, labels in found if "auto" in labels]
+
+
 def test_the_base_model_has_a_label_of_its_own() -> None:
     metrics = Metrics()
     ask(metrics)

@@ -223,7 +223,7 @@ class Registry(RuleBasedStateMachine):
             time.sleep(0.0002)
         assert answers[request.id].ids == before
 
-    @rule(name=names, mode=st.sampled_from(["unmerged", "merged"]))
+    @rule(name=names, mode=st.sampled_from(["unmerged", "merged", "auto"]))
     def generate(self, name: str, mode: str) -> None:
         if name in self.served:
             seed = self.served[name][0]

@@ -67,7 +67,7 @@ def modes(events: Sequence[Event]) -> list[str | None]:
     return [event.mode for event in events if isinstance(event, Finished)]
 
 
-def check(answer: rig.Answer, name: str, prompt: tuple[int, ...], new: int = rig.NEW) -> None:
+def check(answer: rig.Answer, name: str | None, prompt: tuple[int, ...], new: int = rig.NEW) -> None:
     ids, logprobs = rig.peft_alone("llama", name, prompt, new)
     assert answer.end is not None
     assert answer.end.error is None
@@ -140,6 +140,21 @@ def test_rows_get_their_tokens_while_the_fold_runs(monkeypatch: pytest.MonkeyPat
     ends = [e for e in got if isinstance(e, Finished)]
     assert sorted(e.request_id for e in ends) == sorted(r.id for r in requests)
     assert {e.mode for e in ends} == {"unmerged"}
+    engine.close()
+
+
+@pytest.mark.parametrize("seconds", [DEAR, APART, TOGETHER])
+def test_answers_are_the_same_while_routes_change(seconds: dict[str, float]) -> None:
+    """Rows of both routes, the base's and others', before, during and after the fold."""
+    engine = forced({**seconds, "unmerged": 4.0}, took=1.0)
+    names = ["lora", "lora", None, "lora", "ia3", "lora", "lora", "dora"]
+    asked = [(names[i % 8], rig.PROMPTS[i % 5]) for i in range(32)]
+    requests = [rig.ask(engine, name, prompt, "auto", id=f"r{i}") for i, (name, prompt) in enumerate(asked)]
+    found = set()
+    for (name, prompt), answer in zip(asked, rig.run(engine, requests, stagger=2), strict=True):
+        check(answer, name, prompt)
+        found.add((name, answer.end.mode))  # type: ignore[union-attr]
+    assert {("lora", "unmerged"), ("lora", "merged"), (None, "base"), ("ia3", "unmerged")} <= found
     engine.close()
 
 
@@ -263,7 +278,7 @@ def test_snapshots_have_steps_of_their_own_where_those_are_cheaper(
     requests = [rig.ask(engine, n, rig.PROMPTS[i % 5], m) for i, (n, m) in enumerate(ASKED)]
     answers = rig.run(engine, requests)
     for (name, _), request, answer in zip(ASKED, requests, answers, strict=True):
-        check(answer, name, request.prompt)  # type: ignore[arg-type]
+        check(answer, name, request.prompt)
     groups = [{who if who[1] == "merged" else None for who in step} for step in stepped]
     assert all(len(group) == 1 for group in groups) == apart
     turns = [next(iter(group)) for group in groups if len(group) == 1]

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from adapter_server.engine.scheduler import Row
 
 PROMPT_TOKEN, NEW_TOKEN = 1.0, 2.0  # what a token costs on the account, as in the paper
-Account = tuple[str, tuple[tuple[str, str], ...]]  # mode, and the versions of a request's adapters; none: the base
+Account = tuple[bool, tuple[tuple[str, str], ...]]  # asks for snapshots, and which versions; none: the base
 
 
 def account(row: Row) -> Account:
-    return row.request.mode, tuple(m.spec.key for m in row.request.members)
+    return row.request.mode == "merged", tuple(m.spec.key for m in row.request.members)
 
 
 class Turns:
