@@ -165,10 +165,11 @@ class Grouped:
 
 
 class GroupedSmall:
-    """A routing's segments at one group."""
+    """A routing's segments at one group. Kernels add in float32; several adapters on a token round several times."""
 
     def __init__(self, form: Grouped, group: LinearGroup, tiles: Tiles) -> None:
         self.kernels, self.tiles, self.held = form.kernels, tiles, group.dtype
+        self.narrow = len(tiles.layers) == 1
         self.table, self.outputs = form.table.rows, form.outputs(group)
 
     def add(self, y: Tensor, x: Tensor) -> None:

@@ -136,7 +136,13 @@ class Layout:
 
 
 class Adder(Protocol):
-    """The small segments of a routing at one group, ready to run."""
+    """The small segments of a routing at one group, ready to run.
+
+    `narrow`: x and y may stay in the base's dtype; what is added is rounded once all the same.
+    """
+
+    @property
+    def narrow(self) -> bool: ...
 
     def add(self, y: Tensor, x: Tensor) -> None:
         """y [T, outs] += w · B (A x)."""
@@ -263,6 +269,8 @@ def _layout(bank: Bank, slots: int, segments: list[Segment], device: torch.devic
 
 class Small:
     """The small segments of one rank class at one group: batched products, on views that are made once a routing."""
+
+    narrow = False
 
     def __init__(self, layout: Layout, group: LinearGroup, runs: Sequence[int]) -> None:
         stack, n = layout.bank.stack(group), layout.slots

@@ -98,6 +98,8 @@ class Native:
 class NativeSmall:
     """The segments of a routing at one group: one call a step."""
 
+    narrow = False
+
     def __init__(self, kernel: ctypes.CDLL, group: LinearGroup, segments: Sequence[Segment]) -> None:
         patches = [segment.placed.groups[group.index] for segment in segments]
         ranks = [patch.addresses[1] for patch in patches]

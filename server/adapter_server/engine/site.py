@@ -53,6 +53,13 @@ class Plan:
     turns: Mapping[int, Sequence[tuple[Segment, Turned]]] = field(default_factory=dict)  # by member
     replaced: Sequence[tuple[Segment, Product]] = ()
     blocks: Sequence[tuple[Segment, BlockPatch]] = ()
+    narrow: bool = field(init=False)  # nothing is added but what needs no wider x and y than the base's
+
+    def __post_init__(self) -> None:
+        others = (self.in_scale, self.mul, self.add)
+        more = (self.large, self.deltas, self.mirrors, self.turns, self.replaced, self.blocks)
+        alone = all(v is None for v in others) and not any(more)
+        self.narrow = alone and all(small.narrow for small in self.small)
 
 
 class LinearGroup:
@@ -121,6 +128,11 @@ class LinearGroup:
         return plan.whole(x) if plan.whole else self._mixed(x.contiguous(), plan, routing)
 
     def _mixed(self, x: Tensor, plan: Plan, routing: Routing) -> Tensor:
+        if plan.narrow:
+            y = self.base(x)
+            for small in plan.small:
+                small.add(y, x)
+            return y.to(x.dtype)
         narrow, x = x, x.to(self.dtype)
         y = self.base(narrow if plan.in_scale is None else (x * routing.by_token(plan.in_scale)).to(narrow.dtype))
         y = y.to(self.dtype)

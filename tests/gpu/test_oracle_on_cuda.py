@@ -1,0 +1,67 @@
+"""The oracle's tests on the device: every kind in one batch over pages, with the kernels and without them."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+import rig
+import zoo
+from adapter_server.config import EngineConfig
+from adapter_server.engine import Engine
+from adapter_server.engine.grouped import Grouped
+from adapter_server.engine.kv import PagePool
+from adapter_server.registry.store import Store
+from test_dtypes import NAMES, TOLERANCE, alone, answers
+from test_oracle import cases, check, foldable, kinds
+
+
+def engine(arch: str, names: tuple[str, ...], device: torch.device, dtype: torch.dtype, **settings: object) -> Engine:
+    config = EngineConfig(**{"kv_bytes": 16 << 20, "max_rows": 64, **settings})  # type: ignore[arg-type]
+    base = zoo.tiny_base(arch).to(device, dtype)
+    return Engine(base, config, Store(rig.registry(arch, names), settle_s=0))
+
+
+@pytest.mark.parametrize("with_kernels", [True, False], ids=["kernels", "torch"])
+@pytest.mark.parametrize("arch", zoo.ARCHS)
+def test_every_kind_in_one_batch(arch: str, with_kernels: bool, device: torch.device) -> None:
+    served = engine(arch, kinds(arch), device, torch.float32, kernels=with_kernels, max_step_tokens=48)
+    assert isinstance(served.model.lowrank, Grouped) == with_kernels
+    assert isinstance(served.kv, PagePool)
+    assert (served.kv.kernels is not None) == with_kernels
+    digest, asked = served.model.digest(), cases(kinds(arch))
+    found = rig.run(served, [rig.ask(served, name, prompt) for name, prompt in asked], stagger=1, timeout_s=240)
+    for (name, prompt), answer in zip(asked, found, strict=True):
+        check(arch, name, prompt, answer)
+    assert served.model.digest() == digest
+    served.close()
+
+
+def test_merged_is_unmerged(device: torch.device) -> None:
+    names = foldable("llama")
+    served = engine("llama", names, device, torch.float32)
+    asked = cases(names)
+    found = rig.run(served, [rig.ask(served, name, prompt, mode="merged") for name, prompt in asked], timeout_s=240)
+    for (name, prompt), answer in zip(asked, found, strict=True):
+        check("llama", name, prompt, answer)
+    served.close()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("held", ["float32", "base"])
+def test_half_a_base(dtype: torch.dtype, held: str, device: torch.device) -> None:
+    served, names = engine("llama", NAMES, device, dtype, adapter_dtype=held), (None, *NAMES)
+    prompts = [rig.PROMPTS[i % 2] for i in range(len(names))]
+    for name, prompt, ours in zip(names, prompts, answers(served, names), strict=True):
+        theirs = alone(name, dtype, prompt, autocast=held == "float32")
+        assert (ours - theirs).abs().max().item() < TOLERANCE[dtype], name
+    served.close()
+
+
+def test_no_kernel_is_left_out_on_this_device(device: torch.device, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            engine("gemma2", (), device, dtype).close()
+    assert not [record.getMessage() for record in caplog.records]
