@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, NoReturn, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from adapter_server.config import ServerConfig
 from adapter_server.errors import AdapterRefused
 
 CONFIG = "adapter_config.json"
@@ -33,7 +34,7 @@ MAX_CONFIG_BYTES = 64 << 10
 MAX_CONFIG_DEPTH = 32
 MAX_HEADER_BYTES = 10 << 20
 MAX_TENSORS = 100_000
-MAX_BYTES = 4 << 30  # of one weights file
+MAX_BYTES = ServerConfig().max_adapter_bytes  # of one weights file
 MAX_DIMENSIONS = 8
 MAX_DIMENSION = 1 << 40
 MAX_TENSOR_NAME = 512

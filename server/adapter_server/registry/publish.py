@@ -19,6 +19,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from adapter_server.config import ServerConfig
 from adapter_server.core import Spec
 from adapter_server.errors import AdapterNotFound, AdapterRefused, StorageFailed, VersionConflict
 from adapter_server.registry import guard, versions
@@ -28,7 +29,7 @@ from adapter_server.registry.versions import Version
 
 NEW, HAND, GONE, REFUSED = ".new", ".hand-", ".gone", ".refused-"
 NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.EXDEV, errno.EOPNOTSUPP)
-KEEP = 5
+KEEP = ServerConfig().keep_versions
 CHUNK = 1 << 20
 InUse = Callable[[str], Collection[str]]  # name → the versions that requests still need
 
