@@ -14,9 +14,7 @@ from adapter_server.bench import command, hotload, peft_kinds, popularity, skew
 from adapter_server.cli import BENCHES
 from adapter_server.errors import BaseNotSupported
 
-OVER_HTTP = ("hotload",)
-
-
+SOAK = pytest.mark.soak
 SOME = ["BITFIT", "FROD", "IA3", "LORA", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING"]
 
 
@@ -33,19 +31,24 @@ def run(name: str, folder: Path, *flags: str) -> dict[str, Any]:
     return result
 
 
-@pytest.mark.parametrize("name", [name for name in BENCHES if name != "latency"])
+@pytest.mark.parametrize(
+    "words",
+    [*((name,) for name in BENCHES if name != "latency"), pytest.param(("hotload", "--http"), marks=SOAK)],
+    ids=" ".join,
+)
 def test_it_says_what_and_where_and_that_answers_were_right(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(peft_kinds, "known", lambda: SOME)
-    found = run(name, tmp_path, *(["--http"] if name in OVER_HTTP else []))
+    found = run(words[0], tmp_path, *words[1:])
     assert found["answers"]["checked"] > 0
     assert found["answers"]["wrong"] == 0
     assert found["measured"]["bytes_per_s"] > 0
     assert {"workload", "model", "machine", "versions", "commit", "date"} <= found.keys()
     assert all(each["weight_bytes"] and each["flops"] for each in found.get("floor", []))
     assert "/tmp" not in json.dumps(found)
-    CHECKS[name](found)
+    assert ("http" in found) == ("--http" in words)
+    CHECKS[words[0]](found)
 
 
 def check_popularity(found: dict[str, Any]) -> None:
@@ -70,7 +73,7 @@ def check_skew(found: dict[str, Any]) -> None:
 
 
 def check_hotload(found: dict[str, Any]) -> None:
-    for way in (found, found["http"]):
+    for way in (found, found.get("http", found)):
         assert [line["way"] for line in way["results"]] == [hotload.CALM, hotload.BUSY]
         assert way["itl_p99_ratio"] > 0
         assert way["cold"]["file_bytes"] > 0
