@@ -67,7 +67,7 @@ def run_hotload(size: str, bench: Bench) -> dict[str, Any]:
 
 
 def run_skew(size: str, bench: Bench) -> dict[str, Any]:
-    plan = skew.Plan(rounds=2)
+    plan = skew.Plan(rounds=2, warm_s=20.0)
     with many_loras(size, plan.adapters, plan.rank) as workload:
         return skew.measure(workload, plan, bench)
 
