@@ -5,8 +5,11 @@ python compiling.py ARCH DTYPE
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -14,10 +17,23 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from adapter_server.engine import kernels
-
+SOURCE = Path(__file__).parents[2] / "server" / "adapter_server" / "engine" / "kernels.py"
 HELD = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DIM = 128
+
+
+def loaded() -> ModuleType:
+    """The module alone: the engine around it takes seconds to import."""
+    spec = importlib.util.spec_from_file_location("kernels", SOURCE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["kernels"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+kernels = loaded()
 
 
 def compiled(kernel: Any, pointers: Mapping[str, str], constants: Mapping[str, Any], arch: int) -> None:
@@ -31,7 +47,7 @@ def compiled(kernel: Any, pointers: Mapping[str, str], constants: Mapping[str, A
 def main(arch: int, name: str) -> None:
     held, star = kernels.DTYPES[HELD[name]], f"*{name}"
     plan = {"tokens": "*i32", "weights": "*fp32", "places": "*i32", "table": "*i64", "blocks": "*i32"}
-    low = {"HELD": held, "COMPUTE": held, "TOKENS": kernels.TOKENS, "RANKS": kernels.RANKS, "SPLITS": 8}
+    low = {"HELD": held, "COMPUTE": held, "TOKENS": kernels.TOKENS, "RANKS": kernels.RANKS}
     compiled(kernels._shrink, {**plan, "x": star, "parts": "*fp32"}, {**low, "DEPTH": kernels.DEPTH}, arch)
     compiled(kernels._expand, {**plan, "y": star, "parts": "*fp32"}, {**low, "WIDE": kernels.WIDE}, arch)
     keys = torch.empty(1, 1, DIM, dtype=HELD[name])

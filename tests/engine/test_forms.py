@@ -13,7 +13,7 @@ from adapter_server.engine.native import Native
 
 kernels = pytest.importorskip("adapter_server.engine.kernels", reason="Triton is not installed")
 CPU = torch.device("cpu")
-LAYERS = [(2, 8, 8)]
+LAYERS, PAGE = [(2, 8, 8)], 4
 
 
 @pytest.fixture(autouse=True)
@@ -36,9 +36,9 @@ def nothing(*_: object) -> None:
 
 
 def test_what_agrees_is_used(caplog: pytest.LogCaptureFixture) -> None:
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        assert isinstance(forms.low_rank(CPU, dtype), Grouped)
-        assert forms.decoding(CPU, dtype, LAYERS, 4) is kernels
+    for dtype in (torch.float32, torch.bfloat16):
+        assert isinstance(forms.low_rank(CPU, dtype, dtype), Grouped)
+        assert forms.decoding(CPU, dtype, LAYERS, 4, PAGE) is kernels
     assert not caplog.records
 
 
@@ -47,34 +47,34 @@ def test_what_fails_or_differs_is_left_out(
     do: object, word: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(forms, "kernels", lambda: spoilt("add_low_rank", do))
-    assert not isinstance(forms.low_rank(CPU, torch.float32), Grouped)
+    assert not isinstance(forms.low_rank(CPU, torch.float32, torch.float32), Grouped)
     monkeypatch.setattr(forms, "kernels", lambda: spoilt("paged_decode", do))
-    assert forms.decoding(CPU, torch.float32, LAYERS, 4) is None
+    assert forms.decoding(CPU, torch.float32, LAYERS, 4, PAGE) is None
     assert [word in record.getMessage() for record in caplog.records] == [True, True]
 
 
 def test_a_machine_without_triton(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(forms, "kernels", lambda: None)
-    assert not isinstance(forms.low_rank(CPU, torch.bfloat16), Grouped)
-    assert forms.decoding(CPU, torch.float32, LAYERS, 4) is None
+    assert not isinstance(forms.low_rank(CPU, torch.bfloat16, torch.bfloat16), Grouped)
+    assert forms.decoding(CPU, torch.float32, LAYERS, 4, PAGE) is None
     assert not caplog.records
 
 
 def test_kernels_may_be_turned_off() -> None:
-    assert not isinstance(forms.low_rank(CPU, torch.float32, wanted=False), Grouped)
-    assert forms.decoding(CPU, torch.float32, LAYERS, 4, wanted=False) is None
+    assert not isinstance(forms.low_rank(CPU, torch.float32, torch.float32, wanted=False), Grouped)
+    assert forms.decoding(CPU, torch.float32, LAYERS, 4, PAGE, wanted=False) is None
 
 
 def test_the_cpu_has_forms_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     assert not forms.usable(CPU)
     assert forms.usable(torch.device("cuda:1"))
-    assert not isinstance(forms.low_rank(CPU, torch.float32), Grouped)
-    assert not isinstance(forms.low_rank(CPU, torch.bfloat16), Native)
+    assert not isinstance(forms.low_rank(CPU, torch.float32, torch.float32), Grouped)
+    assert not isinstance(forms.low_rank(CPU, torch.bfloat16, torch.bfloat16), Native)
 
 
 def test_probing_leaves_the_random_state_alone() -> None:
     before = torch.random.get_rng_state()
-    forms.low_rank(CPU, torch.float32)
-    forms.decoding(CPU, torch.float32, LAYERS, 4)
+    forms.low_rank(CPU, torch.float32, torch.float32)
+    forms.decoding(CPU, torch.float32, LAYERS, 4, PAGE)
     assert torch.equal(before, torch.random.get_rng_state())

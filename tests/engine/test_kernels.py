@@ -136,7 +136,7 @@ KERNELLED = ("lora", "dora", "ia3", "lora_saved", "prefix")
 
 
 @pytest.mark.usefixtures("on_the_cpu")
-@pytest.mark.parametrize("arch", ["llama", "gemma2"])
+@pytest.mark.parametrize("arch", ["gemma2", pytest.param("llama", marks=pytest.mark.soak)])
 def test_the_engine_with_kernels_is_peft(arch: str) -> None:
     """GQA over pages, and in Gemma 2 with windows and soft caps, each as PEFT alone computes it."""
     names = tuple(name for name in KERNELLED if arch in zoo.ADAPTERS[name].archs)

@@ -53,19 +53,22 @@ def usable(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def low_rank(device: torch.device, held: torch.dtype, wanted: bool = True) -> LowRank:
-    """The fastest form of the low-rank products here. `held`: the dtype of adapters, and of what is added."""
+def low_rank(device: torch.device, base: torch.dtype, held: torch.dtype, wanted: bool = True) -> LowRank:
+    """The fastest form of the low-rank products here. `held`: the dtype of adapters; x and y are in either's."""
     found = kernels() if wanted and usable(device) else None
-    if found is not None and _agrees(
-        "low-rank products", lambda: low_rank_error(found, device, held, held), TOLERANCE[held]
-    ):
+    if found is not None and all(_low_rank_agrees(found, device, given, held) for given in {base, held}):
         return Grouped(found, device)
     library = native.library() if device.type == "cpu" and held == torch.float32 else None
     return Banked() if library is None else native.Native(library)
 
 
+def _low_rank_agrees(found: ModuleType, device: torch.device, given: torch.dtype, held: torch.dtype) -> bool:
+    error = functools.partial(low_rank_error, found, device, given, held)
+    return _agrees("low-rank products", error, max(TOLERANCE[given], TOLERANCE[held]))
+
+
 def decoding(
-    device: torch.device, dtype: torch.dtype, layers: Iterable[LayerShape], heads: int, wanted: bool = True
+    device: torch.device, dtype: torch.dtype, layers: Iterable[LayerShape], heads: int, page: int, wanted: bool = True
 ) -> ModuleType | None:
     """The kernels, where they compute attention over these layers' heads; None: plain torch does."""
     if not wanted or not usable(device) or (found := kernels()) is None:
@@ -74,7 +77,7 @@ def decoding(
         if heads % shape[0]:
             return None
         for form in _forms(found, heads, device):
-            error = functools.partial(attention_error, found, form, shape, heads, device, dtype)
+            error = functools.partial(attention_error, found, form, shape, heads, device, dtype, page=page)
             if not _agrees(f"attention over heads of {shape[1]}", error, TOLERANCE[dtype]):
                 return None
     return found

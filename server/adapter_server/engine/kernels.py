@@ -5,6 +5,8 @@ The only door to triton; `forms.py` decides who comes through it. Each kernel's 
     add_low_rank   y[t] += w · (x[t] @ A.T) @ Bt                   for each adapter's tokens t
     paged_decode   softmax(cap(q @ k[places].T · scale) + sinks) @ v[places]          for each row
 
+What differs from step to step is never compiled in: the probe at start compiles all that serving runs.
+
 Both sum in an order that depends on a row's own sizes alone, without atomics: who else is in the step changes no bit.
 Sources: Punica's shrink and expand (arXiv 2310.18547), split-KV attention as in Flash-Decoding (arXiv 2311.01282).
 """
@@ -81,20 +83,19 @@ def add_low_rank(y: Tensor, x: Tensor, tiles: Tiles, table: Tensor, outputs: Out
     with _on(x):
         _shrink[len(tiles.places), tiles.width // RANKS, splits](
             x, tiles.scratch, tiles.tokens, tiles.places, table, x.stride(0), table.stride(0), outputs.at, outputs.inp,
-            pairs, tiles.width, DEPTH=DEPTH, SPLITS=splits, **formats,
+            pairs, tiles.width, splits, DEPTH=DEPTH, **formats,
         )  # fmt: skip
         for start, stop in tiles.layers:
             _expand[stop - start, len(outputs.blocks)](
                 y, tiles.scratch, tiles.tokens, tiles.weights, tiles.places, table, outputs.blocks, y.stride(0),
-                table.stride(0), outputs.at, pairs, tiles.width, start, WIDE=WIDE, SPLITS=splits, **formats,
+                table.stride(0), outputs.at, pairs, tiles.width, start, splits, WIDE=WIDE, **formats,
             )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_row", "at", "pairs", "splits"])
 def _shrink(
-    x, parts, tokens, places, table, x_row, table_row, at, inp, pairs, width,
-    HELD: tl.constexpr, COMPUTE: tl.constexpr, TOKENS: tl.constexpr, RANKS: tl.constexpr,
-    DEPTH: tl.constexpr, SPLITS: tl.constexpr,
+    x, parts, tokens, places, table, x_row, table_row, at, inp, pairs, width, splits,
+    HELD: tl.constexpr, COMPUTE: tl.constexpr, TOKENS: tl.constexpr, RANKS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """parts [splits, pairs, width] = x[tokens][:, split] @ A[:, split].T for a tile, a block of A's rows, a split."""
     place = places + tl.program_id(0) * 3
@@ -105,7 +106,7 @@ def _shrink(
     if begin < rows:
         A = tl.multiple_of(tl.load(field), 16).to(tl.pointer_type(HELD))
         split = tl.program_id(2)
-        span = tl.cdiv(tl.cdiv(inp, SPLITS), DEPTH) * DEPTH
+        span = tl.cdiv(tl.cdiv(inp, splits), DEPTH) * DEPTH
         i, r, d = tl.arange(0, TOKENS), begin + tl.arange(0, RANKS), tl.arange(0, DEPTH)
         token = tl.load(tokens + first + i, mask=i < count, other=0).to(tl.int64)
         total = tl.zeros((TOKENS, RANKS), tl.float32)
@@ -123,11 +124,10 @@ def _shrink(
         tl.store(target, total, mask=(i < count)[:, None] & (r < rows)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_row", "at", "pairs", "start", "splits"])
 def _expand(
-    y, parts, tokens, weights, places, table, blocks, y_row, table_row, at, pairs, width, start,
-    HELD: tl.constexpr, COMPUTE: tl.constexpr, TOKENS: tl.constexpr, RANKS: tl.constexpr,
-    WIDE: tl.constexpr, SPLITS: tl.constexpr,
+    y, parts, tokens, weights, places, table, blocks, y_row, table_row, at, pairs, width, start, splits,
+    HELD: tl.constexpr, COMPUTE: tl.constexpr, TOKENS: tl.constexpr, RANKS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """y[tokens, columns] += weights * parts.sum(0)[:, member's] @ Bt for a tile and a block of columns."""
     place = places + (start + tl.program_id(0)) * 3
@@ -146,7 +146,7 @@ def _expand(
         for low in range(0, rank, RANKS):
             r = low + tl.arange(0, RANKS)
             small = tl.zeros((TOKENS, RANKS), tl.float32)
-            for split in range(SPLITS):
+            for split in range(splits):
                 source = parts + (split * pairs + first + i)[:, None].to(tl.int64) * width + (above + r)[None, :]
                 small += tl.load(source, mask=live[:, None] & (r < rank)[None, :], other=0.0)
             small = (small * weight[:, None]).to(HELD).to(COMPUTE)
@@ -235,7 +235,7 @@ def _spans(length, window, CHUNK: tl.constexpr, MOST: tl.constexpr, KEYS: tl.con
     return start, tl.maximum(each, CHUNK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_row", "window", "chunks"])
 def _attend(
     parts, sums, q, keys, values, table, lengths, tokens,
     q_head, q_token, k_place, k_head, v_place, v_head, table_row, scale, cap, window, chunks,
@@ -292,7 +292,7 @@ def _attend(
         tl.store(sums + to * 2 + 1, total, mask=g < GROUP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["window", "chunks"])
 def _combine(
     out, parts, sums, sinks, lengths, tokens, out_token, out_head, window, chunks,
     SINKS: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, WIDTHS: tl.constexpr,

@@ -88,7 +88,7 @@ class Model:
         self.device, self.dtype = module.device, module.dtype
         self.adapter_dtype = adapters
         self.base = ModelBase(module)
-        self.lowrank = forms.low_rank(self.device, self.adapter_dtype, kernels)
+        self.lowrank = forms.low_rank(self.device, self.dtype, self.adapter_dtype, kernels)
         self._modules = dict(module.named_modules())
         self._sites: dict[str, ModuleSite] = {}
         self._behind: dict[str, AttentionSite] = {}
