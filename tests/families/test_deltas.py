@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from adapter_server.families.base import Patch
-from adapter_server.families.deltas import Circulant, Delta, Kronecker, Mirror, Sparse, Spectral, Turn, sparse
+from adapter_server.families.deltas import Circulant, Delta, Kronecker, Mirror, Rows, Sparse, Spectral, Turn, sparse
 
 OUT, IN = 8, 12
 
@@ -19,6 +19,7 @@ DELTAS: dict[str, Delta] = {
     "sparse": Sparse.of(*places(20), (OUT, IN)),
     "empty": Sparse.of(*places(0), (OUT, IN)),
     "spectral": Spectral.of(*places(20), (OUT, IN)),
+    "rows": Rows(torch.tensor([1, 6]), torch.randn(2, IN), OUT),
     "kronecker": Kronecker(torch.randn(2, 3), torch.randn(4, 4)),
     "circulant": Circulant(torch.randn(2, 3, 4)),
     "circulant of odd blocks": Circulant(torch.randn(3, 4, 3)),

@@ -190,6 +190,31 @@ class EmbeddingPatch(TensorFields):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class TokensPatch(TensorFields):
+    """Trained rows of an embedding; other tokens are the base's. `scale` is the module's own factor after look-up."""
+
+    index: Tensor  # [n], int64, ascending
+    rows: Tensor  # [n, hidden]
+    scale: float = 1.0
+
+    rank = 0
+
+    def apply(self, x: Tensor, module: nn.Module, *more: Tensor) -> Tensor:
+        """x [...] token ids → e [..., hidden]."""
+        e: Tensor = type(module).forward(module, x)
+        at = torch.searchsorted(self.index, x).clamp(max=len(self.index) - 1)
+        own = self.index[at] == x
+        return torch.where(own[..., None], F.embedding(at, self.rows) * self.scale, e)
+
+    def fold(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {"weight": params["weight"].index_copy(0, self.index, self.rows.float())}
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> TokensPatch:
+        """The scale is rounded with the rest, as the base module rounds its own."""
+        return replace(TensorFields.to(self, device, dtype), scale=float(torch.tensor(self.scale).to(dtype)))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class ParamPatch:
     """Replaced parameters of a module that is no Linear (norms, embeddings): saved modules, trained norm biases."""
 

@@ -1,7 +1,7 @@
 """What an adapter changes at a Linear that is no low rank and yet far smaller than a weight.
 
 Delta   y += ΔW x           Sparse: some numbers of W    Spectral: some of its Fourier coefficients
-                            Kronecker: w₁ ⊗ w₂           Circulant: blocks of one row each
+                            Kronecker: w₁ ⊗ w₂           Circulant: blocks of one row each    Rows: some outputs
 Turn    W (x R)             the input rotated, block by block
 Mirror  y += f ∘ y[index]   outputs mixed in pairs
 """
@@ -140,6 +140,22 @@ class Circulant(TensorFields):
         m, n, b = self.kernel.shape
         at = (torch.arange(b) - torch.arange(b)[:, None]) % b  # [row, column]: which number of the first row
         return self.kernel.float()[:, :, at].transpose(1, 2).reshape(m * b, n * b)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rows(TensorFields):
+    """Some outputs alone: ΔW[index] = values, and zero elsewhere."""
+
+    index: Tensor  # [n], int64, distinct
+    values: Tensor  # [n, in]
+    out: int
+
+    def apply(self, x: Tensor) -> Tensor:
+        return x.new_zeros(len(x), self.out).index_copy_(1, self.index, F.linear(x, self.values))
+
+    def dense(self) -> Tensor:
+        zeros = torch.zeros(self.out, self.values.shape[1])
+        return zeros.index_copy(0, self.index.cpu(), self.values.float().cpu())
 
 
 @dataclass(frozen=True, slots=True, eq=False)

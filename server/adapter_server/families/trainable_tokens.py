@@ -13,9 +13,10 @@ from torch import Tensor
 
 from adapter_server.core import Spec
 from adapter_server.errors import AdapterRefused
-from adapter_server.families.base import Adapter, AnyPatch, Base, Family, Shapes
+from adapter_server.families.base import Adapter, AnyPatch, Base, Family, Patch, Shapes, TokensPatch
+from adapter_server.families.deltas import Rows
 from adapter_server.families.options import Config, as_integer, check_known
-from adapter_server.families.parts import ROOT, Expected, Taker, override
+from adapter_server.families.parts import ROOT, Expected, Taker
 from adapter_server.families.targets import targeted
 
 KNOWN = frozenset({"init_weights", "target_modules", "token_indices"})
@@ -41,8 +42,12 @@ class TrainableTokens:
 
 
 def with_rows(rows: Tensor, path: str, indices: list[int], base: Base) -> AnyPatch:
-    weight = base.weight(path).index_copy(0, torch.tensor(indices), rows)
-    return override(weight, base.shapes.modules[path])
+    """The rows alone: an embedding, or its tied head, is never copied for a few tokens."""
+    index, order = torch.tensor(indices).sort()
+    rows, shape = rows[order], base.shapes.modules[path]
+    if shape.kind == "embedding":
+        return TokensPatch(index, rows, base.shapes.scaled_embeddings.get(path, 1.0))
+    return Patch(delta=Rows(index, rows - base.weight(path)[index], shape.out))
 
 
 def token_indices(value: Any, key: str, path: str, shapes: Shapes) -> list[int]:
