@@ -21,6 +21,7 @@ import zoo
 from adapter_server.config import EngineConfig
 from adapter_server.core import Finished, Member, Request, Sampling, Spec
 from adapter_server.engine import Engine
+from adapter_server.families.facts import describe
 from adapter_server.registry.store import Store
 
 TOLERANCE = 1e-4  # of log-probabilities, float32
@@ -243,11 +244,99 @@ def with_flat_prefix(arch: str, prompt: Sequence[int]) -> Judged:
     return tuple(ids[len(prompt) :]), torch.stack(rows).log_softmax(-1)
 
 
+# Low ranks at what the library calls the output, alone; and, gated, beside a gated bottleneck
+
+
+OUTPUT = {"llama": "mlp.up_proj", "gpt2": "mlp.c_proj"}
+
+
+def low_ranks(arch: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """{path: (A, B)}"""
+    layers, base = BLOCKS[arch][0], zoo.tiny_base(arch)
+    shapes = {path: describe(base).modules[path] for path in (f"{layers}.{i}.{OUTPUT[arch]}" for i in range(2))}
+    return {p: (noise((2, m.inp), i), noise((m.out, 2), i + 7)) for i, (p, m) in enumerate(shapes.items())}
+
+
+def hub_file(arch: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    return {"model_type": arch, "name": "mine", "version": "adapters.1.3.0", "config": config}
+
+
+LORA = {"architecture": "lora", "r": 2, "alpha": 3, "selfattn_lora": False, "output_lora": True}
+
+
+def lora_tensors(arch: str) -> dict[str, Tensor]:
+    pairs = {f"{path}.loras.mine.": pair for path, pair in low_ranks(arch).items()}
+    return {at + name: t for at, pair in pairs.items() for name, t in zip(("lora_A", "lora_B"), pair, strict=True)}
+
+
+def save_hub_lora(arch: str, folder: Path) -> Path:
+    return save(folder, hub_file(arch, LORA), lora_tensors(arch))
+
+
+def with_hub_lora(arch: str, prompt: Sequence[int]) -> Judged:
+    base = zoo.tiny_base(arch)
+    for path, (A, B) in low_ranks(arch).items():
+        base.get_submodule(path).register_forward_hook(
+            lambda module, args, y, A=A, B=B: y + 1.5 * F.linear(F.linear(args[0], A), B)
+        )
+    return alone(base, prompt)
+
+
+def gates(arch: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """{how a gate's names begin: (weight, bias)} of every bottleneck and every low rank."""
+    widths = {at: 32 for at, _ in houlsby(arch).values()}
+    widths |= {f"{path}.loras.mine.": A.shape[1] for path, (A, _) in low_ranks(arch).items()}
+    return {
+        f"{at}gate.": (noise((1, d), 3 * i, 1.0), noise((1,), 3 * i + 1)) for i, (at, d) in enumerate(widths.items())
+    }
+
+
+def save_unipelt(arch: str, folder: Path) -> Path:
+    bottleneck = {"mh_adapter": True, "output_adapter": True, "reduction_factor": 8, "non_linearity": "swish"}
+    members = [member | {"use_gating": True} for member in (bottleneck, LORA)]
+    tensors = {at + name: t for at, own in houlsby(arch).values() for name, t in own.items()} | lora_tensors(arch)
+    tensors |= {
+        at + name: t for at, pair in gates(arch).items() for name, t in zip(("weight", "bias"), pair, strict=True)
+    }
+    return save(folder, hub_file(arch, {"architecture": "union", "configs": members}), tensors)
+
+
+@torch.inference_mode()
+def with_unipelt(arch: str, prompt: Sequence[int]) -> Judged:
+    """Each method's term times the mean of its gate over all tokens, the whole text anew for each token."""
+    base, ids, rows = zoo.tiny_base(arch), list(prompt), []
+
+    def gate(at: str, x: Tensor) -> Tensor:
+        weight, bias = gates(arch)[f"{at}gate."]
+        return F.linear(x, weight, bias).sigmoid().mean(1, keepdim=True)
+
+    def low(path: str, A: Tensor, B: Tensor) -> Any:
+        return lambda _, args, y: y + gate(f"{path}.loras.mine.", args[0]) * F.linear(F.linear(args[0], A), B)
+
+    def behind(at: str, own: dict[str, Tensor]) -> Any:
+        def add(_: nn.Module, args: Any, y: Tensor) -> Tensor:
+            down = F.silu(F.linear(y, own["adapter_down.0.weight"], own["adapter_down.0.bias"]))
+            return y + gate(at, y) * F.linear(down, own["adapter_up.weight"], own["adapter_up.bias"])
+
+        return add
+
+    for path, pair in low_ranks(arch).items():
+        base.get_submodule(path).register_forward_hook(low(path, *pair))
+    for path, (at, own) in houlsby(arch).items():
+        base.get_submodule(path).register_forward_hook(behind(at, own))
+    for _ in range(rig.NEW):
+        rows.append(base(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].float())
+        ids.append(int(rows[-1].argmax()))
+    return tuple(ids[len(prompt) :]), torch.stack(rows).log_softmax(-1)
+
+
 KINDS = {
     "BITFIT": Kind(("llama", "qwen2", "gpt2"), save_bitfit, with_biases),
     "SPARSE_DELTA": Kind(("llama", "qwen2", "gpt2"), save_sparse, with_sparse),
     "ADAPTERHUB": Kind(
         ("llama", "gpt2"), save_houlsby, lambda arch, ids: alone(with_houlsby(zoo.tiny_base(arch), arch), ids), False
     ),
+    "ADAPTERHUB_LORA": Kind(("llama", "gpt2"), save_hub_lora, with_hub_lora),
+    "ADAPTERHUB_UNIPELT": Kind(("llama", "gpt2"), save_unipelt, with_unipelt, False),
     "ADAPTERHUB_PREFIX": Kind(("llama", "gpt2"), save_flat_prefix, with_flat_prefix, False),
 }

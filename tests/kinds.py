@@ -14,7 +14,7 @@ from typing import Any
 import beyond
 import rig
 import zoo
-from adapter_server.families import fallback, find, known
+from adapter_server.families import fallback, find, known, unipelt
 from adapter_server.families.base import SCALABLE, Adapter, Patch
 from adapter_server.families.facts import ModelBase
 
@@ -115,7 +115,7 @@ def page() -> str:
 def row(kind: str, cost: dict[str, Any]) -> tuple[str, ...]:
     return (
         f"`{kind}`",
-        *(grafted(kind) if kind in fallback.KINDS else patched(compiled(kind))),
+        *(grafted(kind) if kind in (*fallback.KINDS, unipelt.NAME) else patched(compiled(kind))),
         f"{cost['bytes']:,}" if "bytes" in cost else "–",
         f"{cost['overhead']:+.0%}".replace("%", " %") if "overhead" in cost else "–",
     )
@@ -135,12 +135,12 @@ def patched(adapter: Adapter) -> tuple[str, ...]:
 
 
 def grafted(kind: str) -> tuple[str, ...]:
-    """The same of a kind that PEFT itself runs."""
+    """The same of a kind that has a tree of modules of its own."""
     return (
-        "PEFT's own modules",
+        "gates over all tokens" if kind == unipelt.NAME else "PEFT's own modules",
         "peft",
         "no",
-        "no" if kind in fallback.UNMERGEABLE else "yes",
+        "no" if kind in fallback.UNMERGEABLE | {unipelt.NAME} else "yes",
         "no",
         "any" if kind in SCALABLE else "1",
     )

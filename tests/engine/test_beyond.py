@@ -73,7 +73,7 @@ def test_a_bottleneck_is_weighted_and_composed_at_each_module(served) -> None:
 def test_what_adapterhub_saved_answers_as_its_library_does(file: Path, tmp_path: Path) -> None:
     """Every method and option that is served, all in one batch."""
     arch, wants = file.stem.split("-")[1], beyond.golden(file, tmp_path)
-    layout = "pages" if file.stem == "adapterhub-llama" else "slots"
+    layout = "pages" if file.stem in ("adapterhub-llama", "adapterhub-llama-lora") else "slots"
     engine = beyond.engine(arch, tmp_path, max_step_tokens=16, kv_layout=layout)
     asked = [beyond.ask(engine, {case: 1.0}, (5, 9, 13, 40, 7), max_new_tokens=6) for case in wants]
     for (case, want), answer in zip(wants.items(), rig.run(engine, asked, stagger=1), strict=True):

@@ -17,6 +17,9 @@ SHAPES = {arch: describe(zoo.tiny_base(arch)) for arch in ("llama", "gpt2", "qwe
 PLAIN = {"mh_adapter": False, "output_adapter": True, "reduction_factor": 8, "non_linearity": "relu"}
 PREFIX = {"architecture": "prefix_tuning", "prefix_length": 3, "flat": True}
 
+LORA = {"architecture": "lora", "r": 2}
+GATED = {"use_gating": True}
+
 
 def config(*members, arch="llama", **top):
     inner = members[0] if len(members) == 1 else {"architecture": "union", "configs": list(members)}
@@ -31,6 +34,14 @@ def expected(*members, arch="llama", **top):
 def test_the_kind_is_read_from_the_shape_of_the_config():
     assert config(PLAIN)["peft_type"] == "ADAPTERHUB"
     assert config(PREFIX)["peft_type"] == config(PLAIN, PREFIX)["peft_type"] == "ADAPTERHUB_PREFIX"
+    assert config(LORA)["peft_type"] == "ADAPTERHUB_LORA"
+    for members in ([PLAIN, LORA], [PLAIN | GATED], [PREFIX | GATED], [LORA | GATED], [PLAIN, PREFIX | GATED]):
+        assert config(*members)["peft_type"] == "ADAPTERHUB_UNIPELT"
+
+
+def test_a_kind_that_the_config_is_not_is_refused():
+    with pytest.raises(AdapterRefused, match="'peft_type' is ADAPTERHUB, and this config is ADAPTERHUB_UNIPELT"):
+        expected(PLAIN | GATED, peft_type="ADAPTERHUB")
 
 
 def test_places_before_the_prompt_are_the_prefixs():
@@ -48,9 +59,9 @@ def test_a_layer_may_be_left_out_and_have_a_factor_of_its_own():
 @pytest.mark.parametrize(
     ("member", "reason"),
     [
-        ({"use_gating": True}, "means over a whole call, so later tokens change earlier ones"),
         ({"inv_adapter": "nice"}, "invertible adapters change the embeddings too"),
-        ({"architecture": "lora", "r": 8}, "AdapterHub's 'lora' is not served; train it with PEFT"),
+        ({"architecture": "reft"}, "AdapterHub's 'reft' is not served; train it with PEFT"),
+        ({"architecture": ["lora"]}, "AdapterHub's .* is not served"),
         ({"residual_before_ln": "post_add"}, "'residual_before_ln' must be true or false"),
         ({"reduction_factor": 0}, "'reduction_factor' must be a number above 0"),
         ({"reduction_factor": 1e-9}, "'reduction_factor' must be a number above 0"),
@@ -66,10 +77,49 @@ def test_what_a_bottleneck_refuses(member, reason):
         expected(PLAIN | member)
 
 
+def test_gates_have_tensors_of_their_own():
+    plain = expected(PLAIN, PREFIX, LORA)
+    found = expected(PLAIN | GATED, PREFIX | GATED | {"shared_gating": False}, LORA | GATED)
+    assert {name for name in found if "gate" not in name} == set(plain)
+    assert found["model.layers.1.self_attn.prefix_tuning.prefix_gates.mine.weight"] == (2, 32)
+    assert found["model.layers.0.self_attn.v_proj.loras.mine.gate.bias"] == (1,)
+    assert found["model.layers.0.output_adapters.adapters.mine.gate.weight"] == (1, 32)
+    assert len(found) == len(plain) + 2 * 2 * (1 + 1 + 2)
+
+
+def test_a_lora_of_one_linear_for_three_has_rows_for_each_that_is_trained():
+    found = expected(LORA | {"attn_matrices": ["v", "q", "k"]}, arch="gpt2")
+    assert found["transformer.h.0.attn.c_attn.loras.mine.lora_A"] == (6, 32)
+    assert found["transformer.h.0.attn.c_attn.loras.mine.lora_B"] == (96, 2)
+
+
+@pytest.mark.parametrize(
+    ("member", "reason"),
+    [
+        ({"composition_mode": "scale"}, "'composition_mode' must be one of"),
+        ({"use_dora": True}, "'use_dora' is not served here: the library's DoRA"),
+        ({"vera_d": 0.1}, "'vera_d' is not served here"),
+        ({"dtype": "float16"}, "'dtype' is not served here"),
+        ({"attn_matrices": ["o"]}, "'attn_matrices' must name some of q, k and v"),
+        ({"attn_matrices": []}, "'attn_matrices' must name some of q, k and v"),
+        ({"attn_matrices": "q"}, "'attn_matrices' must be a list of names"),
+        ({"r": 0}, "'r' must be an integer"),
+        ({"alpha": "8"}, "'alpha' must be a finite number"),
+        ({"selfattn_lora": "yes"}, "'selfattn_lora' must be true or false"),
+        ({"use_gating": "yes"}, "'use_gating' must be true or false"),
+        ({"ranks": 8}, "'ranks' is not a key of this kind"),
+    ],
+)
+@pytest.mark.parametrize("beside", [[], [PLAIN]])
+def test_what_a_lora_refuses(member, reason, beside, tmp_path):
+    with pytest.raises(AdapterRefused, match=reason):
+        expected(*beside, LORA | member, arch="gpt2")
+
+
 @pytest.mark.parametrize(
     ("members", "top", "reason"),
     [
-        ([PLAIN, PLAIN], {}, "one bottleneck and one prefix, each once"),
+        ([PLAIN, PLAIN], {}, "each method once: bottleneck, prefix, LoRA"),
         ([PREFIX | {"leave_out": [0]}], {}, "'leave_out' is not served for a prefix"),
         ([PREFIX | {"prefix_length": 1 << 30}], {}, "'prefix_length' must be an integer"),
         ([PLAIN], {"name": 5}, "'name' must be the name under which"),

@@ -7,6 +7,7 @@ path. Each case's config is in the metadata; CASE/NAME are its tensors, CASE@ids
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 from pathlib import Path
 
@@ -17,11 +18,14 @@ from adapters import (
     AdapterPlusConfig,
     CompacterConfig,
     CompacterPlusPlusConfig,
+    ConfigUnion,
     DoubleSeqBnConfig,
+    LoRAConfig,
     MAMConfig,
     ParBnConfig,
     PrefixTuningConfig,
     SeqBnConfig,
+    UniPELTConfig,
 )
 from safetensors.torch import save_file
 
@@ -51,6 +55,29 @@ ONCE = {
     "prefix": PREFIX,
     "prefix_flat": PREFIX.replace(flat=True),
 }
+EVERY_LORA = {
+    "lora": LoRAConfig(r=2, alpha=6),
+    "lora_all": LoRAConfig(
+        r=2, alpha=3, attn_matrices=["v", "k", "q"], intermediate_lora=True, output_lora=True, leave_out=[1]
+    ),
+}
+GATED = {
+    "unipelt": UniPELTConfig(PREFIX, SeqBnConfig(reduction_factor=16), LoRAConfig(r=2, alpha=2)),
+    "unipelt_all": UniPELTConfig(
+        PREFIX.replace(shared_gating=False, flat=True),
+        ParBnConfig(reduction_factor=16, mh_adapter=True, ln_before=True, ln_after=True),
+        LoRAConfig(r=2, attn_matrices=["k", "v"], intermediate_lora=True, output_lora=True, leave_out=[0]),
+    ),
+    "gated_bottleneck": CompacterConfig(reduction_factor=4, use_gating=True),
+    "gated_lora": LoRAConfig(r=2, use_gating=True, attn_matrices=["q", "k", "v"]),
+    "gated_prefix": PREFIX.replace(use_gating=True),
+    "lora_union": ConfigUnion(PREFIX, DoubleSeqBnConfig(reduction_factor=16), LoRAConfig(r=2, output_lora=True)),
+}
+FILES = {
+    "llama": EVERY, "llama-options": ONCE, "gpt2": EVERY, "mistral": EVERY,
+    "llama-lora": EVERY_LORA, "gpt2-lora": EVERY_LORA, "mistral-lora": EVERY_LORA,
+    "llama-gated": GATED, "gpt2-gated": GATED, "mistral-gated": GATED,
+}  # fmt: skip
 
 
 def base(arch: str) -> transformers.PreTrainedModel:
@@ -93,7 +120,8 @@ def answer(model: transformers.PreTrainedModel) -> tuple[torch.Tensor, torch.Ten
 
 
 def main() -> None:
-    for name, cases in {"llama": EVERY, "llama-options": ONCE, "gpt2": EVERY, "mistral": EVERY}.items():
+    for name in sys.argv[1:] or FILES:
+        cases = FILES[name]
         arch = name.partition("-")[0]
         tensors: dict[str, torch.Tensor] = {}
         metadata: dict[str, str] = {}

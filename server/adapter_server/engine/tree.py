@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from adapter_server.engine.placed import Placed
 from adapter_server.errors import AdapterRefused, AdapterServerError, InvalidRequest
-from adapter_server.families import fallback
+from adapter_server.families import fallback, unipelt
 from adapter_server.families.base import Adapter, Graft
 
 ROOM = 256 << 20  # bytes that PEFT may allocate while it loads, beside what base and file hold
@@ -62,13 +62,13 @@ class Trees:
             raise RuntimeError(f"{name} is no graft")
         storages = {_storage(t) for t in _tensors(self._base)}
         with refusing(name), Sentry(storages, self._room(graft)), torch.no_grad():
-            model = fallback.attach(self.fresh(), graft)
+            model = (unipelt if graft.hooked else fallback).attach(self.fresh(), graft)
             model = fallback.merged(model, name) if graft.merged else model
-        tree = Tree(model, graft, sum(storages_of(model, storages).values()))
+        bare = replace(graft, tensors={}, experts=())
+        tree = Tree(model, bare, sum(storages_of(model, storages).values()))
         with refusing(name), Sentry(storages, math.inf), torch.inference_mode():
             Decode(tree, [0, 0], 0 if graft.tasks else None).logits([0, 0])
-        bare = replace(adapter, graft=replace(graft, tensors={}, experts=()))
-        return Placed(bare, {}, {}, tree=tree)
+        return Placed(replace(adapter, graft=bare), {}, {}, tree=tree)
 
     def _room(self, graft: Graft) -> float:
         own = sum(t.nbytes for g in (graft, *graft.experts) for t in g.tensors.values())
@@ -77,7 +77,7 @@ class Trees:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tree:
-    """A PeftModel, a merged model or the plain base, ready to run rows."""
+    """A PeftModel, a merged or hooked model or the plain base, ready to run rows."""
 
     model: Any
     graft: Graft | None = None  # None: the base
@@ -85,7 +85,12 @@ class Tree:
 
     @property
     def peft(self) -> bool:
-        return self.graft is not None and not self.graft.merged
+        return self.graft is not None and not self.graft.merged and not self.graft.hooked
+
+    @property
+    def caches(self) -> bool:
+        """Whether keys and values of before are still right when a token is added."""
+        return self.graft is None or not self.graft.hooked
 
     @property
     def inner(self) -> Any:
@@ -105,6 +110,8 @@ class Tree:
         for module in self.model.modules():
             module._parameters.clear()
             module._buffers.clear()
+            module._forward_hooks.clear()
+            module._forward_pre_hooks.clear()
 
     @contextmanager
     def running(self, options: Mapping[str, Any], weight: float) -> Iterator[None]:
@@ -141,8 +148,8 @@ class Decode:
         """`generate` makes everything ready (encoder, caches, prompts) and hands over to `_tokens`."""
         with _scaled(self.tree.model, self.weight):
             tokens: Tokens = self.tree.model.generate(
-                **self._options, custom_generate=_tokens, do_sample=False, num_beams=1, use_cache=True,
-                max_new_tokens=1, pad_token_id=0,
+                **self._options, custom_generate=_tokens, do_sample=False, num_beams=1,
+                use_cache=self.tree.caches, max_new_tokens=1, pad_token_id=0,
             )  # fmt: skip
         if self.tree.peft:  # generate has put back the base's own: a paused one needs PEFT's
             self.tree.model.base_model.prepare_inputs_for_generation = self.tree.model.prepare_inputs_for_generation

@@ -15,7 +15,7 @@ from typing import Any
 
 from adapter_server.core import Spec
 from adapter_server.errors import AdapterRefused, PlugInBroken
-from adapter_server.families import fallback
+from adapter_server.families import fallback, unipelt
 from adapter_server.families.base import Family, Shapes
 from adapter_server.families.lora_variants import SUBTRACTED
 from adapter_server.registry.guard import PEFT_TYPE
@@ -49,7 +49,7 @@ def serving(config: Mapping[str, Any], shapes: Shapes) -> Family:
 
 def lane_of(spec: Spec, base: str) -> str:
     """The lane that serves an adapter over a base of this lane."""
-    grafted = spec.family in fallback.KINDS or fallback.is_grafted(spec.config)
+    grafted = spec.family in (*fallback.KINDS, unipelt.NAME) or fallback.is_grafted(spec.config)
     return "peft" if grafted or spec.family not in known() else base
 
 

@@ -272,7 +272,7 @@ class GatedPrompt(TensorFields):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Graft:
-    """A checked config and its tensors, for PEFT to put onto a second tree of the base's modules."""
+    """A checked config and its tensors, for PEFT (or hooks) to put onto a second tree of the base's modules."""
 
     kind: str
     config: Mapping[str, Any]
@@ -280,6 +280,7 @@ class Graft:
     mergeable: bool
     experts: tuple[Graft, ...] = ()  # the adapters that it routes among
     merged: bool = False  # to be folded into copies of the weights that it touches
+    hooked: bool = False  # hooks of ours, not PEFT; they look at all tokens, so each call is of the whole text
 
     @property
     def before_the_prompt(self) -> bool:

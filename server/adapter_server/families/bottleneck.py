@@ -33,6 +33,26 @@ MAX_WIDTH = 1 << 16
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Gate(TensorFields):
+    """Linear gates on a method of a union: each is one number, the mean over all tokens of a call."""
+
+    weight: Tensor  # [n, d]
+    bias: Tensor  # [n]
+
+    def mean(self, x: Tensor) -> Tensor:
+        """x [1, T, d] → [1, 1, n]."""
+        return torch.sigmoid(F.linear(x, self.weight, self.bias)).mean(-2, keepdim=True)
+
+    @staticmethod
+    def expected(at: str, count: int, width: int) -> Expected:
+        return {f"{at}weight": (count, width), f"{at}bias": (count,)}
+
+    @classmethod
+    def read(cls, at: str, take: Callable[[str], Tensor]) -> Gate:
+        return cls(take(f"{at}weight"), take(f"{at}bias"))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Bottleneck(TensorFields):
     """A bottleneck on what a block adds to the residual stream (AdapterHub `methods/modeling.py`).
 
@@ -57,6 +77,7 @@ class Bottleneck(TensorFields):
     own: bool = True  # whether the inner residual is y, not x
     inside: bool = False  # whether it is added before the norm
     adds: bool = True
+    gate: Gate | None = None  # only where every call has all tokens
 
     def apply(self, y: Tensor, r: Tensor) -> Tensor:
         out = self._parallel(y, r) if self.parallel else self._sequential(y, r)
@@ -74,7 +95,8 @@ class Bottleneck(TensorFields):
 
     def _f(self, x: Tensor) -> Tensor:
         hidden = ACTIVATIONS[self.act](F.linear(_norm(x, self.before), self.down, self.down_bias))
-        return F.linear(hidden, self.up, self.up_bias)
+        out = F.linear(hidden, self.up, self.up_bias)
+        return out if self.gate is None else out * self.gate.mean(x)
 
 
 def _norm(x: Tensor, norm: Tensor | None) -> Tensor:
@@ -108,6 +130,10 @@ class Options:
         return max(int(self.hidden // number), 1)
 
     @property
+    def gated(self) -> bool:
+        return flag(self.config, "use_gating")
+
+    @property
     def phm(self) -> bool:
         return flag(self.config, "phm_layer")
 
@@ -134,7 +160,7 @@ class Options:
         found |= {f"{at}{norm}.{name}": (h,) for norm in norms for name in NORM}
         if (scaling := self.config.get("scaling", 1.0)) in ("learned", "channel"):
             found[f"{at}scaling"] = (1,) if scaling == "learned" else (h,)
-        return found
+        return found | Gate.expected(f"{at}gate.", 1, h) if self.gated else found
 
     def _linear(self, at: str, where: str, inp: int, out: int) -> Expected:
         if not self.phm:
@@ -188,6 +214,7 @@ class Options:
             own=config.get("residual_before_ln", True) is True,
             inside=flag(config, "adapter_residual_before_ln"),
             adds=config.get("original_ln_after", True) is True,
+            gate=Gate.read(f"{at}gate.", take) if self.gated else None,
         )  # fmt: skip
 
     def _scaling(self, at: str, take: Callable[[str], Tensor]) -> Tensor:

@@ -109,19 +109,23 @@ def parse_config(data: Buffer) -> dict[str, Any]:
     except UnicodeEncodeError as error:
         raise AdapterRefused(f"{CONFIG}: text that is no Unicode (a lone surrogate): save the adapter again") from error
     if "peft_type" not in config and isinstance(config.get("config"), dict):
-        config["peft_type"] = _adapterhub_kind(config["config"])
+        config["peft_type"] = adapterhub_kind(config["config"])
     kind = config.get("peft_type")
     if not isinstance(kind, str) or not PEFT_TYPE.fullmatch(kind):
         _refuse(CONFIG, f'"peft_type" is {show(kind)}: it must name a PEFT type, such as "LORA"')
     return config
 
 
-def _adapterhub_kind(config: Mapping[str, Any]) -> str:
+def adapterhub_kind(config: Mapping[str, Any]) -> str:
     """AdapterHub's files name no kind: it is in the shape of their inner config."""
     members = config.get("configs")
-    members = members if isinstance(members, list) else [config]
-    prefixed = any(isinstance(m, dict) and m.get("architecture") == "prefix_tuning" for m in members)
-    return "ADAPTERHUB_PREFIX" if prefixed else "ADAPTERHUB"
+    found = [m for m in (members if isinstance(members, list) else [config]) if isinstance(m, dict)]
+    methods = [m.get("architecture") for m in found]
+    if any(m.get("use_gating") for m in found) or ("lora" in methods and len(methods) > 1):
+        return "ADAPTERHUB_UNIPELT"
+    if "lora" in methods:
+        return "ADAPTERHUB_LORA"
+    return "ADAPTERHUB_PREFIX" if "prefix_tuning" in methods else "ADAPTERHUB"
 
 
 @dataclass(frozen=True, slots=True)
