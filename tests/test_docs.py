@@ -41,6 +41,7 @@ from adapter_server.families import (
     poly,
     prefix,
     prompt,
+    unipelt,
 )
 from adapter_server.metrics import NAMESPACE, Metrics
 from adapter_server.registry import guard
@@ -531,7 +532,7 @@ def test_every_type_of_error_is_documented_with_its_statuses() -> None:
 
 
 FAMILIES = re.compile(r"<!-- families -->\n.*?<!-- /families -->", re.DOTALL)
-VIRTUAL = (prefix, prompt)
+UNSCALED = (prefix, prompt, unipelt)
 UNMERGED = (adapterhub, adaption_prompt, poly)
 
 
@@ -556,7 +557,7 @@ def ticked(words: Iterable[str]) -> str:
 def readme_table() -> str:
     lines = ["| PEFT type | what it is | merged | `scale`, weights |", "|---|---|---|---|"]
     for module, families in modules().items():
-        merged, scale = ("no", "1 only") if module in VIRTUAL else ("no" if module in UNMERGED else "yes", "any")
+        merged, scale = ("no", "1 only") if module in UNSCALED else ("no" if module in UNMERGED else "yes", "any")
         if module is fallback:  # PEFT's own: see docs/adapters.md
             merged, scale = "AdaMSS", "LILY"
         lines.append(f"| {ticked(f.name for f in families)} | {about(module)[0]} | {merged} | {scale} |")

@@ -1,4 +1,4 @@
-"""AdapterHub's files: bottleneck adapters (Houlsby, Pfeiffer, parallel), Compacter, prefix tuning, MAM, LoRA.
+"""AdapterHub's files: bottleneck adapters (Houlsby, Pfeiffer, parallel), Compacter, prefix tuning, and MAM's union.
 
 y the block's output, r the stream it is added to, f(x) = s·up(act(down(x)))     down [d,hidden]  up [hidden,d]
 
@@ -8,7 +8,6 @@ par_bn (parallel)          y' = y + f(r)           beside the feed-forward, s = 
 compacter                  the two projections are Kronecker sums: Σᵢ ruleᵢ ⊗ Wᵢ
 prefix_tuning              K, V = mlp(embeddings), seen from positions that begin at 0
 mam                        par_bn and prefix_tuning together
-lora                       y = W x + b + s·B A x    s = α / r
 """
 
 from __future__ import annotations
@@ -41,9 +40,8 @@ PREFIX = frozenset(
     }
 )  # fmt: skip
 METHODS = {None: BOTTLENECK, "prefix_tuning": PREFIX, "lora": LORA}
-KNOWN = TOP | BOTTLENECK | PREFIX | LORA | {"configs"}
-NOT_SERVED = {"inv_adapter": "invertible adapters change the embeddings too; train without"}
-REFUSED = NOT_SERVED | NO_LORA
+KNOWN = (TOP | BOTTLENECK | PREFIX | {"configs"}) - {"use_gating"}
+REFUSED = {"inv_adapter": "invertible adapters change the embeddings too; train without"}
 Pairs = tuple[tuple[Tensor, Tensor], ...]
 MAX_MEMBERS = 8
 MAX_NUMBERS = 1 << 28  # in all projections
@@ -205,12 +203,6 @@ class AdapterHub:
         return File(name, layout, shapes, plain, by.get("prefix_tuning"), lora)
 
 
-class HubLora(AdapterHub):
-    """A LoRA alone."""
-
-    name = "ADAPTERHUB_LORA"
-
-
 class Prefixed(AdapterHub):
     """A prefix, alone or beside a bottleneck (MAM)."""
 
@@ -233,7 +225,7 @@ def _members(config: Config) -> list[Config]:
         raise AdapterRefused("adapter_config.json: 'configs' must be a list of configs")
     for member in inner:
         architecture = member.get("architecture")
-        refuse_set(member, NOT_SERVED)
+        refuse_set(member, REFUSED)
         if not (architecture is None or isinstance(architecture, str)) or architecture not in METHODS:
             raise AdapterRefused(
                 f"adapter_config.json: AdapterHub's {str(architecture)[:40]!r} is not served; train it with PEFT"
@@ -290,4 +282,4 @@ def _mlp(tensors: Mapping[str, Tensor], config: Config) -> Tensor:
     return F.linear(inner, tensors["control_trans.2.weight"], tensors["control_trans.2.bias"])
 
 
-FAMILIES: tuple[Family, ...] = (AdapterHub(), HubLora(), Prefixed())
+FAMILIES: tuple[Family, ...] = (AdapterHub(), Prefixed())

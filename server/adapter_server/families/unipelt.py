@@ -20,15 +20,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adapter_server.core import Spec
+from adapter_server.families.adapterhub import KNOWN as ADAPTERHUB
+from adapter_server.families.adapterhub import REFUSED as NOT_SERVED
 from adapter_server.families.adapterhub import AdapterHub, File
 from adapter_server.families.base import Adapter, Base, Graft, Shapes
 from adapter_server.families.bottleneck import Bottleneck, Gate
 from adapter_server.families.deltas import TensorFields
 from adapter_server.families.facts import describe
+from adapter_server.families.hublora import KNOWN as LORA
+from adapter_server.families.hublora import REFUSED as NO_LORA
 from adapter_server.families.hublora import GatedLowRank
 from adapter_server.families.options import Config
 from adapter_server.families.parts import Taker
 
+KNOWN = ADAPTERHUB | LORA | {"use_gating"}
+REFUSED = NOT_SERVED | NO_LORA
 NAME = "ADAPTERHUB_UNIPELT"
 Part = TypeVar("Part", bound=TensorFields)
 ATTENTION = "adapter_server_prefix"  # what the attention with a prefix is called in transformers' interface
