@@ -126,7 +126,7 @@ def patched(adapter: Adapter) -> tuple[str, ...]:
     before = bool(adapter.prefix or adapter.embeds is not None or adapter.tasks)
     return (
         form(adapter),
-        "packed" if adapter.blocks or adapter.gated else "packed, dense",
+        "packed" if adapter.blocks or adapter.gated or "ADAPTERHUB" in adapter.spec.family else "packed, dense",
         "yes",
         "no" if adapter.unfoldable else "yes",
         "one" if before else "yes",
