@@ -124,9 +124,9 @@ def _add(linear: nn.Module, low: GatedLowRank) -> None:
 
 def _follow(norm: nn.Module, linear: nn.Module, block: Bottleneck) -> None:
     """`norm` reads the stream that what `linear` gives is added to."""
-    seen: list[Tensor] = []
-    norm.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    linear.register_forward_hook(lambda module, args, y: block.apply(y, seen.pop()))
+    seen: dict[str, Tensor] = {}
+    norm.register_forward_pre_hook(lambda module, args: seen.update(r=args[0]))
+    linear.register_forward_hook(lambda module, args, y: block.apply(y, seen.pop("r")))
 
 
 def _precede(attention: nn.Module, prefix: GatedPrefix) -> None:
