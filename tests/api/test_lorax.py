@@ -232,6 +232,10 @@ def test_inputs_are_needed(served: Served, path: str, raw: bytes) -> None:
     refused(served.http.post(path, content=raw), 422, "validation")
 
 
+def test_an_empty_expression_is_told_what_it_should_be(served: Served) -> None:
+    refused(ask(served, grammar={"type": "regex", "value": ""}), 422, "validation", "for regex an expression")
+
+
 def test_what_a_stream_cannot_tell_is_refused(served: Served) -> None:
     response = ask(served, path="/generate_stream", details=True, decoder_input_details=True)
     refused(response, 422, "validation", "decoder_input_details")

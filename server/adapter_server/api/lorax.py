@@ -86,6 +86,8 @@ class MergedAdapters(Lenient):
 class Grammar(Lenient):
     """The form of an answer in the words of clients that TGI has too."""
 
+    unions: ClassVar[Unions] = {"value": "a JSON schema, or for regex an expression"}
+
     type: Literal["json", "json_schema", "regex"]
     value: Schema | Annotated[GrammarText, Field(min_length=1)]
 
