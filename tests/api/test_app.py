@@ -17,7 +17,7 @@ import pytest
 from adapter_server import __version__
 from adapter_server.api import lorax, refusals
 from adapter_server.api.access import check_host
-from adapter_server.api.app import create_app
+from adapter_server.api.app import PULSE_S, create_app
 from adapter_server.api.envelope import Envelope
 from adapter_server.config import ServerConfig
 from adapter_server.errors import AdapterServerError, InvalidRequest, RequestFailed, VersionGone
@@ -157,7 +157,9 @@ def test_a_second_signal_does_not_wait(own: Served) -> None:
         assert own.server.force_exit
 
 
-def test_a_dead_engine_ends_the_server(own: Served) -> None:
+def test_a_dead_engine_ends_the_server(own: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("adapter_server.api.app.PULSE_S", 1.0)  # time enough to ask on a busy machine
+    time.sleep(1.5 * PULSE_S)
     own.worker.alive = False
     assert own.generate().status_code == 503
     assert own.http.get("/livez").status_code == 503
