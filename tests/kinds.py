@@ -37,6 +37,7 @@ DELTAS = {
     "Spectral": "coefficients of ΔW",
     "Kronecker": "Kronecker product",
     "Circulant": "circulant blocks",
+    "Rows": "rows of tokens",
 }
 PLACES = {  # the same of an adapter's
     "prefix": "keys and values",
@@ -91,7 +92,8 @@ def _words(patch: Patch) -> Iterator[str]:
 
 
 def _other(patch: Any) -> str:
-    return "low rank" if hasattr(patch, "A") else "parameters"
+    named = {"A": "low rank", "rows": "rows of tokens"}
+    return next((word for name, word in named.items() if hasattr(patch, name)), "parameters")
 
 
 def measured() -> dict[str, Any]:
