@@ -193,7 +193,7 @@ def test_cached_pages_make_room_oldest_first_but_not_those_in_use() -> None:
 def test_keys_tell_texts_and_adapters_apart() -> None:
     def keys(tokens: list[int], *members: Member, offset: int = 0, **rest: object) -> list[bytes]:
         request = Request("r", (1,), members=members, **rest)  # type: ignore[arg-type]
-        return Chain.of(request, 4, offset).upto(tokens, len(tokens))
+        return Chain.of(request, request.mode, 4, offset).upto(tokens, len(tokens))
 
     tokens = list(range(10))
     spec = Spec("a", "v", "", "LORA", {}, 0)
@@ -211,9 +211,9 @@ def test_keys_tell_texts_and_adapters_apart() -> None:
 
 def test_a_chain_grows_with_its_row() -> None:
     request, tokens = Request("r", (1,)), list(range(12))
-    chain = Chain.of(request, 4, 0)
+    chain = Chain.of(request, request.mode, 4, 0)
     assert chain.upto(tokens, 7) == chain.upto(tokens, 12)[:1]
-    assert chain.upto(tokens, 12) == Chain.of(request, 4, 0).upto(tokens, 12)
+    assert chain.upto(tokens, 12) == Chain.of(request, request.mode, 4, 0).upto(tokens, 12)
 
 
 def test_the_books_of_a_cache_balance() -> None:
