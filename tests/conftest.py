@@ -1,15 +1,19 @@
 """One thread from the start: kinds that PEFT rebuilds from an SVD of the base change their signs with the number.
 
+Triton reads its setting when it is first imported, whoever does that: kernels are interpreted where there is no CUDA.
 Logs are short: a rich traceback with every local takes seconds.
 """
+
+import os
 
 import structlog
 import torch
 
 torch.set_num_threads(1)
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 structlog.configure(
     processors=[
         structlog.processors.add_log_level,
-        structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback),
+        structlog.dev.ConsoleRenderer(colors=False, exception_formatter=structlog.dev.plain_traceback),
     ]
 )
