@@ -17,8 +17,9 @@ LAYERS, PAGE = [(2, 8, 8)], 4
 
 
 @pytest.fixture(autouse=True)
-def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a CUDA device, in the interpreter."""
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """As on a CUDA device, in the interpreter; what a server of the tests has done to the log is undone."""
+    caplog.set_level("WARNING")
     monkeypatch.setattr(forms, "usable", lambda device: True)
 
 
