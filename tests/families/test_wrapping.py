@@ -133,7 +133,7 @@ def fill(name, value):
         ("delora", lambda tensors: tensors.pop(Q + "delora_A"), "holds no tensor '.*delora_A'"),
         ("delora", lambda tensors: tensors.update(more=torch.ones(1)), "belong to nothing in its config: more"),
     ],
-    ids=str,
+    ids=lambda value: "change" if callable(value) else str(value),
 )
 def test_what_a_file_may_not_hold(case, change, reason, tmp_path):
     with pytest.raises(AdapterRefused, match=reason):
