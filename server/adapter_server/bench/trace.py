@@ -2,8 +2,9 @@
 
 The draws are S-LoRA's own (`workloads.calls`); the rate is 1.25 times what this machine finishes with one adapter, as
 its tables are taken above saturation, and lengths are short enough for a CPU. Adapters have r=8 on q, k, v and o. Each
-number of adapters has a registry of its own, and every play begins with none of them in memory. Prompts differ from
-round to round, so that nothing is known from before.
+number of adapters has a registry of its own, and every play begins with none of them in memory; the few and the many
+are played once more with theirs in main memory, as S-LoRA has them. Prompts differ from round to round, so that nothing
+is known from before.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,11 @@ FEW, MANY = 5, 2000  # whose ratio is the result
 RANK = 8
 FILES = 16  # distinct adapters on disk; the others are hard links to them
 OVERLOAD = 1.25
+WAYS = {  # what is shown of a result, and where its ratios stand
+    "results": ("in process", "ratios"),
+    "warm": ("in process, adapters in memory", "warm_ratios"),
+    "http": ("over HTTP", "http_ratios"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,8 +171,16 @@ def measure(workload: Workload, plan: Plan, bench: Bench) -> dict[str, Any]:
             forget(stage, engine)
             return found
 
+        def warm_play(count: int, asked: list[Arrival]) -> dict[str, float]:
+            engine.pool.store = stores[count]
+            for name in sorted({each.ask.adapter for each in asked if each.ask.adapter}):
+                stage.operate("load", name)
+            return play(count, asked)
+
         plays = Plays(plan, vocab, rate, bench)
         results: dict[str, Any] = {"results": plays.rounds(play), "ratios": _ratios(plays)}
+        warm = Plays(replace(plan, adapters=tuple(n for n in plan.adapters if n in (FEW, MANY))), vocab, rate, bench)
+        results |= {"warm": warm.rounds(warm_play), "warm_ratios": _ratios(warm)}
         if plan.http:
             over = Plays(plan, vocab, rate, bench)
             results["http"] = over.rounds(_by_http(workload, plan, bench, folders, limits, checker))
@@ -222,17 +236,16 @@ def _floor(workload: Workload, plan: Plan, bench: Bench, adapters: int) -> dict[
 
 
 def tables(result: Mapping[str, Any]) -> list[Table]:
-    return [_table(result, over) for over in ("results", "http") if over in result]
+    return [_table(result, over) for over in WAYS if over in result]
 
 
 def _table(result: Mapping[str, Any], over: str) -> Table:
-    work, way = result["workload"], "over HTTP" if over == "http" else "in process"
+    work, (way, ratios) = result["workload"], WAYS[over]
     title = f"{model(result)}, {work['requests']} requests, {work['rate']:.3g} a second, {way}"
     shown = Table("adapters", "asked for", "requests/s", f"over {FEW}", "TTFT ms", "p99", "ITL p99 ms", title=title)
     shown.caption = answers(result)
-    ratios = result["http_ratios" if over == "http" else "ratios"]
     for line in result[over]:
-        against = ratios.get(f"{line['adapters']} / {FEW}", 1.0)
+        against = result[ratios].get(f"{line['adapters']} / {FEW}", 1.0)
         numbers = (line["requests_per_s"], against, line["ttft_ms"], line["ttft_p99_ms"], line["itl_p99_ms"])
         shown.add_row(str(line["adapters"]), str(line["distinct"]), *(f"{number:.3g}" for number in numbers))
     return shown
