@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import subprocess
@@ -156,9 +157,9 @@ def timed_floor(found: Floor, rates: Mapping[str, float], **about: Any) -> dict[
 
 
 def rounded(value: Any) -> Any:
-    """Floats to five significant digits, all the way down."""
+    """Floats to five significant digits, all the way down; what has no figure is null, since JSON knows no NaN."""
     if isinstance(value, float):
-        return float(f"{value:.5g}")
+        return float(f"{value:.5g}") if math.isfinite(value) else None
     if isinstance(value, Mapping):
         return {key: rounded(each) for key, each in value.items()}
     return [rounded(each) for each in value] if isinstance(value, list | tuple) else value
