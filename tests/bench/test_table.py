@@ -91,8 +91,8 @@ def test_one_size_may_lack_a_rival(table, files):
 
 def test_every_aim_has_its_figure_or_says_that_it_has_none(table, files):
     readme, results = files
-    trace = common("trace", "2026") | {"ratios": {"2000 / 5": 0.981}, "results": []}
-    gpu = common("trace", "2026") | {"ratios": {"2000 / 5": 0.99}}
+    trace = common("trace", "2026") | {"warm_ratios": {"2000 / 5": 0.981}, "results": []}
+    gpu = common("trace", "2026") | {"warm_ratios": {"2000 / 5": 0.99}}
     gpu["workload"]["size"], gpu["model"] = "8b", {"parameters": 8e9, "device": "cuda:0"}
     for name, result in {"t": trace, "g": {"benchmark": "gpu", "parts": [gpu]}}.items():
         (results / f"{name}.json").write_text(json.dumps(result))
