@@ -62,6 +62,8 @@ HELP = {
     "host_bytes": "Main memory for compiled adapters, so that one evicted from the device comes back quickly",
     "pack_weights": "Keep packed copies of the base's weights on the CPU: faster, larger",
     "kernels": "On CUDA, run Triton kernels that have agreed with torch at start; without: plain torch",
+    "fuse": "On CUDA, run norms, attention and MLPs in fewer launches where that agrees with the modules themselves",
+    "graphs": "On CUDA, run steps of single tokens as captured graphs",
     "max_grammar_bytes": "Largest schema, expression or grammar of a response_format, such as 64K",
     "threads": "Threads of torch on the CPU; 0: torch's own choice, one for a tiny base",
     "profile": "Write a trace of 64 steps here, for Perfetto or chrome://tracing",

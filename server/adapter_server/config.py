@@ -39,6 +39,8 @@ class EngineConfig:
     host_bytes: int = 2 * GIB  # main memory for compiled adapters, on the device or evicted from it
     pack_weights: bool = True  # CPU float32: oneDNN-packed copies of the base's weights, faster and larger
     kernels: bool = True  # CUDA: Triton kernels, where they agree with torch on this device
+    fuse: bool = True  # CUDA: modules of the base with fewer launches, where they agree with their own forward
+    graphs: bool = True  # CUDA: steps in which every row gets one token as captured graphs
     max_grammar_bytes: int = 32 << 10  # of one response_format
     threads: int = 0  # torch threads on the CPU; 0: torch's own choice, one for a base under 8M parameters
     profile: str | None = None  # a file for a trace of some steps

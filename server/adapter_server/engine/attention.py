@@ -2,6 +2,7 @@
 
 The model calls it per layer with the new tokens' queries, keys and values after RoPE, all rows packed in [1, T]. New
 keys go to the pool; rows with several new tokens are read one by one, rows with one new token as one padded batch.
+`fused.py` calls `attend` itself, after it has written the keys.
 """
 
 from __future__ import annotations
@@ -22,10 +23,14 @@ NAME = "adapter_server"
 
 
 class Probe:
-    """While one is set, attention notes each layer's kv_heads, key dim and value dim. See `model.py`."""
+    """While one is set, attention notes each layer's kv_heads, key dim and value dim, the module that called, and how
+    its scores become weights. See `model.py`.
+    """
 
     def __init__(self) -> None:
         self.layers: dict[int, tuple[int, int, int]] = {}
+        self.callers: dict[int, nn.Module] = {}
+        self.scores: dict[int, Scores] = {}
 
 
 _probe: Probe | None = None
@@ -94,28 +99,34 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """query [1, heads, T, dim], key and value [1, kv_heads, T, dim] → ([1, T, heads, dim_v], None)."""
     layer = int(module.layer_idx)  # type: ignore[arg-type]
+    scores = Scores(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux, sliding_window)
     if _probe is not None:
         _probe.layers[layer] = (key.shape[1], key.shape[3], value.shape[3])
-    scores = Scores(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux, sliding_window)
+        _probe.callers[layer], _probe.scores[layer] = module, scores
     step = current()
     if step is None or step.kv is None:
         return _alone(step, layer, query, key, value, scores).transpose(1, 2), None
-    out = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
     step.kv.pool.write(layer, step.kv.places, key[0].transpose(0, 1), value[0].transpose(0, 1))
-    for chunk, places in step.kv.prefills:
+    return attend(step, step.kv, layer, query, value.shape[3], scores), None
+
+
+def attend(step: Step, kv: KvStep, layer: int, query: Tensor, width: int, scores: Scores) -> Tensor:
+    """query [1, heads, T, dim] over the pool, which has the new keys → [1, T, heads, width of a value]."""
+    out = query.new_empty(1, query.shape[2], query.shape[1], width)
+    for chunk, places in kv.prefills:
         span = slice(chunk.start, chunk.start + chunk.count)
-        k, v = step.kv.context(layer, places)
+        k, v = kv.context(layer, places)
         q = query[:, :, span]
         bias = None
         if chunk.past or (scores.window is not None and chunk.context > scores.window):
             bias = causal(chunk.count, chunk.context, scores.window, q)
         out[:, span] = scores.attend(q, k, v, bias).transpose(1, 2)
-    if step.kv.decodes is not None:
-        _decode(out, query, layer, step.kv, step.kv.decodes, scores)
+    if kv.decodes is not None:
+        _decode(out, query, layer, kv, kv.decodes, scores)
     for segment in step.routing.segments:
         if prompt := segment.placed.gated.get(layer):
             _gated(out, query, layer, step, segment, prompt)
-    return out, None
+    return out
 
 
 def _decode(out: Tensor, query: Tensor, layer: int, kv: KvStep, decodes: Decodes, scores: Scores) -> None:

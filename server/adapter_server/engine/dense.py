@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
-from adapter_server.engine.kv import KvStep, LayerShape
+from adapter_server.engine.attention import Probe
+from adapter_server.engine.kv import KvStep
 from adapter_server.engine.model import Model
 from adapter_server.engine.placed import Prefix
 from adapter_server.engine.routing import Routing, Step, running
@@ -68,18 +69,20 @@ class DenseModel(Model):
         trees: Trees | None = None,
         adapters: torch.dtype = torch.float32,
         kernels: bool = True,
+        fuse: bool = True,
     ) -> None:
         self._accepts = set(inspect.signature(module.forward).parameters)
-        super().__init__(module, pack, trees, adapters, kernels)
+        super().__init__(module, pack, trees, adapters, kernels, fuse)
 
     def _adopt(self) -> None:
         """These bases keep the attention that they have."""
 
     @torch.inference_mode()
-    def _layers(self) -> dict[int, LayerShape]:
-        ids = torch.zeros(1, 2, dtype=torch.long, device=self.device)
-        layers = self.module(input_ids=ids, use_cache=True).past_key_values.layers
-        return {i: (layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]) for i, layer in enumerate(layers)}
+    def _seen(self) -> Probe:
+        seen, ids = Probe(), torch.zeros(1, 2, dtype=torch.long, device=self.device)
+        for i, layer in enumerate(self.module(input_ids=ids, use_cache=True).past_key_values.layers):
+            seen.layers[i] = (layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3])
+        return seen
 
     def split(self, counts: list[int]) -> list[list[int]]:
         """Each prompt's chunk alone, all decode rows together."""

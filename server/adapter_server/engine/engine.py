@@ -5,6 +5,7 @@ step():  poll loads → drop the late → plan → forward → sample → advanc
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections import Counter
@@ -22,6 +23,7 @@ from adapter_server.config import EngineConfig
 from adapter_server.core import Event, Finished, FinishReason, Folded, Loaded, Request, Spec, Stats, Token
 from adapter_server.engine import forms
 from adapter_server.engine.auto import Auto
+from adapter_server.engine.graphs import Flight, Graphs
 from adapter_server.engine.guide import Guides
 from adapter_server.engine.host import Host
 from adapter_server.engine.kv import Chunk, KvPool, PagePool, SlotPool
@@ -102,8 +104,9 @@ class Engine:
         self.config = config
         if threads := config.threads or _few_threads(module):
             torch.set_num_threads(threads)
-        self.model = prepare(module, config.pack_weights, _adapter_dtype(module, config), config.kernels)
+        self.model = prepare(module, config.pack_weights, _adapter_dtype(module, config), config.kernels, config.fuse)
         self.kv, length = self._kv()
+        self.graphs = self._graphs(length)
         self.info = _info(module, self.model, name, length)
         self.guides = Guides(tokenizer, self.info.vocab, self.info.eos, config.max_grammar_bytes)
         lock = torch.Tensor.pin_memory if self.model.device.type == "cuda" else None
@@ -117,6 +120,8 @@ class Engine:
         self._doomed: list[tuple[Row, AdapterServerError]] = []
         self.auto = Auto(self.pool, self._rows, config.max_rows, config.auto_merge)
         self._routings: dict[tuple[tuple[Row, int, int], ...], tuple[list[int], Routing]] = {}  # order, routing
+        self._flight: Flight | None = None  # the step whose tokens are still to be read
+        self._landed_at = 0.0
 
     def _kv(self) -> tuple[KvPool, int]:
         """The pool that the budget allows, and the context length: the base's own, or what leaves room for rows."""
@@ -148,6 +153,13 @@ class Engine:
                 model.device, model.dtype, model.layers.values(), heads, config.page_tokens, config.kernels
             )
         return page_pool, length
+
+    def _graphs(self, length: int) -> Graphs | None:
+        """Captured steps, where attention and the low rank have kernels, and a key does not depend on the row's end."""
+        captures = self.config.graphs and isinstance(self.kv, PagePool) and self.kv.kernels is not None
+        if not captures or not isinstance(self.kv, PagePool) or not self.model.stable_rope:
+            return None
+        return Graphs(self.model, self.kv, self.config.max_rows, length)
 
     # Requests
 
@@ -222,21 +234,77 @@ class Engine:
     def step(self) -> list[Event]:
         """One forward for all rows that can run. Events in the order in which they came about."""
         events = [*self._settled(), *self._formed(), *self._expired(time.monotonic())]
+        if self._flight is not None:
+            return events + self._seen(functools.partial(self._fly, self._flight))
         with part("plan"):
             slices = self.auto.turn(self.scheduler.plan())
         events += self._failed(self._doomed)
         self._doomed = []
         if slices:
-            events += self._run(slices) if self.profile is None else self._profiled(slices, self.profile)
+            events += self._seen(functools.partial(self._run, slices))
         return events
 
-    def _profiled(self, slices: list[Slice], profile: Profile) -> list[Event]:
-        profile.before()
-        events = self._run(slices)
-        profile.after()
-        if profile.done:
-            self.profile = None
+    def _seen(self, work: Callable[[], list[Event]]) -> list[Event]:
+        """A step's work, for whoever profiles it."""
+        if self.profile is None:
+            return work()
+        self.profile.before()
+        events = work()
+        self.profile.after()
+        self.profile = None if self.profile.done else self.profile
         return events
+
+    # Steps that are launched before the last one's tokens have been read
+
+    def _took_off(self, slices: list[Slice]) -> bool:
+        """Launch a step of single tokens and come back at once, where the likeliest tokens are all that is wanted."""
+        if self.graphs is None or not all(_is_greedy(s.row) for s in slices):
+            return False
+        ordered, routing = self._routed(slices)
+        if not self.graphs.fit(ordered, routing):
+            return False
+        self._flight, self._landed_at = self.graphs.launch(ordered, routing), time.perf_counter()
+        return self._flight is not None
+
+    def _fly(self, flight: Flight) -> list[Event]:
+        """Launch the step after `flight`, whose tokens are its input, then read those. That a row has ended is seen a
+        step late, and what it got in that step is dropped.
+        """
+        self._flight = None
+        try:
+            with part("route"):
+                following = self._following(flight)
+            with part("sampling"):
+                chosen = flight.chosen()
+        except Exception as error:
+            self._routings.clear()
+            return [self._finish(s.row, "error", _crashed(error), scrub=True) for s in flight.slices if s.row.lease]
+        self._flight = following
+        now, before = time.perf_counter(), self._landed_at
+        self._landed_at = now
+        with part("events"):
+            going = [(s, c) for s, c in zip(flight.slices, chosen, strict=True) if s.row.lease is not None]
+            events = self._advance([s for s, _ in going], [c for _, c in going])
+        self.auto.ran(flight.slices, now - before)
+        return events
+
+    def _following(self, flight: Flight) -> Flight | None:
+        """The next step, launched; None where there is something to plan first."""
+        rows = [s.row for s in flight.slices if s.row.lease is not None and not _is_full(s.row)]
+        if self.graphs is None or not rows or self._must_plan(flight, rows):
+            return None
+        slices, routing = self._routed([Slice(row, 1) for row in rows])
+        following = self.graphs.launch(slices, routing, flight) if self.graphs.fit(slices, routing) else None
+        self.steps += following is not None
+        return following
+
+    def _must_plan(self, flight: Flight, rows: Sequence[Row]) -> bool:
+        scheduler = self.scheduler
+        if any(row not in flight.index for row in scheduler.running):
+            return True
+        if scheduler.waiting and len(scheduler.running) < scheduler.max_rows:
+            return True
+        return not all(row.lease and self.kv.grow(row.lease, row.offset + len(row.tokens) + 1) for row in rows)
 
     def _settled(self) -> list[Event]:
         """News of loads, and the end of the rows whose adapter failed."""
@@ -357,6 +425,8 @@ class Engine:
 
     def _evicted(self, placed: Placed) -> None:
         self._routings.clear()  # its rows hold what they ran on
+        if self.graphs is not None:
+            self.graphs.forget(placed)
         self.auto.forget()
         self.kv.drop(placed.adapter.spec.key)
         for prefix in placed.prefixes.values():
@@ -365,6 +435,8 @@ class Engine:
     def _run(self, slices: list[Slice]) -> list[Event]:
         """The packed rows in one step, then those of the peft lane whose turn it is."""
         self.steps += 1
+        if self._took_off(slices):
+            return []
         packed = [s for s in slices if s.row.decode is None]
         alone = sorted((s for s in slices if s.row.decode is not None), key=lambda s: s.row.turn)
         events = self._run_timed(packed) if packed else []
@@ -420,6 +492,11 @@ class Engine:
         """One forward; the slices in packed order, and the logits of those that sample."""
         with part("route"):
             slices, routing = self._routed(slices)
+        if self.graphs is not None and self.graphs.fit(slices, routing):
+            with part("forward"):
+                flight = self.graphs.launch(slices, routing)
+            if flight is not None:
+                return slices, flight.logits[: len(slices)]
         chunks: list[Chunk] = []
         ids: list[int] = []
         positions: list[int] = []
@@ -619,6 +696,18 @@ def _sampled(slices: Sequence[Slice], logits: Tensor) -> Tensor | None:
             own.append(at)
             at += 1
     return logits[own] if own else None
+
+
+def _is_greedy(row: Row) -> bool:
+    """Whether the likeliest token is all that this row wants of its logits, and no constraint waits to hear of it."""
+    s = row.request.sampling
+    plain = (s.repetition_penalty, s.presence_penalty, s.frequency_penalty, s.temperature) == (1, 0, 0, 0)
+    return plain and not s.logprobs and not s.logit_bias and row.guide is None and row.decode is None
+
+
+def _is_full(row: Row) -> bool:
+    """Whether the token that is on its way is the row's last."""
+    return row.emitted + 1 >= row.request.sampling.max_new_tokens
 
 
 def _crashed(error: Exception) -> RequestFailed:

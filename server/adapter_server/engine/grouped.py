@@ -8,7 +8,9 @@ nothing is padded, copied or gathered. Its reference, and what runs without the 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -23,7 +25,19 @@ if TYPE_CHECKING:
     from adapter_server.engine.placed import GroupPatch, Placed
     from adapter_server.engine.site import LinearGroup
 
+FEWEST = 64  # adapters that the table has room for at first
 LARGE = 256  # tokens of one adapter's own; above, plain products read its tensors often enough
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Listed:
+    """A step's (token, adapter) pairs as `kernels.Tiles` has them, on the host."""
+
+    tokens: Sequence[int]
+    weights: Sequence[float]
+    places: Sequence[tuple[int, int, int]]
+    layers: Sequence[tuple[int, int]]
+    width: int
 
 
 class Table:
@@ -33,6 +47,7 @@ class Table:
         self.kernels, self.device = kernels, device
         self.groups, self.members = 1, 1
         self.held: list[Placed | None] = []
+        self.width = kernels.RANKS  # the most rows that an A had, in whole blocks
         self.rows = torch.empty(0, 0, dtype=torch.int64)
 
     @property
@@ -60,13 +75,15 @@ class Table:
     def _fits(self, placed: Placed) -> bool:
         groups = max(self.groups, 1 + max(placed.groups, default=0))
         members = max(self.members, *(len(patch.pairs) for patch in placed.groups.values()), 0)
+        rows = max((patch.A.shape[0] for patch in placed.groups.values() if patch.A is not None), default=0)
+        self.width = max(self.width, -(-rows // self.kernels.RANKS) * self.kernels.RANKS)
         fits = (groups, members) == (self.groups, self.members) and len(self.held) <= len(self.rows)
         self.groups, self.members = groups, members
         return fits
 
     def _write(self) -> None:
         """Anew and larger: a group or member was seen for the first time, or more adapters than ever."""
-        count = max(16, 1 << (len(self.held) - 1).bit_length())
+        count = max(FEWEST, 1 << (len(self.held) - 1).bit_length())
         empty = torch.zeros(self.groups * self.fields, dtype=torch.int64)
         rows = [empty if placed is None else self._row(placed) for placed in self.held]
         self.rows = torch.stack([*rows, *[empty] * (count - len(rows))]).to(self.device)
@@ -109,7 +126,7 @@ class Grouped:
         if not small:
             return [], large
         if "tiles" not in routing.shared:
-            routing.shared["tiles"] = self._tiles([s for s in routing.segments if not _is_large(s)])
+            routing.shared["tiles"] = self._on_device(self.listed(routing))
         return [GroupedSmall(self, group, routing.shared["tiles"])], large
 
     def forget(self, placed: Placed) -> None:
@@ -125,14 +142,19 @@ class Grouped:
         )  # fmt: skip
         return outputs
 
-    def _tiles(self, segments: Sequence[Segment]) -> Tiles:
+    def listed(self, routing: Routing) -> Listed:
         """The step's pairs in tiles; made once a routing, shared by all groups."""
-        segments = [s for s in segments if s.placed.rank]
+        if "listed" not in routing.shared:
+            segments = [s for s in routing.segments if s.placed.rank and not _is_large(s)]
+            routing.shared["listed"] = self._listed(segments)
+        found: Listed = routing.shared["listed"]
+        return found
+
+    def _listed(self, segments: Sequence[Segment]) -> Listed:
         slots = [self.table.take(s.placed) for s in segments]
-        rows = max(p.A.shape[0] for s in segments for p in s.placed.groups.values() if p.A is not None)
         tokens, weights = [_tokens(s) for s in segments], [_weights(s) for s in segments]
         layers, at = _layers(tokens), 0
-        places: list[list[tuple[int, int, int]]] = [[] for _ in range(1 + max(map(max, layers)))]
+        tiles: list[list[tuple[int, int, int]]] = [[] for _ in range(1 + max(map(max, layers)))]
         order: list[int] = []
         each: list[float] = []
         for slot, own, scales, depths in zip(slots, tokens, weights, layers, strict=True):
@@ -140,28 +162,33 @@ class Grouped:
                 mine = [i for i, d in enumerate(depths) if d == depth]
                 order += [own[i] for i in mine]
                 each += [scales[i] for i in mine]
-                places[depth] += [
+                tiles[depth] += [
                     (slot, at + i, min(self.kernels.TOKENS, len(mine) - i))
                     for i in range(0, len(mine), self.kernels.TOKENS)
                 ]
                 at += len(mine)
-        return self._on_device(order, each, places, rows)
+        ends = list(itertools.accumulate(len(layer) for layer in tiles))
+        places = [place for layer in tiles for place in layer]
+        return Listed(order, each, places, list(zip([0, *ends], ends, strict=False)), self.table.width)
 
-    def _on_device(
-        self, order: list[int], weights: list[float], places: list[list[tuple[int, int, int]]], rows: int
-    ) -> Tiles:
-        device, block = self.table.device, self.kernels.RANKS
-        ends = [sum(len(p) for p in places[: i + 1]) for i in range(len(places))]
-        width = -(-rows // block) * block
-        tiles: Tiles = self.kernels.Tiles(
-            torch.tensor(order, dtype=torch.int32, device=device),
-            torch.tensor(weights, dtype=torch.float32, device=device),
-            torch.tensor([place for layer in places for place in layer], dtype=torch.int32, device=device),
-            list(zip([0, *ends], ends, strict=False)),
-            width,
-            torch.empty(self.kernels.MOST_SPLITS * len(order) * width, dtype=torch.float32, device=device),
+    def _on_device(self, listed: Listed) -> Tiles:
+        device = self.table.device
+        return self.tiles(
+            torch.tensor(listed.tokens, dtype=torch.int32, device=device),
+            torch.tensor(listed.weights, dtype=torch.float32, device=device),
+            torch.tensor(listed.places, dtype=torch.int32, device=device),
+            listed.width,
+            listed.layers,
         )
-        return tiles
+
+    def tiles(
+        self, tokens: Tensor, weights: Tensor, places: Tensor, width: int, layers: Sequence[tuple[int, int]] = ()
+    ) -> Tiles:
+        """The same on the device, with room for the small products; one layer of all tiles, unless said."""
+        size = self.kernels.MOST_SPLITS * len(tokens) * width
+        scratch = torch.empty(size, dtype=torch.float32, device=self.table.device)
+        made: Tiles = self.kernels.Tiles(tokens, weights, places, layers or [(0, len(places))], width, scratch)
+        return made
 
 
 class GroupedSmall:

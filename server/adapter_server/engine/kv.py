@@ -326,7 +326,8 @@ class PagePool(KvPool):
         device: torch.device,
         cached: bool = False,
     ) -> None:
-        super().__init__(layers, pages * page, page, dtype, device)
+        super().__init__(layers, pages * page, page, dtype, device, page)
+        self.nobodys = pages  # the page that rows of padding write to
         self.blocks = BlockCache() if cached else None
         self.kernels: ModuleType | None = None  # what reads decode rows, where `forms.decoding` has accepted it
         self._prefixes: dict[Prefix, Lease] = {}

@@ -20,6 +20,7 @@ from transformers.utils import is_bitsandbytes_available
 
 from adapter_server.engine import forms
 from adapter_server.engine.attention import NAME, Probe, set_probe
+from adapter_server.engine.fused import fuse
 from adapter_server.engine.kv import LayerShape, bytes_per_token
 from adapter_server.engine.modules import AttentionSite, ModuleSite, Tap
 from adapter_server.engine.placed import Dtypes, Placed, Prefix
@@ -81,6 +82,7 @@ class Model:
         trees: Trees | None = None,
         adapters: torch.dtype = torch.float32,
         kernels: bool = True,
+        fuse: bool = True,
     ) -> None:
         """`adapters`: the dtype that they are held and added in; float32 is PEFT's rule over any base."""
         self.trees = trees or Trees(module)
@@ -94,13 +96,21 @@ class Model:
         self._behind: dict[str, AttentionSite] = {}
         self._taps: dict[str, Tap] = {}
         self._adopt()
-        self.layers = self._layers()
+        self.seen = self._seen()
+        self.layers = self.seen.layers
         self.base.shapes = _as_seen(self.base.shapes, self.layers)
         calls, self._axes = self._look()
         self.groups = self._install(group_by_input(calls), pack)
         self._group_of = {path: group for group in self.groups for path in group.paths}
         self.stable_rope = not _rope_by_row(self._modules)
         self.rope_border = _rope_border(module.config.get_text_config())
+        self.loading = _stream(self.device)
+        self.fused = self._fused(kernels and fuse)
+
+    def _fused(self, wanted: bool) -> Sequence[str]:
+        """What runs in fewer launches."""
+        found = forms.kernels() if wanted and forms.usable(self.device) else None
+        return () if found is None else fuse(found, self.module, self._group_of, self.seen, self.dtype)
 
     @property
     def _dtypes(self) -> Dtypes:
@@ -109,8 +119,8 @@ class Model:
     def _adopt(self) -> None:
         self.module.set_attn_implementation(NAME)
 
-    def _layers(self) -> dict[int, LayerShape]:
-        """Per layer (kv_heads, key dim, value dim), as attention sees them. Raises BaseNotSupported."""
+    def _seen(self) -> Probe:
+        """What attention sees of each layer: (kv_heads, key dim, value dim) and more. Raises BaseNotSupported."""
         probe = Probe()
         set_probe(probe)
         try:
@@ -123,7 +133,7 @@ class Model:
                 f"{type(self.module).__name__}: {len(probe.layers)} of {layers} layers call transformers' "
                 "AttentionInterface; a base must call it in every layer, with keys and values of its own"
             )
-        return probe.layers
+        return probe
 
     def _look(self) -> tuple[list[tuple[str, int]], dict[str, int]]:
         """(Linear's path, identity of its input) in order of calls; and the axis of the tokens in every module's input,
@@ -160,6 +170,16 @@ class Model:
     def token_bytes(self) -> int:
         """Of a token's keys and values in all layers."""
         return bytes_per_token(self.layers, self.dtype)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Where a loader's thread works: on a stream of its own, so that no step waits for it. Done when it returns."""
+        if self.loading is None:
+            yield
+            return
+        with torch.cuda.stream(self.loading):
+            yield
+        self.loading.synchronize()
 
     def place(self, adapter: Adapter) -> Placed:
         """Lay an adapter out for the run. Slow part of a load; called on a loader's thread."""
@@ -259,6 +279,10 @@ class Model:
             for part in plain_tensors(tensor.detach()):
                 sha.update(part.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         return sha.hexdigest()
+
+
+def _stream(device: torch.device) -> torch.cuda.Stream | None:
+    return torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
 
 def _as_seen(shapes: Shapes, layers: Mapping[int, LayerShape]) -> Shapes:

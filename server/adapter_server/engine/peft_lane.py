@@ -34,7 +34,7 @@ class PeftLane(Model):
         self.base = ModelBase(module)
         self.base.shapes = replace(self.base.shapes, by_peft=True)
         self.plain = plain = Tree(trees.fresh())
-        self.layers, self.groups, self.lowrank, self.rope_border = {}, [], Banked(), None
+        self.layers, self.groups, self.lowrank, self.rope_border, self.loading = {}, [], Banked(), None, None
         self.stable_rope = False  # nothing of a row is kept for others
         self._probe(plain)
 
@@ -63,15 +63,19 @@ class PeftLane(Model):
 
 
 def prepare(
-    module: PreTrainedModel, pack: bool = True, adapters: torch.dtype = torch.float32, kernels: bool = True
+    module: PreTrainedModel,
+    pack: bool = True,
+    adapters: torch.dtype = torch.float32,
+    kernels: bool = True,
+    fuse: bool = True,
 ) -> Model:
     """The base in the fastest lane that it can run in; `why` says what decided. Raises BaseNotSupported."""
     trees = Trees(module)  # before anything of the base is changed
     if module.config.is_encoder_decoder:
         return PeftLane(module, trees, "it is an encoder-decoder")
     if module.config.model_type in TESTED:
-        return DenseModel(module, pack, trees, adapters, kernels)
+        return DenseModel(module, pack, trees, adapters, kernels, fuse)
     try:
-        return Model(module, pack, trees, adapters, kernels)
+        return Model(module, pack, trees, adapters, kernels, fuse)
     except BaseNotSupported as error:
         return PeftLane(module, trees, error.message)

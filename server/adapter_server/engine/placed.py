@@ -150,6 +150,11 @@ class Placed:
         return bool(self.groups or self.others or self.gated)
 
     @property
+    def acts_inside(self) -> bool:
+        """Whether it touches more than what Linears give: norms, attention, blocks, the residual stream."""
+        return bool(self.others or self.gated) or any(patch.block is not None for patch in self.groups.values())
+
+    @property
     def replaces(self) -> bool:
         """Whether it has weights of its own wherever it touches a Linear, as a snapshot does."""
         return bool(self.groups) and all(patch.product is not None for patch in self.groups.values())

@@ -165,10 +165,10 @@ class Pool:
     def _load(self, holding: Holding) -> None:
         """On a loader's thread: disk or host to device layout, or the reason why not."""
         try:
-            adapter = self._compiled(holding)
-            holding.placed = self.model.place(
-                fold(adapter, self.model.base, self.model.dtype) if holding.merged else adapter
-            )
+            with self.model.aside():
+                adapter = self._compiled(holding)
+                folded = fold(adapter, self.model.base, self.model.dtype) if holding.merged else adapter
+                holding.placed = self.model.place(folded)
             holding.adapter, holding.bytes = adapter, holding.placed.bytes
             holding.rank, holding.foldable = adapter.rank, adapter.foldable
         except AdapterServerError as error:

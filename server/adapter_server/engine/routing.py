@@ -58,7 +58,15 @@ class Routing:
 
     @property
     def plain(self) -> bool:
-        return not self.segments
+        """Whether the base alone runs; plans made beforehand, for a captured step, are of adapters yet to be named."""
+        return not self.segments and not self.plans
+
+    @property
+    def inside(self) -> bool:
+        """Whether some adapter acts elsewhere than at Linears: then every module runs as the base has it."""
+        if "inside" not in self.shared:
+            self.shared["inside"] = any(segment.placed.acts_inside for segment in self.segments)
+        return bool(self.shared["inside"])
 
     def by_token(self, rows: Tensor) -> Tensor:
         """Rows [uses, width] → [T, width]; [1, width] where all tokens are of one use."""
@@ -118,6 +126,7 @@ class Step:
     rope_lengths: Sequence[tuple[int, int]] = ()  # (tokens, length) per row: the length that its RoPE sees
     added: dict[int, Tensor] = field(default_factory=dict)  # by layer: what comes behind an attention [1, T, hidden]
     streams: dict[str, Tensor] = field(default_factory=dict)  # what taps noted: [1, T, hidden] by module path
+    carry: tuple[Tensor, Tensor] | None = None  # a fused layer's output, and what its reader has still to add to it
 
 
 class _Context(threading.local):

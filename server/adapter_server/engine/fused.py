@@ -1,0 +1,314 @@
+"""Modules of the base with fewer launches on CUDA, found by structure and accepted by proof.
+
+    norm        x · rsqrt(mean x² + ε) · w                                            one launch for six
+    gated MLP   down(act(gate x) · up x)                                              one beside its products
+    attention   q, k, v of one product; norms of heads, RoPE and the write to the pool in one launch
+    layer       x + attention(norm x), + MLP(norm …): sums are formed where the next norm reads them
+
+A module is taken for one of these by what it consists of, never by name, and only if on random input it computes what
+the module itself does; one that does not stays as it is. In a step in which some adapter acts elsewhere than at Linears
+(`Routing.inside`) every module runs as the base has it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from adapter_server.engine.attention import Probe, Scores, attend
+from adapter_server.engine.kv import Chunk, LayerShape, PagePool
+from adapter_server.engine.routing import Routing, Step, current, running
+
+if TYPE_CHECKING:
+    from adapter_server.engine.site import LinearGroup
+
+log = logging.getLogger(__name__)
+
+ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "gelu")
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # of the largest output
+WHOLE = 4  # times a module's: what a whole forward may be off
+TOKENS, PAGE = 5, 16  # of the proof's input
+
+
+class FusedNorm:
+    """An RMS norm in one launch; where a fused layer has left a sum to form, that too."""
+
+    def __init__(self, kernels: ModuleType, module: nn.Module, eps: float, centred: bool) -> None:
+        self.kernels, self.module, self.base = kernels, module, module.forward
+        self.weight: Tensor = module.get_parameter("weight")
+        self.eps, self.centred = eps, centred
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype != self.weight.dtype:
+            y: Tensor = self.base(x)
+            return y
+        step = current()
+        return self.enter(step, x)[0] if step is not None and _carried(step, x) else self.norm(x)
+
+    def norm(self, x: Tensor) -> Tensor:
+        y: Tensor = self.kernels.rms_norm(x, self.weight, self.eps, self.centred)
+        return y
+
+    def enter(self, step: Step, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(norm of the stream, the stream), x being the stream or what a fused layer gave for it."""
+        if not _carried(step, x) or step.carry is None:
+            return self.norm(x), x
+        (total, more), step.carry = step.carry, None
+        return self.add(more, total)
+
+    def add(self, x: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+        """(norm of the sum, the sum)."""
+        y, both = self.kernels.add_rms_norm(x, total, self.weight, self.eps, self.centred)
+        return y, both
+
+
+def _carried(step: Step, x: Tensor) -> bool:
+    return step.carry is not None and step.carry[0] is x
+
+
+@dataclass(frozen=True, eq=False)
+class FusedMlp:
+    """down(act(gate x) · up x), gate and up one product."""
+
+    kernels: ModuleType
+    base: Callable[[Tensor], Tensor]
+    both: LinearGroup
+    down: LinearGroup
+    act: str
+
+    def forward(self, x: Tensor) -> Tensor:
+        if _inside():
+            return self.base(x)
+        y = self.down.run(self.kernels.gated(self.both.run(x.reshape(-1, self.both.inp)), self.act))
+        return y.view(*x.shape[:-1], -1)
+
+
+@dataclass(frozen=True, eq=False)
+class FusedAttention:
+    """q, k and v from one product to the pool in one launch; then `attend`, and the last Linear."""
+
+    kernels: ModuleType
+    base: Callable[..., Any]
+    layer: int
+    shape: LayerShape
+    scores: Scores
+    mixed: LinearGroup
+    out: LinearGroup
+    norms: tuple[Any, Any]  # of the heads of q and k; None for none
+
+    @property
+    def heads(self) -> int:
+        return self.mixed.outs[0] // self.shape[1]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        step, places = current(), kwargs.get("position_embeddings")
+        if step is None or step.kv is None or places is None or len(args) > 1 or step.routing.inside:
+            return self.base(*args, **kwargs)
+        x: Tensor = args[0] if args else kwargs["hidden_states"]
+        q = self._written(step, x.reshape(-1, self.mixed.inp), *places)
+        y = attend(step, step.kv, self.layer, q.transpose(0, 1)[None], self.shape[2], self.scores)
+        return self.out.run(y.view(-1, self.out.inp)).view(*x.shape[:-1], -1), None
+
+    def _written(self, step: Step, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x [T, in] → q [T, heads, dim] after norm and RoPE; k and v are in the pool."""
+        if step.kv is None:
+            raise RuntimeError("a fused attention ran without a pool")
+        pool, (kv_heads, dim, _) = step.kv.pool, self.shape
+        q: Tensor = self.kernels.rope_write(
+            self.mixed.run(x), cos.reshape(-1, dim), sin.reshape(-1, dim), pool.keys[self.layer],
+            pool.values[self.layer], step.kv.places, self.heads, kv_heads, *self.norms,
+        )  # fmt: skip
+        return q
+
+
+@dataclass(frozen=True, eq=False)
+class FusedLayer:
+    """x + attention(norm x), then + rest(norm …). The last sum is left to the norm that reads it, in `Step.carry`."""
+
+    base: Callable[..., Any]
+    attention: nn.Module
+    rest: nn.Module
+    first: FusedNorm
+    second: FusedNorm
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        step = current()
+        if step is None or args or step.routing.inside or hidden_states.dtype != self.first.weight.dtype:
+            return self.base(hidden_states, *args, **kwargs)
+        x, total = self.first.enter(step, hidden_states)
+        x, total = self.second.add(self.attention(hidden_states=x, **kwargs)[0], total)
+        step.carry = total, self.rest(x)
+        return total
+
+
+def _inside() -> bool:
+    step = current()
+    return step is not None and step.routing.inside
+
+
+class Fuser:
+    """Finds and tries; what is accepted has taken its module's `forward`."""
+
+    def __init__(
+        self, kernels: ModuleType, module: nn.Module, groups: Mapping[str, LinearGroup], seen: Probe, dtype: torch.dtype
+    ) -> None:
+        self.kernels, self.module, self.groups, self.seen, self.dtype = kernels, module, groups, seen, dtype
+        self.modules = dict(module.named_modules())
+        self.device = next(module.parameters()).device
+        self.norms: dict[nn.Module, FusedNorm] = {}
+        self.done: dict[str, int] = {"norm": 0, "mlp": 0, "attention": 0, "layer": 0}
+
+    @torch.inference_mode()
+    def run(self) -> dict[str, int]:
+        """How many modules of each structure run fused from now on."""
+        for module in self.modules.values():
+            self._norm(module)
+        for path, module in self.modules.items():
+            self._mlp(path, module)
+        callers = {id(caller): layer for layer, caller in self.seen.callers.items()}
+        for path, module in self.modules.items():
+            if id(module) in callers:
+                self._attention(path, module, callers[id(module)])
+        self._layers(callers)
+        log.info("fused modules: %s", ", ".join(f"{count} of kind {kind}" for kind, count in self.done.items()))
+        return self.done
+
+    def _take(self, kind: str, module: nn.Module, forward: Callable[..., Any]) -> None:
+        module.forward = forward
+        self.done[kind] += 1
+
+    def _draw(self, *shape: int) -> Tensor:
+        generator = torch.Generator().manual_seed(len(shape))
+        return torch.randn(*shape, generator=generator).to(self.device, self.dtype)
+
+    def _agree(self, base: Callable[[], Tensor], fused: Callable[[], Tensor], slack: int = 1) -> bool:
+        """Whether both give the same, as far as rounding allows."""
+        try:
+            want, got = base().float(), fused().float()
+        except Exception as failure:
+            log.debug("a fused form does not run: %r", failure)
+            return False
+        far = (got - want).abs().max() / want.abs().max().clamp(min=1e-6)
+        return got.shape == want.shape and bool(far <= slack * TOLERANCE[self.dtype])
+
+    def _norm(self, module: nn.Module) -> None:
+        weight = dict(module.named_parameters()).get("weight")
+        alone = weight is not None and weight.dim() == 1 and len(list(module.parameters())) == 1
+        if weight is None or not alone or weight.dtype != self.dtype or list(module.children()):
+            return
+        x = self._draw(3, len(weight)) * 2 + 0.5
+        small = {value for value in vars(module).values() if isinstance(value, float) and 0 < value < 1e-2}
+        for eps, centred in itertools.product(small, (False, True)):
+            fused = FusedNorm(self.kernels, module, eps, centred)
+            if self._agree(lambda: module(x), lambda fused=fused: fused.norm(x)):  # type: ignore[misc]
+                self.norms[module] = fused
+                self._take("norm", module, fused.forward)
+                return
+
+    def _parts(self, path: str) -> list[LinearGroup]:
+        """The groups whose Linears all stand below a module, in the order of their calls."""
+        inside = {group for p, group in self.groups.items() if p.startswith(f"{path}.")}
+        whole = [g for g in inside if all(p.startswith(f"{path}.") for p in g.paths)]
+        return sorted(whole, key=lambda group: group.index)
+
+    def _mlp(self, path: str, module: nn.Module) -> None:
+        parts = self._parts(path) if path else []
+        if len(parts) != 2 or sum(parts[0].outs) != 2 * parts[1].inp or len(parts[1].outs) > 1:
+            return
+        base, x = module.forward, self._draw(1, TOKENS, parts[0].inp)
+        for act in ACTIVATIONS:
+            fused = FusedMlp(self.kernels, base, parts[0], parts[1], act)
+            if self._agree(lambda: base(x), lambda fused=fused: fused.forward(x)):  # type: ignore[misc]
+                self._take("mlp", module, fused.forward)
+                return
+
+    def _attention(self, path: str, module: nn.Module, layer: int) -> None:
+        shape, parts = self.seen.layers[layer], self._parts(path)
+        norms = [norm for child in module.children() if (norm := self.norms.get(child)) is not None]
+        if len(parts) != 2 or len(norms) not in (0, 2) or not _is_attention(parts[0], parts[1], shape):
+            return
+        if any(len(norm.weight) != shape[1] for norm in norms):
+            return
+        named = [self.kernels.Norm(norm.weight, norm.eps, norm.centred) for norm in norms] or [None, None]
+        base = module.forward
+        fused = FusedAttention(
+            self.kernels, base, layer, shape, self.seen.scores[layer], parts[0], parts[1], (named[0], named[1])
+        )
+        x, places = self._draw(1, TOKENS, parts[0].inp), self._places(shape[1])
+
+        def run(forward: Callable[..., Any]) -> Tensor:
+            with running(self._step({layer: shape})):
+                y: Tensor = forward(hidden_states=x, position_embeddings=places, attention_mask=None)[0]
+                return y
+
+        if self._agree(lambda: run(base), lambda: run(fused.forward)):
+            self._take("attention", module, fused.forward)
+
+    def _places(self, dim: int) -> tuple[Tensor, Tensor]:
+        """cos and sin of some angles, twice each, as transformers lays them out."""
+        angles = torch.linspace(0, 3, TOKENS * dim // 2).view(1, TOKENS, -1).repeat(1, 1, 2)
+        return angles.cos().to(self.device, self.dtype), angles.sin().to(self.device, self.dtype)
+
+    def _step(self, layers: Mapping[int, LayerShape]) -> Step:
+        """A prompt of TOKENS tokens over a pool of its own."""
+        pool = PagePool(layers, 1, PAGE, self.dtype, self.device)
+        lease = pool.start(None)
+        if lease is None or not pool.grow(lease, TOKENS):
+            raise RuntimeError("a pool of one page has no room for the proof")
+        routing = Routing(TOKENS)
+        return Step(routing, routing, pool.plan([Chunk(lease, 0, TOKENS, 0)], TOKENS))
+
+    def _layers(self, callers: Mapping[int, int]) -> None:
+        """All layers or none: each leaves a sum to the next one's norm, and the last to the norm behind them."""
+        found = list(self._found(callers))
+        if not found or len(found) != len(callers):
+            return
+        before = {module: module.forward for module, _ in found}
+        want = self._whole()
+        for module, fused in found:
+            module.forward = fused.forward
+        if self._agree(lambda: want, self._whole, WHOLE):
+            self.done["layer"] = len(found)
+        else:
+            for module, forward in before.items():
+                module.forward = forward
+
+    def _whole(self) -> Tensor:
+        """Logits of a short prompt."""
+        ids = torch.arange(1, TOKENS + 1, device=self.device)[None]
+        with running(self._step(self.seen.layers)) as step:
+            out: Tensor = self.module(input_ids=ids, position_ids=ids - 1, use_cache=False).logits
+            if step.carry is not None:
+                raise RuntimeError("nobody formed the last layer's sum")
+            return out
+
+    def _found(self, callers: Mapping[int, int]) -> Iterator[tuple[nn.Module, FusedLayer]]:
+        for module in self.modules.values():
+            children = [child for child in module.children() if list(child.parameters())]
+            attention = [child for child in children if id(child) in callers]
+            norms = [self.norms[child] for child in children if child in self.norms]
+            rest = [child for child in children if child not in self.norms and child not in attention]
+            if len(attention) == len(rest) == 1 and len(norms) == 2:
+                yield module, FusedLayer(module.forward, attention[0], rest[0], norms[0], norms[1])
+
+
+def _is_attention(mixed: LinearGroup, out: LinearGroup, shape: LayerShape) -> bool:
+    """Whether these are q, k and v, and what follows: by their sizes."""
+    kv_heads, dim, width = shape
+    if len(mixed.outs) != 3 or len(out.outs) != 1 or dim != width or mixed.outs[0] % dim:
+        return False
+    return mixed.outs[1:] == (kv_heads * dim, kv_heads * width) and out.inp == mixed.outs[0]
+
+
+def fuse(
+    kernels: ModuleType, module: nn.Module, groups: Mapping[str, LinearGroup], seen: Probe, dtype: torch.dtype
+) -> Sequence[str]:
+    """Gives modules of the base their fused forward; the names of the structures that were found."""
+    return [kind for kind, count in Fuser(kernels, module, groups, seen, dtype).run().items() if count]
