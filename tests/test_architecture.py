@@ -27,7 +27,7 @@ DOORS = {  # library: the files (or folders) that may import it
         "bench/workloads.py",
         "bench/peft_kinds.py",
     ),  # the latter make adapters
-    "triton": ("engine/kernels.py",),
+    "triton": ("engine/kernels/",),
     "typer": ("cli.py", "bench/"),
     "rich": ("cli.py", "bench/"),
     "structlog": ("api/", "cli.py"),

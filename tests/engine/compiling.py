@@ -5,7 +5,7 @@ python compiling.py ARCH DTYPE
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,49 +17,78 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-SOURCE = Path(__file__).parents[2] / "server" / "adapter_server" / "engine" / "kernels.py"
+ENGINE = Path(__file__).parents[2] / "server" / "adapter_server" / "engine"
 HELD = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DIM = 128
 
 
-def loaded() -> ModuleType:
-    """The module alone: the engine around it takes seconds to import."""
-    spec = importlib.util.spec_from_file_location("kernels", SOURCE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["kernels"] = module
-    spec.loader.exec_module(module)
-    return module
+def without_the_engine() -> None:
+    """Its package without what it imports, which takes seconds: the kernels need none of it."""
+    sys.path.insert(0, str(ENGINE.parents[1]))
+    engine = ModuleType("adapter_server.engine")
+    engine.__path__ = [str(ENGINE)]
+    sys.modules["adapter_server.engine"] = engine
 
 
-kernels = loaded()
+without_the_engine()
+attention, block, launch, lowrank = (
+    importlib.import_module(f"adapter_server.engine.kernels.{name}")
+    for name in ("attention", "block", "launch", "lowrank")
+)
 
 
-def compiled(kernel: Any, pointers: Mapping[str, str], constants: Mapping[str, Any], arch: int) -> None:
+def compiled(kernel: Any, pointers: Mapping[str, str], constants: Mapping[str, Any], arch: int, warps: int = 4) -> None:
     kinds = {name: pointers.get(name, "i32") for name in kernel.arg_names}
     kinds |= dict.fromkeys(constants, "constexpr")
-    made = triton.compile(ASTSource(kernel, kinds, constants), target=GPUTarget("cuda", arch, 32))
+    made = triton.compile(
+        ASTSource(kernel, kinds, constants), target=GPUTarget("cuda", arch, 32), options={"num_warps": warps}
+    )
     assert made.asm["cubin"]
     print(kernel.__name__)
 
 
-def main(arch: int, name: str) -> None:
-    held, star = kernels.DTYPES[HELD[name]], f"*{name}"
+def low_rank(arch: int, name: str) -> None:
+    held, star = launch.DTYPES[HELD[name]], f"*{name}"
     plan = {"tokens": "*i32", "weights": "*fp32", "places": "*i32", "table": "*i64", "blocks": "*i32"}
-    low = {"HELD": held, "COMPUTE": held, "TOKENS": kernels.TOKENS, "RANKS": kernels.RANKS}
-    compiled(kernels._shrink, {**plan, "x": star, "parts": "*fp32"}, {**low, "DEPTH": kernels.DEPTH}, arch)
-    compiled(kernels._expand, {**plan, "y": star, "parts": "*fp32"}, {**low, "WIDE": kernels.WIDE}, arch)
+    low = {"HELD": held, "COMPUTE": held, "TOKENS": lowrank.TOKENS, "RANKS": lowrank.RANKS}
+    compiled(lowrank._shrink, {**plan, "x": star, "parts": "*fp32"}, {**low, "DEPTH": lowrank.DEPTH}, arch)
+    compiled(lowrank._expand, {**plan, "y": star, "parts": "*fp32"}, {**low, "WIDE": lowrank.WIDE}, arch)
+
+
+def attended(arch: int, name: str) -> None:
+    held, star = launch.DTYPES[HELD[name]], f"*{name}"
     keys = torch.empty(1, 1, DIM, dtype=HELD[name])
-    spans = {"CHUNK": kernels.CHUNK, "MOST": kernels.MOST_CHUNKS, "KEYS": kernels._turn(keys)}
+    spans = {"CHUNK": attention.CHUNK, "MOST": attention.MOST_CHUNKS, "KEYS": attention._turn(keys)}
     heads = {"HEADS": 32, "WIDTH": DIM, "WIDTHS": DIM}
     rows = {"table": "*i32", "lengths": "*i64", "tokens": "*i64", "parts": "*fp32", "sums": "*fp32"}
     rows |= {"scale": "fp32", "cap": "fp32"}
     options = {"CAPPED": True, "GROUP": 4, "GROUPS": 16, "PAGE": 16, "DIM": DIM, "DIMS": DIM}
     dtypes = {"HELD": held, "COMPUTE": held}
     stores = {"q": star, "keys": star, "values": star}
-    compiled(kernels._attend, {**rows, **stores}, {**options, **dtypes, **heads, **spans}, arch)
-    compiled(kernels._combine, {**rows, "out": star, "sinks": star}, {"SINKS": True, **heads, **spans}, arch)
+    compiled(attention._attend, {**rows, **stores}, {**options, **dtypes, **heads, **spans}, arch)
+    compiled(attention._combine, {**rows, "out": star, "sinks": star}, {"SINKS": True, **heads, **spans}, arch)
+
+
+def blocks(arch: int, name: str) -> None:
+    star = f"*{name}"
+    norm = {**dict.fromkeys(("x", "residual", "weight", "out", "total"), star), "eps": "fp32"}
+    compiled(block._rms_norm, norm, {"ADDED": True, "CENTRED": True, "BLOCK": block.WIDEST}, arch, 16)
+    for act in block.ACTS:
+        compiled(block._gated, {"out": star, "both": star}, {"ACT": act, "BLOCK": block.GATE}, arch)
+    names = ("q", "mixed", "cos", "sin", "keys", "values", "q_weight", "k_weight")
+    rope = {**dict.fromkeys(names, star), "places": "*i64", "q_eps": "fp32", "k_eps": "fp32"}
+    for normed, dim in ((False, 80), (True, 128)):
+        norms = dict.fromkeys(("Q_NORM", "K_NORM", "Q_CENTRED", "K_CENTRED"), normed)
+        half = {"HALF": dim // 2, "HALVES": 64, "HEADS": block.HEADS}
+        compiled(block._rope_write, rope, {**norms, **half}, arch, block.HEADS_WARPS)
+    best = {"places": "*i32", "tops": "*fp32", "ids": "*i64", "best": "*fp32", "logits": star}
+    compiled(block._pick, best, {"SPAN": block.SPAN}, arch)
+    compiled(block._picked, best, {"SPLITS": 64}, arch, 1)
+
+
+def main(arch: int, name: str) -> None:
+    for each in (low_rank, attended, blocks):
+        each(arch, name)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import rig
 import zoo
 from adapter_server.core import Spec
-from adapter_server.engine import forms
+from adapter_server.engine import forms, proofs
 from adapter_server.engine.grouped import Grouped
 from adapter_server.engine.lowrank import Banked
 from adapter_server.engine.placed import Dtypes, Placed
@@ -27,7 +27,11 @@ kernels = pytest.importorskip("adapter_server.engine.kernels", reason="Triton is
 
 CPU = torch.device("cpu")
 Form = kernels.Form
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}  # of values about 1
+TOLERANCE = {
+    torch.float32: 1e-5,
+    torch.float16: 4e-3,
+    torch.bfloat16: 3e-2,
+}  # of values about 1; the interpreter cuts to bfloat16
 KINDS = ("lora", "dora", "scale", "bias", "override", "delta_more")
 
 
@@ -101,7 +105,7 @@ def test_half_a_base_is_added_to_in_place_and_rounded_once(dtype: torch.dtype) -
 @pytest.mark.parametrize("given", TOLERANCE, ids=str)
 def test_low_rank_by_dtype(given: torch.dtype, held: torch.dtype) -> None:
     """Sums over several splits, ranks in several blocks, columns in several blocks: one rounding each."""
-    error = forms.low_rank_error(kernels, CPU, given, held)
+    error = proofs.low_rank_error(kernels, CPU, given, held)
     assert error < max(TOLERANCE[given], TOLERANCE[held])
 
 
@@ -110,20 +114,65 @@ def test_low_rank_by_dtype(given: torch.dtype, held: torch.dtype) -> None:
 @pytest.mark.parametrize("sunk", [False, True])
 def test_attention_with_every_option(window: int | None, cap: float | None, sunk: bool) -> None:
     sinks = torch.randn(4) if sunk else None
-    assert forms.attention_error(kernels, Form(0.3, cap, window, sinks), (2, 24, 16), 4, CPU, torch.float32) < 1e-5
+    assert proofs.attention_error(kernels, Form(0.3, cap, window, sinks), (2, 24, 16), 4, CPU, torch.float32) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize(("shape", "heads"), [((1, 64, 64), 8), ((3, 80, 80), 3), ((1, 192, 128), 2)])
 def test_attention_by_shape_and_dtype(shape: tuple[int, int, int], heads: int, dtype: torch.dtype) -> None:
-    error = forms.attention_error(kernels, Form(shape[1] ** -0.5), shape, heads, CPU, dtype)
+    error = proofs.attention_error(kernels, Form(shape[1] ** -0.5), shape, heads, CPU, dtype)
     assert error < TOLERANCE[dtype]
 
 
 def test_a_long_row_has_no_more_chunks_than_fit() -> None:
     """Beyond MOST_CHUNKS · CHUNK keys chunks grow; a short row beside it reads as it does alone."""
     lengths = [kernels.MOST_CHUNKS * kernels.CHUNK + 77, 3]
-    assert forms.attention_error(kernels, Form(0.3), (1, 16, 16), 1, CPU, torch.float32, lengths) < 1e-5
+    assert proofs.attention_error(kernels, Form(0.3), (1, 16, 16), 1, CPU, torch.float32, lengths) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("n", [8, 1040, 16384])
+def test_norms(n: int, centred: bool, dtype: torch.dtype) -> None:
+    assert proofs.norm_error(kernels, CPU, dtype, n, centred=centred) < TOLERANCE[dtype]
+
+
+def test_a_norm_keeps_its_inputs_shape_and_takes_no_rows() -> None:
+    x, weight = torch.randn(2, 3, 4, 16)[:, :, 1:3], torch.randn(16)
+    assert close_to(kernels.rms_norm(x, weight, 1e-6), nn.functional.rms_norm(x, (16,), weight, 1e-6))
+    assert kernels.rms_norm(x[:0], weight, 1e-6).shape == (0, 3, 2, 16)
+    with pytest.raises(ValueError, match="wider"):
+        kernels.rms_norm(torch.zeros(1, 16385), torch.zeros(16385), 1e-6)
+
+
+def close_to(ours: Tensor, theirs: Tensor) -> bool:
+    return torch.allclose(ours, theirs, atol=1e-6) and ours.shape == theirs.shape
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("act", proofs.ACTS)
+@pytest.mark.parametrize("n", [24, 1040])
+def test_gates(n: int, act: str, dtype: torch.dtype) -> None:
+    assert proofs.gated_error(kernels, CPU, dtype, act, n) < TOLERANCE[dtype]
+
+
+def test_an_unknown_gate_is_refused() -> None:
+    with pytest.raises(ValueError, match="relu2"):
+        kernels.gated(torch.zeros(1, 4), "relu2")
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("normed", "centred"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize("shape", [(4, 2, 64), (3, 3, 80), (8, 1, 96), (5, 1, 128), (2, 1, 256), (14, 2, 8)])
+def test_rope_and_the_pool(shape: tuple[int, int, int], normed: bool, centred: bool, dtype: torch.dtype) -> None:
+    """A group's output split, normed, turned and stored; padding is written nowhere."""
+    assert proofs.rope_error(kernels, CPU, dtype, shape, normed, centred) < 2 * TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("vocab", [5, 4096, 9001])
+def test_the_first_of_the_greatest_is_picked(vocab: int, dtype: torch.dtype) -> None:
+    assert proofs.pick_error(kernels, CPU, dtype, vocab) == 0
 
 
 @pytest.fixture
@@ -132,6 +181,10 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forms, "usable", lambda device: True)
 
 
+NAMES = [
+    "_shrink", "_expand", "_attend", "_combine",
+    "_rms_norm", "_gated", "_gated", "_gated", "_rope_write", "_rope_write", "_pick", "_picked",
+]  # fmt: skip
 KERNELLED = ("lora", "dora", "ia3", "lora_saved", "prefix")
 
 
@@ -165,4 +218,4 @@ def test_kernels_compile_for_cuda_without_a_device(arch: int, options: str, tmp_
         capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert found.returncode == 0, found.stderr[-2000:]
-    assert found.stdout.split() == ["_shrink", "_expand", "_attend", "_combine"]
+    assert found.stdout.split() == NAMES

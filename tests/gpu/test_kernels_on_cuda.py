@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from adapter_server.engine import forms
+from adapter_server.engine import proofs
 
 kernels = pytest.importorskip("adapter_server.engine.kernels", reason="Triton is not installed")
 HALVES = [torch.float32, torch.bfloat16, torch.float16]
@@ -19,12 +19,12 @@ def test_low_rank(
     inp: int, outs: tuple[int, ...], given: torch.dtype, held: torch.dtype, device: torch.device,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(forms, "INP", inp)
-    monkeypatch.setattr(forms, "OUTS", outs)
-    monkeypatch.setattr(forms, "RANKS", tuple(ranks[: len(outs)] for ranks in ((3, 16, 0), (64, 8, 5), (16, 16, 16))))
-    monkeypatch.setattr(forms, "COUNTS", (1, 200, 17))
-    error = forms.low_rank_error(kernels, device, given, held)
-    assert error < max(forms.TOLERANCE[given], forms.TOLERANCE[held])
+    monkeypatch.setattr(proofs, "INP", inp)
+    monkeypatch.setattr(proofs, "OUTS", outs)
+    monkeypatch.setattr(proofs, "RANKS", tuple(ranks[: len(outs)] for ranks in ((3, 16, 0), (64, 8, 5), (16, 16, 16))))
+    monkeypatch.setattr(proofs, "COUNTS", (1, 200, 17))
+    error = proofs.low_rank_error(kernels, device, given, held)
+    assert error < max(proofs.TOLERANCE[given], proofs.TOLERANCE[held])
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -38,14 +38,28 @@ def test_attention(
 ) -> None:  # fmt: skip
     form = kernels.Form(shape[1] ** -0.5, cap, window, torch.randn(heads, device=device) if sunk else None)
     lengths = [1, 16, 129, 1000, kernels.MOST_CHUNKS * kernels.CHUNK + 77]
-    assert forms.attention_error(kernels, form, shape, heads, device, dtype, lengths) < forms.TOLERANCE[dtype]
+    assert proofs.attention_error(kernels, form, shape, heads, device, dtype, lengths) < proofs.TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("centred", [False, True])
+def test_block(dtype: torch.dtype, centred: bool, device: torch.device) -> None:
+    """Norms, gates, RoPE with and without norms of heads, and the choice of a token."""
+    near = proofs.TOLERANCE[dtype]
+    for n in (64, 1024, 4096, 14336):
+        assert proofs.norm_error(kernels, device, dtype, n, 33, centred) < near
+        assert all(proofs.gated_error(kernels, device, dtype, act, n, 33) < near for act in proofs.ACTS)
+    for shape in ((32, 8, 128), (16, 8, 128), (32, 32, 96), (8, 1, 256), (14, 2, 64)):
+        for normed in (False, True):
+            assert proofs.rope_error(kernels, device, dtype, shape, normed, centred, 33) < near
+    assert all(proofs.pick_error(kernels, device, dtype, vocab, 32) == 0 for vocab in (1000, 151936, 262144))
 
 
 def test_the_same_bits_every_time(device: torch.device) -> None:
     """Neither kernel has atomics: what ran twice is the same."""
     form = kernels.Form(0.1)
     for error in (
-        lambda: forms.low_rank_error(kernels, device, torch.bfloat16, torch.float32),
-        lambda: forms.attention_error(kernels, form, (8, 128, 128), 32, device, torch.bfloat16),
+        lambda: proofs.low_rank_error(kernels, device, torch.bfloat16, torch.float32),
+        lambda: proofs.attention_error(kernels, form, (8, 128, 128), 32, device, torch.bfloat16),
     ):
         assert len({error() for _ in range(5)}) == 1

@@ -1,0 +1,32 @@
+"""Triton kernels for CUDA, and the only door to triton; `forms.py` decides who comes through it.
+
+    lowrank    the products of a step's adapters
+    attention  of rows over their pages
+    block      norms, gates, RoPE and the choice of a token
+
+Each kernel's reference is a line of torch, in its docstring, and `proofs.py` holds it to that.
+
+What differs from step to step is never compiled in, grids follow from shapes alone, and nothing waits for the device:
+a step may be captured as a graph. Sums run in an order that depends on a row's own sizes alone, without atomics: who
+else is in the step changes no bit.
+"""
+
+from adapter_server.engine.kernels.attention import CHUNK, MOST_CHUNKS, Form, Rows, paged_decode
+from adapter_server.engine.kernels.block import Norm, add_rms_norm, gated, pick, rms_norm, rope_write
+from adapter_server.engine.kernels.lowrank import (
+    HEAD,
+    MEMBER,
+    MOST_SPLITS,
+    RANKS,
+    TOKENS,
+    WIDE,
+    Outputs,
+    Tiles,
+    add_low_rank,
+)
+
+__all__ = [
+    "CHUNK", "HEAD", "MEMBER", "MOST_CHUNKS", "MOST_SPLITS", "RANKS", "TOKENS", "WIDE",
+    "Form", "Norm", "Outputs", "Rows", "Tiles",
+    "add_low_rank", "add_rms_norm", "gated", "paged_decode", "pick", "rms_norm", "rope_write",
+]  # fmt: skip

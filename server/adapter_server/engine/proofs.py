@@ -1,0 +1,208 @@
+"""Each kernel against its line of torch on random input: the largest difference, for the proof at start and the tests.
+
+`found` is the package of kernels, so that what is asked is what serves.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from adapter_server.engine.kv import LayerShape
+
+if TYPE_CHECKING:
+    from adapter_server.engine.kernels import Form
+
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}  # of values about 1, in one product
+RANKS, COUNTS = ((3, 16, 0), (40, 8, 5), (16, 16, 16)), (1, 20, 5)  # of the probe's adapters: per member; tokens
+INP, OUTS = 1040, (80, 48, 48)
+LENGTHS = (1, 200, 16, 333)  # of the probe's rows
+
+
+def low_rank_error(found: ModuleType, device: torch.device, given: torch.dtype, held: torch.dtype) -> float:
+    """The largest difference between `add_low_rank` on random input of dtype `given` and its line of torch."""
+    draw = _draws(device)
+    adapters = [_adapter(draw, ranks, held) for ranks in RANKS]
+    fields = found.HEAD + found.MEMBER * len(OUTS)
+    table = torch.zeros(len(RANKS), fields, dtype=torch.int64)
+    for i, (A, members, ranks) in enumerate(zip(*zip(*adapters, strict=True), RANKS, strict=True)):
+        above = [sum(ranks[:m]) for m in range(len(ranks))]
+        row = [A.data_ptr(), len(A)]
+        for Bt, at, rank in zip(members, above, ranks, strict=True):
+            row += [Bt.data_ptr(), at, rank]
+        table[i] = torch.tensor(row)
+    x, y = draw(sum(COUNTS), INP).to(given), draw(sum(COUNTS), sum(OUTS)).to(given)
+    want = y.to(torch.float32, copy=True)
+    starts = [sum(COUNTS[:i]) for i in range(len(COUNTS))]
+    for (A, members), start, count, ranks in zip(adapters, starts, COUNTS, RANKS, strict=True):
+        small = (x[start : start + count].float() @ A.float().T * 0.5).to(held).float()
+        parts = [s @ Bt.float() for s, Bt in zip(torch.split(small, list(ranks), 1), members, strict=True)]
+        want[start : start + count] += torch.cat(parts, 1)
+    found.add_low_rank(y, x, _tiles(found, starts, device), table.to(device), _outputs(found, device), held)
+    return (y.float() - want).abs().max().item()
+
+
+def _adapter(draw: Callable[..., Tensor], ranks: Sequence[int], held: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+    """A [Σ r, in] and per member Bt [r, out], such that their products are about 1."""
+    A = (draw(sum(ranks), INP) / INP**0.5).to(held)
+    return A, [(draw(r, out) / max(1, r) ** 0.5).to(held) for r, out in zip(ranks, OUTS, strict=True)]
+
+
+def _tiles(found: ModuleType, starts: Sequence[int], device: torch.device) -> Any:
+    places = [
+        (i, start + at, min(found.TOKENS, count - at))
+        for i, (start, count) in enumerate(zip(starts, COUNTS, strict=True))
+        for at in range(0, count, found.TOKENS)
+    ]
+    width = math.ceil(max(map(sum, RANKS)) / found.RANKS) * found.RANKS
+    return found.Tiles(
+        torch.arange(sum(COUNTS), dtype=torch.int32, device=device),
+        torch.full((sum(COUNTS),), 0.5, device=device),
+        torch.tensor(places, dtype=torch.int32, device=device),
+        [(0, len(places))],
+        width,
+        torch.full((found.MOST_SPLITS * sum(COUNTS) * width,), math.nan, device=device),
+    )
+
+
+def _outputs(found: ModuleType, device: torch.device) -> Any:
+    blocks = [
+        (m, start, out, sum(OUTS[:m]) + start) for m, out in enumerate(OUTS) for start in range(0, out, found.WIDE)
+    ]
+    return found.Outputs(torch.tensor(blocks, dtype=torch.int32, device=device), INP, 0)
+
+
+def attention_error(
+    found: ModuleType,
+    form: Form,
+    shape: LayerShape,
+    heads: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    lengths: Sequence[int] = LENGTHS,
+    page: int = 16,
+) -> float:
+    """The largest difference between `paged_decode` on random input and its line of torch."""
+    draw, (kv_heads, dim, dim_v) = _draws(device), shape
+    needs = [math.ceil(length / page) for length in lengths]
+    order = torch.randperm(sum(needs), generator=torch.Generator().manual_seed(0)).tolist()
+    table = torch.zeros(len(lengths), max(needs), dtype=torch.int32)
+    for i, need in enumerate(needs):
+        table[i, :need] = torch.tensor([order.pop() for _ in range(need)])
+    keys, values = draw(sum(needs) * page, kv_heads, dim).to(dtype), draw(sum(needs) * page, kv_heads, dim_v).to(dtype)
+    q = draw(heads, len(lengths), dim).to(dtype)
+    tokens = torch.arange(len(lengths), device=device).flip(0)
+    got = torch.full((len(lengths), heads, dim_v), math.nan, dtype=dtype, device=device)
+    rows = found.Rows(table.to(device), torch.tensor(lengths, device=device), tokens, page, max(lengths))
+    found.paged_decode(got, q, keys, values, rows, form)
+    want = torch.empty(got.shape, device=device)
+    for i, length in enumerate(lengths):
+        at = torch.arange(length) if form.window is None else torch.arange(max(0, length - form.window), length)
+        places = (table[i, at // page].long() * page + at % page).to(device)
+        k, v = (t[places].float().repeat_interleave(heads // kv_heads, 1) for t in (keys, values))
+        want[tokens[i]] = _attention(q[:, tokens[i]].float(), k, v, form)
+    return (got.float() - want).abs().max().item()
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, form: Form) -> Tensor:
+    """q [heads, dim], k and v [keys, heads, dim] → [heads, dim_v]: softmax(cap(q · k · scale) and sinks) · v"""
+    scores = torch.einsum("hd,khd->hk", q, k) * form.scale
+    scores = scores if form.cap is None else form.cap * torch.tanh(scores / form.cap)
+    if form.sinks is not None:
+        scores = torch.cat([scores, form.sinks.float()[:, None]], 1)
+    return torch.einsum("hk,khd->hd", scores.softmax(1)[:, : len(k)], v)
+
+
+def _draws(device: torch.device) -> Callable[..., Tensor]:
+    """Random numbers of its own: nobody's seed is touched."""
+    generator = torch.Generator().manual_seed(0)
+    return lambda *shape: torch.randn(*shape, generator=generator).to(device)
+
+
+def norm_error(
+    found: ModuleType, device: torch.device, dtype: torch.dtype, n: int = 1040, rows: int = 3, centred: bool = False
+) -> float:
+    """Of `rms_norm` over strided rows, and of `add_rms_norm`."""
+    draw = _draws(device)
+    x, residual = (draw(rows, n + 8).to(dtype)[:, :n] for _ in range(2))
+    weight = draw(n).to(dtype)
+    total = residual + x
+    got, summed = found.add_rms_norm(x, residual, weight, 1e-5, centred)
+    pairs = [
+        (found.rms_norm(x, weight, 1e-5, centred), _norm(x, weight, 1e-5, centred)),
+        (got, _norm(total, weight, 1e-5, centred)),
+        (summed, total),
+    ]
+    return max(_far(ours, theirs) for ours, theirs in pairs)
+
+
+def _norm(x: Tensor, weight: Tensor, eps: float, centred: bool) -> Tensor:
+    """As transformers' LlamaRMSNorm and GemmaRMSNorm."""
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return (wide * (1 + weight.float())).to(x.dtype) if centred else weight * wide.to(x.dtype)
+
+
+ACTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+
+
+def gated_error(
+    found: ModuleType, device: torch.device, dtype: torch.dtype, act: str = "silu", n: int = 1040, rows: int = 3
+) -> float:
+    both = _draws(device)(rows, 2 * n).to(dtype)
+    return _far(found.gated(both, act), ACTS[act](both[:, :n]) * both[:, n:])
+
+
+def rope_error(
+    found: ModuleType, device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int] = (4, 2, 64),
+    normed: bool = False, centred: bool = False, rows: int = 5,
+) -> float:  # fmt: skip
+    """Of `rope_write` for (heads, kv_heads, dim), over strided rows, the last of them padding: q and both stores."""
+    draw, (heads, kv_heads, dim) = _draws(device), shape
+    width = (heads + 2 * kv_heads) * dim
+    mixed = draw(rows, width + 8).to(dtype)[:, :width]
+    angles = draw(rows, dim // 2).repeat(1, 2)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    keys, values = (draw(rows + 3, kv_heads, dim).to(dtype) for _ in range(2))
+    places = torch.tensor([*range(rows + 1, 2, -1), -1], device=device)
+    norms = [found.Norm(draw(dim).to(dtype), 1e-6, centred) if normed else None for _ in range(2)]
+    wanted = [keys.clone(), values.clone()]
+    q, k, v = torch.split(mixed.view(rows, -1, dim), [heads, kv_heads, kv_heads], 1)
+    q, k = (x if norm is None else _norm(x, norm.weight, 1e-6, centred) for x, norm in zip((q, k), norms, strict=True))
+    q, k = (_rotated(x, cos[:, None], sin[:, None]) for x in (q, k))
+    wanted[0][places[:-1]], wanted[1][places[:-1]] = k[:-1], v[:-1]
+    got = found.rope_write(mixed, cos, sin, keys, values, places, heads, kv_heads, *norms)
+    return max(_far(ours, theirs) for ours, theirs in zip((got, keys, values), (q, *wanted), strict=True))
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat((-x[..., half:], x[..., :half]), -1) * sin
+
+
+def pick_error(found: ModuleType, device: torch.device, dtype: torch.dtype, vocab: int = 9001, rows: int = 4) -> float:
+    """Of `pick`: 0, or NaN where an index differs. The maximum comes several times, and one row holds a NaN."""
+    logits = _draws(device)(rows, vocab).to(dtype)
+    logits[0] = -math.inf
+    logits[1, [vocab // 3, vocab // 2, vocab - 1]] = 50.0
+    logits[-1, vocab // 2] = math.nan
+    ids, best = found.pick(logits)
+    if not torch.equal(ids[:-1], logits[:-1].float().argmax(1)) or not bool(best[-1].isnan()):
+        return math.nan
+    whole = logits[1:-1].float().max(1).values
+    return _far(best[1:-1], whole) if bool(best[0] == -math.inf) and 0 <= int(ids[-1]) < vocab else math.nan
+
+
+def _far(ours: Tensor, theirs: Tensor) -> float:
+    """Differences count relative to what is larger than 1: a unit in the last place grows with its number."""
+    return ((ours.float() - theirs.float()).abs() / theirs.float().abs().clamp_min(1)).max().item()
