@@ -277,8 +277,7 @@ class Engine:
             with part("sampling"):
                 chosen = flight.chosen()
         except Exception as error:
-            self._routings.clear()
-            return [self._finish(s.row, "error", _crashed(error), scrub=True) for s in flight.slices if s.row.lease]
+            return self._lost(flight.slices, error)
         self._flight = following
         now, before = time.perf_counter(), self._landed_at
         self._landed_at = now
@@ -435,8 +434,11 @@ class Engine:
     def _run(self, slices: list[Slice]) -> list[Event]:
         """The packed rows in one step, then those of the peft lane whose turn it is."""
         self.steps += 1
-        if self._took_off(slices):
-            return []
+        try:
+            if self._took_off(slices):
+                return []
+        except Exception as error:
+            return self._lost(slices, error)
         packed = [s for s in slices if s.row.decode is None]
         alone = sorted((s for s in slices if s.row.decode is not None), key=lambda s: s.row.turn)
         events = self._run_timed(packed) if packed else []
@@ -455,10 +457,14 @@ class Engine:
         try:
             slices, chosen = self._forward(slices)
         except Exception as error:
-            self._routings.clear()
-            return [self._finish(s.row, "error", _crashed(error), scrub=True) for s in slices]
+            return self._lost(slices, error)
         with part("events"):
             return self._advance(slices, chosen)
+
+    def _lost(self, slices: Sequence[Slice], error: Exception) -> list[Event]:
+        """The step has failed: so have its rows, those that had not ended, and no other."""
+        self._routings.clear()
+        return [self._finish(s.row, "error", _crashed(error), scrub=True) for s in slices if s.row.lease is not None]
 
     def _run_alone(self, s: Slice) -> list[Event]:
         """One row of the peft lane. Its kinds need not be causal: the prompt is read at once, with its last chunk."""

@@ -157,6 +157,7 @@ class Graphs:
 
     # A step
 
+    @torch.inference_mode()
     def launch(self, slices: Sequence[Slice], routing: Routing, before: Flight | None = None) -> Flight | None:
         """Run a step; after `before`, whose tokens are its rows' inputs. None where it would have to be captured first
         and `before` is under way.
@@ -266,7 +267,6 @@ class Graphs:
         self.captured[key] = captured = Captured(*self._recorded(step, key.rows), table)
         return captured
 
-    @torch.inference_mode()
     def _recorded(self, step: Step, rows: int) -> tuple[Callable[[], None], Tensor]:
         if self.device.type != "cuda":
             logits = self._run(step, rows)
@@ -281,7 +281,6 @@ class Graphs:
             logits = self._run(step, rows)
         return graph.replay, logits
 
-    @torch.inference_mode()
     def _run(self, step: Step, rows: int) -> Tensor:
         """The forward of the sheet's rows [rows, vocab]; their likeliest tokens go to `out`."""
         sheet, source = self.sheet, self.sheet["source"][:rows]

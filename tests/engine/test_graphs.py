@@ -1,0 +1,226 @@
+"""Captured steps on the CPU: the same sheets, keys and launches ahead, with the forward run again for a replay.
+
+Attention and the choice of a token are their kernels' lines of torch here; the low rank is interpreted.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+import rig
+import zoo
+from adapter_server.core import Request
+from adapter_server.engine import Engine, forms, graphs, proofs
+from adapter_server.engine.graphs import Graphs, bucket
+
+kernels = pytest.importorskip("adapter_server.engine.kernels", reason="Triton is not installed")
+NAMES = (
+    ("lora", "velora", "dora", "prefix", "alora") if "alora" in zoo.ADAPTERS else ("lora", "velora", "dora", "prefix")
+)
+
+
+def paged_decode(out: Tensor, q: Tensor, keys: Tensor, values: Tensor, rows: object, form: object) -> None:
+    """Row by row, in torch."""
+    for i, token in enumerate(rows.tokens.tolist()):  # type: ignore[attr-defined]
+        at = torch.arange(int(rows.lengths[i]))  # type: ignore[attr-defined]
+        places = rows.table[i, at // rows.page].long() * rows.page + at % rows.page  # type: ignore[attr-defined]
+        k, v = (t[places].repeat_interleave(q.shape[0] // t.shape[1], 1) for t in (keys, values))
+        out[token] = proofs._attention(q[:, token], k, v, form)  # type: ignore[arg-type]
+
+
+def pick(logits: Tensor) -> tuple[Tensor, Tensor]:
+    best, ids = logits.float().max(-1)
+    return ids, best
+
+
+@pytest.fixture(autouse=True)
+def _as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = SimpleNamespace(paged_decode=paged_decode, pick=pick, Rows=kernels.Rows, Form=kernels.Form)
+    monkeypatch.setattr(forms, "usable", lambda device: True)
+    monkeypatch.setattr(forms, "decoding", lambda *_, **__: said)
+
+
+def served(names: tuple[str, ...] = (), **settings: object) -> Engine:
+    return rig.engine("llama", names, kv_layout="pages", page_tokens=4, fuse=False, **settings)
+
+
+def ask(engine: Engine, name: str | None, i: int = 0, new: int = rig.NEW, **sampling: object) -> Request:
+    return rig.ask(engine, name, rig.PROMPTS[i], max_new_tokens=new, **{"logprobs": 0, **sampling})
+
+
+def right(name: str | None, i: int = 0, new: int = rig.NEW) -> list[int]:
+    return list(rig.peft_alone("llama", name, rig.PROMPTS[i], new)[0])
+
+
+def captured(engine: Engine) -> Graphs:
+    assert engine.graphs is not None
+    return engine.graphs
+
+
+def test_rows_of_any_length_and_end_are_peft_alone() -> None:
+    """Rows end one after another while steps are launched ahead; none of it shows in a token."""
+    engine = served()
+    asked = [ask(engine, None, i, new=2 + 2 * i) for i in range(4)]
+    for i, answer in enumerate(rig.run(engine, asked)):
+        assert answer.ids == right(None, i, 2 + 2 * i)
+        assert answer.end is not None
+        assert answer.end.reason == "length"
+    assert {key.rows for key in captured(engine).captured} >= {1, 2, 4}
+    assert engine.scheduler.running == []
+    assert engine.kv.used == 0
+    engine.close()
+
+
+def test_any_mix_of_adapters_is_one_graph() -> None:
+    names = ("lora", "velora")
+    engine, found = served(names), []
+    for order in (("lora", "velora", None), ("velora", None, "lora"), (None, "lora", "velora")):
+        for (i, name), answer in zip(
+            enumerate(order), rig.run(engine, [ask(engine, n, i, 4) for i, n in enumerate(order)]), strict=True
+        ):
+            assert answer.ids == right(name, i, 4), (order, name)
+        found.append(set(captured(engine).captured))
+    assert any(key.tiles for key in found[0])
+    assert found[0] == found[2]
+    engine.close()
+
+
+def test_what_a_graph_cannot_hold_runs_without() -> None:
+    """DoRA scales the base's output, and is right; beside it everybody is."""
+    engine = served(NAMES)
+    order = (None, *NAMES)
+    for (i, name), answer in zip(
+        enumerate(order), rig.run(engine, [ask(engine, n, i % 3, 4) for i, n in enumerate(order)]), strict=True
+    ):
+        assert answer.ids == right(name, i % 3, 4), name
+    engine.close()
+
+
+def test_rows_on_one_snapshot_run_as_a_graph_of_its_own() -> None:
+    engine = served(("lora",))
+    digest = engine.model.digest()
+    [answer] = rig.run(engine, [ask(engine, "lora", mode="merged")])
+    assert answer.ids == right("lora")
+    assert any(key.whole is not None for key in captured(engine).captured)
+    engine.pool.unmerge(engine.pool.store.resolve("lora"))
+    assert not any(key.whole is not None for key in captured(engine).captured)
+    assert engine.model.digest() == digest
+    engine.close()
+
+
+def test_an_end_is_seen_a_step_late_and_its_surplus_dropped() -> None:
+    engine = served()
+    ids = right(None)
+    at = next(i for i in range(2, rig.NEW) if ids[i] not in ids[:i])
+    engine.info = replace(engine.info, eos=frozenset({ids[at]}))
+    asked = [ask(engine, None, 0, ignore_eos=False), ask(engine, None, 1)]
+    first, second = rig.run(engine, asked)
+    assert first.ids == ids[: at + 1]
+    assert first.end is not None
+    assert (first.end.reason, first.end.completion_tokens) == ("eos", at + 1)
+    assert second.ids == right(None, 1)
+    engine.close()
+
+
+def test_rows_that_join_and_that_are_cancelled_while_a_step_is_under_way() -> None:
+    engine = served()
+    stays, goes = ask(engine, None, 0, id="stays"), ask(engine, None, 1, id="goes")
+    answers = {each: rig.Answer() for each in ("stays", "goes", "joins")}
+    engine.submit(stays)
+    engine.submit(goes)
+    for step in range(40):
+        rig.collect(engine.step(), answers)
+        if step == 4:
+            rig.collect(engine.cancel("goes"), answers)
+            engine.submit(ask(engine, None, 2, id="joins"))
+    assert answers["stays"].ids == right(None, 0)
+    assert answers["joins"].ids == right(None, 2)
+    assert answers["goes"].ids == right(None, 1)[: len(answers["goes"].ids)]
+    assert engine.kv.used == 0
+    engine.close()
+
+
+def test_logprobs_and_draws_read_the_captured_logits() -> None:
+    engine = served()
+    ids, logprobs = rig.peft_alone("llama", None, rig.PROMPTS[0])
+    [answer] = rig.run(engine, [ask(engine, None, logprobs=zoo.VOCAB)])
+    assert tuple(answer.ids) == ids
+    assert (answer.matrix() - logprobs).abs().max().item() < 1e-4
+    assert captured(engine).captured
+    seeded = {"temperature": 1.0, "seed": 7}
+    warm = [rig.run(engine, [ask(engine, None, **seeded)])[0].ids for engine in (engine, served(graphs=False))]
+    assert warm[0] == warm[1]
+    engine.close()
+
+
+def test_logits_that_are_not_finite_end_their_row_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = served()
+    forward = engine.model.forward
+
+    def broken(step: object, ids: Tensor, positions: Tensor, keep: Tensor) -> Tensor:
+        logits = forward(step, ids, positions, keep)  # type: ignore[arg-type]
+        return logits.masked_fill((positions[keep] == len(rig.PROMPTS[1]) + 2)[:, None], torch.nan)
+
+    monkeypatch.setattr(engine.model, "forward", broken)
+    well, ill = rig.run(engine, [ask(engine, None, 2, 2), ask(engine, None, 1)])
+    assert well.ids == right(None, 2, 2)
+    assert ill.end is not None
+    assert ill.end.reason == "error"
+    assert ill.ids == right(None, 1)[:3]
+    engine.close()
+
+
+def test_a_step_that_cannot_be_captured_runs_without(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuses(*_: object) -> None:
+        raise RuntimeError("no capture here")
+
+    monkeypatch.setattr(graphs.Graphs, "_capture", refuses)
+    engine = served()
+    with caplog.at_level(logging.WARNING):
+        [answer] = rig.run(engine, [ask(engine, None)])
+    assert answer.ids == right(None)
+    assert len([r for r in caplog.records if "no capture here" in r.getMessage()]) == 1
+    engine.close()
+
+
+def test_a_step_that_fails_ends_its_rows_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = served()
+    launch = Graphs.launch
+
+    def fails(self: Graphs, slices: Sequence[object], *rest: object) -> object:
+        if rest[1:] and rest[1] is not None:
+            raise RuntimeError("the device is gone")
+        return launch(self, slices, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Graphs, "launch", fails)
+    [answer] = rig.run(engine, [ask(engine, None)])
+    assert answer.end is not None
+    assert answer.end.reason == "error"
+    monkeypatch.setattr(Graphs, "launch", launch)
+    [answer] = rig.run(engine, [ask(engine, None)])
+    assert answer.ids == right(None)
+    assert engine.kv.used == 0
+    engine.close()
+
+
+def test_the_table_of_addresses_may_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("adapter_server.engine.grouped.FEWEST", 1)
+    engine = served(("lora", "rslora", "velora"))
+    for name in ("lora", "rslora", "velora", "lora"):
+        assert rig.run(engine, [ask(engine, name, 0, 3)])[0].ids == right(name, 0, 3), name
+    engine.close()
+
+
+@pytest.mark.parametrize(("count", "found"), [(1, 1), (3, 4), (33, 48), (256, 256), (257, 512)])
+def test_buckets(count: int, found: int) -> None:
+    assert bucket(count, graphs.ROWS, None) == found
+    assert bucket(count, (4,), 64) == (4 if count <= 4 else 64)
