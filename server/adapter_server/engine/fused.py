@@ -105,7 +105,7 @@ class FusedAttention:
 
     @property
     def heads(self) -> int:
-        return self.mixed.outs[0] // self.shape[1]
+        return self.out.inp // self.shape[2]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         step, places = current(), kwargs.get("position_embeddings")
@@ -300,11 +300,12 @@ class Fuser:
 
 
 def _is_attention(mixed: LinearGroup, out: LinearGroup, shape: LayerShape) -> bool:
-    """Whether these are q, k and v, and what follows: by their sizes."""
+    """Whether these are q, k and v, as three Linears or one, and what follows: by their sizes."""
     kv_heads, dim, width = shape
-    if len(mixed.outs) != 3 or len(out.outs) != 1 or dim != width or mixed.outs[0] % dim:
+    if len(out.outs) != 1 or dim != width or out.inp % dim:
         return False
-    return mixed.outs[1:] == (kv_heads * dim, kv_heads * width) and out.inp == mixed.outs[0]
+    outs = (out.inp, kv_heads * dim, kv_heads * dim)
+    return mixed.outs in (outs, (sum(outs),))
 
 
 def fuse(
