@@ -72,13 +72,16 @@ def attended(arch: int, name: str) -> None:
 def blocks(arch: int, name: str) -> None:
     star = f"*{name}"
     norm = {**dict.fromkeys(("x", "residual", "weight", "out", "total"), star), "eps": "fp32"}
-    compiled(block._rms_norm, norm, {"ADDED": True, "CENTRED": True, "BLOCK": block.WIDEST}, arch, 16)
+    more = {"more": star, "lives": "*i32"}
+    norm |= more
+    compiled(block._rms_norm, norm, {"ADDED": True, "MORE": True, "CENTRED": True, "BLOCK": block.WIDEST}, arch, 16)
     for act in block.ACTS:
-        compiled(block._gated, {"out": star, "both": star}, {"ACT": act, "BLOCK": block.GATE}, arch)
+        sizes = {"ACT": act, "MORE": True, "BLOCK": block.GATE}
+        compiled(block._gated, {"out": star, "both": star, **more}, sizes, arch)
     names = ("q", "mixed", "cos", "sin", "keys", "values", "q_weight", "k_weight")
-    rope = {**dict.fromkeys(names, star), "places": "*i64", "q_eps": "fp32", "k_eps": "fp32"}
+    rope = {**dict.fromkeys(names, star), **more, "places": "*i64", "q_eps": "fp32", "k_eps": "fp32"}
     for normed, dim in ((False, 80), (True, 128)):
-        norms = dict.fromkeys(("Q_NORM", "K_NORM", "Q_CENTRED", "K_CENTRED"), normed)
+        norms = dict.fromkeys(("Q_NORM", "K_NORM", "Q_CENTRED", "K_CENTRED", "MORE"), normed)
         half = {"HALF": dim // 2, "HALVES": 64, "HEADS": block.HEADS}
         compiled(block._rope_write, rope, {**norms, **half}, arch, block.HEADS_WARPS)
     best = {"places": "*i32", "tops": "*fp32", "ids": "*i64", "best": "*fp32", "logits": star}

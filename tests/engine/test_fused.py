@@ -1,4 +1,4 @@
-"""What is found by structure, and that a module which computes something else stays as it is. Kernels are interpreted."""
+"""What is found by structure; a module that computes something else stays as it is. Kernels are interpreted."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("arch", FOUND)
 def test_structures_are_found_by_what_they_consist_of(arch: str) -> None:
-    """Norms of heads (Qwen3), one Linear for q, k and v (Phi-3), norms about 1 and behind (Gemma 3), none of it (GPT-2)."""
+    """Norms of heads (Qwen3), one Linear for q, k, v (Phi-3), norms about 1 and behind (Gemma 3), nothing (GPT-2)."""
     model = Model(zoo.tiny_base(arch))
     assert list(model.fused) == FOUND[arch]
 

@@ -219,3 +219,9 @@ def test_kernels_compile_for_cuda_without_a_device(arch: int, options: str, tmp_
     )  # fmt: skip
     assert found.returncode == 0, found.stderr[-2000:]
     assert found.stdout.split() == NAMES
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_what_is_still_to_be_added(dtype: torch.dtype) -> None:
+    """What adding in place gives; where it is not live, nothing is read."""
+    assert proofs.more_error(kernels, CPU, dtype) < TOLERANCE[dtype]

@@ -190,6 +190,33 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-x[..., half:], x[..., :half]), -1) * sin
 
 
+def more_error(found: ModuleType, device: torch.device, dtype: torch.dtype, rows: int = 5) -> float:
+    """Of all that take `More`: as if it had been added in place, at the tokens where it is live."""
+    draw, (heads, kv_heads, dim) = _draws(device), (4, 2, 32)
+    width, live = (heads + 2 * kv_heads) * dim, torch.tensor([i % 2 for i in range(rows)], dtype=torch.int32)
+    x, value, residual = (draw(rows, width).to(dtype) for _ in range(3))
+    value[live == 0] = math.nan
+    both, more = torch.where(live[:, None].to(device) > 0, x + value, x), found.More(value, live.to(device))
+    weight, angles = draw(width).to(dtype), draw(rows, dim // 2).repeat(1, 2)
+    turn = angles.cos().to(dtype), angles.sin().to(dtype)
+    stores = [[draw(rows, kv_heads, dim).to(dtype) for _ in range(2)] for _ in range(2)]
+    places = torch.arange(rows, device=device)
+    pairs = [
+        *zip(
+            found.add_rms_norm(x, residual, weight, 1e-5, False, more),
+            found.add_rms_norm(both, residual, weight, 1e-5),
+            strict=True,
+        ),
+        (found.gated(x, "silu", more), found.gated(both, "silu")),
+        (
+            found.rope_write(x, *turn, *stores[0], places, heads, kv_heads, more=more),
+            found.rope_write(both, *turn, *stores[1], places, heads, kv_heads),
+        ),
+        *zip(*stores, strict=True),
+    ]
+    return max(_far(ours, theirs) for ours, theirs in pairs)
+
+
 def pick_error(found: ModuleType, device: torch.device, dtype: torch.dtype, vocab: int = 9001, rows: int = 4) -> float:
     """Of `pick`: 0, or NaN where an index differs. The maximum comes several times, and one row holds a NaN."""
     logits = _draws(device)(rows, vocab).to(dtype)

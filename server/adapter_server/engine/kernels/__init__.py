@@ -12,7 +12,7 @@ else is in the step changes no bit.
 """
 
 from adapter_server.engine.kernels.attention import CHUNK, MOST_CHUNKS, Form, Rows, paged_decode
-from adapter_server.engine.kernels.block import Norm, add_rms_norm, gated, pick, rms_norm, rope_write
+from adapter_server.engine.kernels.block import More, Norm, add_rms_norm, gated, pick, rms_norm, rope_write
 from adapter_server.engine.kernels.lowrank import (
     HEAD,
     MEMBER,
@@ -27,6 +27,6 @@ from adapter_server.engine.kernels.lowrank import (
 
 __all__ = [
     "CHUNK", "HEAD", "MEMBER", "MOST_CHUNKS", "MOST_SPLITS", "RANKS", "TOKENS", "WIDE",
-    "Form", "Norm", "Outputs", "Rows", "Tiles",
+    "Form", "More", "Norm", "Outputs", "Rows", "Tiles",
     "add_low_rank", "add_rms_norm", "gated", "paged_decode", "pick", "rms_norm", "rope_write",
 ]  # fmt: skip

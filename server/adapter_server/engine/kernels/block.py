@@ -6,7 +6,8 @@
     rope_write    x · cos + rotate_half(x) · sin for x = norm(q), norm(k);  keys[places] = k;  values[places] = v
     pick          logits.argmax(1), logits.max(1)
 
-Intermediates are rounded where transformers' modules round them. A row's numbers depend on that row alone.
+Intermediates are rounded where transformers' modules round them. A row's numbers depend on that row alone. The input
+of all but pick may have `More` to be added to it first, rounded where adding in place would have.
 """
 
 from __future__ import annotations
@@ -36,6 +37,19 @@ class Norm:
     centred: bool = False
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class More:
+    """What is still to be added to a tensor [T, n]: `value` [T, n], at the tokens where `live` [T] int32 is not 0."""
+
+    value: Tensor
+    live: Tensor
+
+
+def _more(x: Tensor, more: More | None) -> tuple[Tensor, Tensor, int, bool]:
+    """As the kernels take it: the value, where it is live, its row's stride, whether there is any."""
+    return (x, x, 0, False) if more is None else (more.value, more.live, more.value.stride(0), True)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float, centred: bool = False) -> Tensor:
     """x [..., n] normalised row by row, as a new tensor; n ≤ WIDEST, the last dimension contiguous.
 
@@ -43,43 +57,44 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, centred: bool = False) -> Te
     """
     rows = x.reshape(-1, x.shape[-1])
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _normalise(rows, rows, weight, out, out, eps, centred, added=False)
+    _normalise(rows, rows, weight, out, out, eps, centred, False, None)
     return out
 
 
 def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, centred: bool = False
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, centred: bool = False, more: More | None = None
 ) -> tuple[Tensor, Tensor]:
-    """x, residual [..., n] → (total's norm, total = residual + x), as new tensors.
+    """x, residual [..., n] → (total's norm, total = residual + x (+ more)), as new tensors.
 
     Reference: (rms_norm(residual + x, weight, eps, centred), residual + x)
     """
     rows, others = x.reshape(-1, x.shape[-1]), residual.reshape(-1, x.shape[-1])
     out, total = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
-    _normalise(rows, others, weight, out, total, eps, centred, added=True)
+    _normalise(rows, others, weight, out, total, eps, centred, True, more)
     return out, total
 
 
 def _normalise(
-    rows: Tensor, others: Tensor, weight: Tensor, out: Tensor, total: Tensor, eps: float, centred: bool, added: bool
-) -> None:
+    rows: Tensor, others: Tensor, weight: Tensor, out: Tensor, total: Tensor, eps: float, centred: bool, added: bool,
+    more: More | None,
+) -> None:  # fmt: skip
     count, n = rows.shape
     if n > WIDEST:
         raise ValueError(f"rows of {n} elements are wider than the kernel's {WIDEST}")
     if not count:
         return
-    block = triton.next_power_of_2(n)
+    block, (value, live, value_row, has) = triton.next_power_of_2(n), _more(rows, more)
     with on(rows):
         _rms_norm[count,](
-            rows, others, weight, out, total, rows.stride(0), others.stride(0), eps, n,
-            ADDED=added, CENTRED=centred, BLOCK=block, num_warps=max(1, min(16, block // 512)), **OPTIONS,
+            rows, others, weight, out, total, value, live, rows.stride(0), others.stride(0), value_row, eps, n,
+            ADDED=added, MORE=has, CENTRED=centred, BLOCK=block, num_warps=max(1, min(16, block // 512)), **OPTIONS,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["eps"])
 def _rms_norm(
-    x, residual, weight, out, total, x_row, residual_row, eps, n,
-    ADDED: tl.constexpr, CENTRED: tl.constexpr, BLOCK: tl.constexpr,
+    x, residual, weight, out, total, more, lives, x_row, residual_row, more_row, eps, n,
+    ADDED: tl.constexpr, MORE: tl.constexpr, CENTRED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """out[row] = norm(x[row] + residual[row]) · weight; one program a row."""
     row = tl.program_id(0).to(tl.int64)
@@ -87,12 +102,20 @@ def _rms_norm(
     live = i < n
     here = tl.load(x + row * x_row + i, mask=live, other=0.0)
     scale = tl.load(weight + i, mask=live, other=0.0)
+    if MORE:
+        here = _with(here, more + row * more_row + i, live & (tl.load(lives + row) != 0))
     if ADDED:
         here = (tl.load(residual + row * residual_row + i, mask=live, other=0.0).to(tl.float32) + here).to(here.dtype)
         tl.store(total + row * n + i, here, mask=live)
     wide = here.to(tl.float32)
     factor = tl.rsqrt(tl.sum(wide * wide, 0) / n + eps)
     tl.store(out + row * n + i, _scaled(wide * factor, scale, CENTRED, out.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def _with(x, more, live):
+    """x and what is still to be added to it, rounded."""
+    return (x.to(tl.float32) + tl.load(more, mask=live, other=0.0).to(tl.float32)).to(x.dtype)
 
 
 @triton.jit
@@ -103,7 +126,7 @@ def _scaled(wide, scale, CENTRED: tl.constexpr, DTYPE: tl.constexpr):
     return (wide.to(DTYPE).to(tl.float32) * scale.to(tl.float32)).to(DTYPE)
 
 
-def gated(both: Tensor, act: str) -> Tensor:
+def gated(both: Tensor, act: str, more: More | None = None) -> Tensor:
     """both [T, 2n] → [T, n]: the activation of the left half times the right one; act: silu, gelu, gelu_pytorch_tanh.
 
     Reference: act(both[:, :n]) * both[:, n:]
@@ -111,22 +134,27 @@ def gated(both: Tensor, act: str) -> Tensor:
     if act not in ACTS:
         raise ValueError(f"no kernel for the activation {act!r}: there are {', '.join(ACTS)}")
     tokens, n = both.shape[0], both.shape[1] // 2
-    out = torch.empty(tokens, n, dtype=both.dtype, device=both.device)
+    out, (value, live, value_row, has) = both.new_empty(tokens, n), _more(both, more)
     if tokens:
         with on(both):
             _gated[tokens, triton.cdiv(n, GATE)](
-                out, both, both.stride(0), n, ACT=act, BLOCK=GATE, num_warps=GATE_WARPS, **OPTIONS
-            )
+                out, both, value, live, both.stride(0), value_row, n, ACT=act, MORE=has, BLOCK=GATE,
+                num_warps=GATE_WARPS, **OPTIONS,
+            )  # fmt: skip
     return out
 
 
 @triton.jit
-def _gated(out, both, both_row, n, ACT: tl.constexpr, BLOCK: tl.constexpr):
+def _gated(out, both, more, lives, both_row, more_row, n, ACT: tl.constexpr, MORE: tl.constexpr, BLOCK: tl.constexpr):
     """out[row, block] = ACT(both[row, block]) · both[row, n + block]."""
     row, i = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     live = i < n
     gate = tl.load(both + row * both_row + i, mask=live, other=0.0)
     up = tl.load(both + row * both_row + n + i, mask=live, other=0.0)
+    if MORE:
+        added = live & (tl.load(lives + row) != 0)
+        gate = _with(gate, more + row * more_row + i, added)
+        up = _with(up, more + row * more_row + n + i, added)
     x = gate.to(tl.float32)
     if ACT == "silu":
         x = x / (1.0 + tl.exp(-x))
@@ -139,7 +167,7 @@ def _gated(out, both, both_row, n, ACT: tl.constexpr, BLOCK: tl.constexpr):
 
 def rope_write(
     mixed: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, places: Tensor, heads: int, kv_heads: int,
-    q_norm: Norm | None = None, k_norm: Norm | None = None,
+    q_norm: Norm | None = None, k_norm: Norm | None = None, more: More | None = None,
 ) -> Tensor:  # fmt: skip
     """mixed [T, (heads + 2 kv_heads) dim], a group's q | k | v → q [T, heads, dim], normed and turned.
 
@@ -152,12 +180,13 @@ def rope_write(
     q = torch.empty(tokens, heads, dim, dtype=mixed.dtype, device=mixed.device)
     norms = {"Q_NORM": q_norm is not None, "K_NORM": k_norm is not None}
     norms |= {"Q_CENTRED": q_norm is not None and q_norm.centred, "K_CENTRED": k_norm is not None and k_norm.centred}
+    value, live, value_row, norms["MORE"] = _more(mixed, more)
     if tokens:
         with on(mixed):
             _rope_write[tokens, triton.cdiv(heads + 2 * kv_heads, HEADS)](
                 q, mixed, cos, sin, keys, values, places, q if q_norm is None else q_norm.weight,
                 q if k_norm is None else k_norm.weight, 0.0 if q_norm is None else q_norm.eps,
-                0.0 if k_norm is None else k_norm.eps, mixed.stride(0), cos.stride(0), sin.stride(0),
+                0.0 if k_norm is None else k_norm.eps, value, live, value_row, mixed.stride(0), cos.stride(0), sin.stride(0),
                 keys.stride(0), keys.stride(1), values.stride(0), values.stride(1), heads, kv_heads,
                 **norms, HALF=dim // 2, HALVES=triton.next_power_of_2(dim // 2), HEADS=HEADS, num_warps=HEADS_WARPS,
                 **OPTIONS,
@@ -167,9 +196,10 @@ def rope_write(
 
 @triton.jit(do_not_specialize=["q_eps", "k_eps"])
 def _rope_write(
-    q, mixed, cos, sin, keys, values, places, q_weight, k_weight, q_eps, k_eps, mixed_row, cos_row, sin_row,
+    q, mixed, cos, sin, keys, values, places, q_weight, k_weight, q_eps, k_eps, more, lives, more_row, mixed_row,
+    cos_row, sin_row,
     k_place, k_head, v_place, v_head, heads, kv_heads,
-    Q_NORM: tl.constexpr, K_NORM: tl.constexpr, Q_CENTRED: tl.constexpr, K_CENTRED: tl.constexpr,
+    Q_NORM: tl.constexpr, K_NORM: tl.constexpr, Q_CENTRED: tl.constexpr, K_CENTRED: tl.constexpr, MORE: tl.constexpr,
     HALF: tl.constexpr, HALVES: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     """Some heads of one token, both halves of each side by side: q's to `q`, k's and v's to their place."""
@@ -181,6 +211,10 @@ def _rope_write(
     live = (head < heads + 2 * kv_heads)[:, None] & inside
     source = mixed + token * mixed_row + head[:, None] * (2 * HALF) + i[None, :]
     left, right = tl.load(source, mask=live, other=0.0), tl.load(source + HALF, mask=live, other=0.0)
+    if MORE:
+        added = live & (tl.load(lives + token) != 0)
+        beside = more + token * more_row + head[:, None] * (2 * HALF) + i[None, :]
+        left, right = _with(left, beside, added), _with(right, beside + HALF, added)
     place = tl.load(places + token)
     to = values + place * v_place + (head - heads - kv_heads)[:, None] * v_head + i[None, :]
     stored = is_v[:, None] & inside & (place >= 0)
