@@ -31,9 +31,9 @@ def without_the_engine() -> None:
 
 
 without_the_engine()
-attention, block, launch, lowrank = (
+attention, block, launch, linear, lowrank = (
     importlib.import_module(f"adapter_server.engine.kernels.{name}")
-    for name in ("attention", "block", "launch", "lowrank")
+    for name in ("attention", "block", "launch", "linear", "lowrank")
 )
 
 
@@ -89,8 +89,16 @@ def blocks(arch: int, name: str) -> None:
     compiled(block._picked, best, {"SPLITS": 64}, arch, 1)
 
 
+def few_rows(arch: int, name: str) -> None:
+    some = dict.fromkeys(("y", "x", "weight", "bias"), f"*{name}")
+    for tiling in linear.TILINGS:
+        tile = {"ROWS": linear.MOST_ROWS, "OUTS": tiling.outs, "DEPTH": tiling.depth}
+        sizes = {"BIAS": True, "COMPUTE": launch.DTYPES[HELD[name]], **tile}
+        compiled(linear._few_rows, some, sizes, arch, tiling.warps)
+
+
 def main(arch: int, name: str) -> None:
-    for each in (low_rank, attended, blocks):
+    for each in (low_rank, attended, blocks, few_rows):
         each(arch, name)
 
 

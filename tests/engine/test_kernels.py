@@ -184,6 +184,7 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 NAMES = [
     "_shrink", "_expand", "_attend", "_combine",
     "_rms_norm", "_gated", "_gated", "_gated", "_rope_write", "_rope_write", "_pick", "_picked",
+    "_few_rows", "_few_rows", "_few_rows",
 ]  # fmt: skip
 KERNELLED = ("lora", "dora", "ia3", "lora_saved", "prefix")
 
@@ -225,3 +226,11 @@ def test_kernels_compile_for_cuda_without_a_device(arch: int, options: str, tmp_
 def test_what_is_still_to_be_added(dtype: torch.dtype) -> None:
     """What adding in place gives; where it is not live, nothing is read."""
     assert proofs.more_error(kernels, CPU, dtype) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(
+    ("tiling", "rows", "biased"), list(zip(kernels.TILINGS, (1, 17, 32), (False, True, True), strict=True))
+)
+def test_products_with_few_rows(tiling: object, rows: int, biased: bool, dtype: torch.dtype) -> None:
+    assert proofs.few_rows_error(kernels, CPU, dtype, tiling, rows, biased) < TOLERANCE[dtype]

@@ -23,10 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from adapter_server.engine.attention import Probe, Scores, attend
-from adapter_server.engine.kv import Chunk, LayerShape, PagePool
+from adapter_server.engine.kv import Chunk, KvStep, LayerShape, PagePool
 from adapter_server.engine.routing import Routing, Step, current, running
 
 if TYPE_CHECKING:
+    from adapter_server.engine.kernels import More
     from adapter_server.engine.site import LinearGroup
 
 log = logging.getLogger(__name__)
@@ -60,12 +61,12 @@ class FusedNorm:
         """(norm of the stream, the stream), x being the stream or what a fused layer gave for it."""
         if not _carried(step, x) or step.carry is None:
             return self.norm(x), x
-        (total, more), step.carry = step.carry, None
-        return self.add(more, total)
+        (total, x, more), step.carry = step.carry, None
+        return self.add(x, total, more)
 
-    def add(self, x: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+    def add(self, x: Tensor, total: Tensor, more: More | None = None) -> tuple[Tensor, Tensor]:
         """(norm of the sum, the sum)."""
-        y, both = self.kernels.add_rms_norm(x, total, self.weight, self.eps, self.centred)
+        y, both = self.kernels.add_rms_norm(x, total, self.weight, self.eps, self.centred, more)
         return y, both
 
 
@@ -84,10 +85,17 @@ class FusedMlp:
     act: str
 
     def forward(self, x: Tensor) -> Tensor:
-        if _inside():
-            return self.base(x)
-        y = self.down.run(self.kernels.gated(self.both.run(x.reshape(-1, self.both.inp)), self.act))
-        return y.view(*x.shape[:-1], -1)
+        return self.base(x) if _inside() else self.down.run(self._within(x)).view(*x.shape[:-1], -1)
+
+    def apart(self, x: Tensor) -> tuple[Tensor, More | None]:
+        """As `forward`, where what adapters add to it may be left to its reader."""
+        y, more = self.down.apart(self._within(x))
+        return y.view(*x.shape[:-1], -1), more
+
+    def _within(self, x: Tensor) -> Tensor:
+        both, more = self.both.apart(x.reshape(-1, self.both.inp))
+        y: Tensor = self.kernels.gated(both, self.act, more)
+        return y
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,20 +120,22 @@ class FusedAttention:
         if step is None or step.kv is None or places is None or len(args) > 1 or step.routing.inside:
             return self.base(*args, **kwargs)
         x: Tensor = args[0] if args else kwargs["hidden_states"]
-        q = self._written(step, x.reshape(-1, self.mixed.inp), *places)
-        y = attend(step, step.kv, self.layer, q.transpose(0, 1)[None], self.shape[2], self.scores)
-        return self.out.run(y.view(-1, self.out.inp)).view(*x.shape[:-1], -1), None
+        return self.out.run(self._attended(step, step.kv, x, *places)).view(*x.shape[:-1], -1), None
 
-    def _written(self, step: Step, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x [T, in] → q [T, heads, dim] after norm and RoPE; k and v are in the pool."""
-        if step.kv is None:
-            raise RuntimeError("a fused attention ran without a pool")
-        pool, (kv_heads, dim, _) = step.kv.pool, self.shape
+    def apart(self, step: Step, kv: KvStep, x: Tensor, places: tuple[Tensor, Tensor]) -> tuple[Tensor, More | None]:
+        """As `forward`, where what adapters add to it may be left to its reader."""
+        y, more = self.out.apart(self._attended(step, kv, x, *places))
+        return y.view(*x.shape[:-1], -1), more
+
+    def _attended(self, step: Step, kv: KvStep, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x [1, T, hidden] → what the last Linear reads [T, heads · dim]; k and v are in the pool."""
+        pool, (kv_heads, dim, width) = kv.pool, self.shape
+        mixed, more = self.mixed.apart(x.reshape(-1, self.mixed.inp))
         q: Tensor = self.kernels.rope_write(
-            self.mixed.run(x), cos.reshape(-1, dim), sin.reshape(-1, dim), pool.keys[self.layer],
-            pool.values[self.layer], step.kv.places, self.heads, kv_heads, *self.norms,
+            mixed, cos.reshape(-1, dim), sin.reshape(-1, dim), pool.keys[self.layer], pool.values[self.layer],
+            kv.places, self.heads, kv_heads, *self.norms, more,
         )  # fmt: skip
-        return q
+        return attend(step, kv, self.layer, q.transpose(0, 1)[None], width, self.scores).view(-1, self.out.inp)
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,15 +147,24 @@ class FusedLayer:
     rest: nn.Module
     first: FusedNorm
     second: FusedNorm
+    attending: FusedAttention | None  # what the modules have been fused to
+    gating: FusedMlp | None
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         step = current()
         if step is None or args or step.routing.inside or hidden_states.dtype != self.first.weight.dtype:
             return self.base(hidden_states, *args, **kwargs)
         x, total = self.first.enter(step, hidden_states)
-        x, total = self.second.add(self.attention(hidden_states=x, **kwargs)[0], total)
-        step.carry = total, self.rest(x)
+        y, more = self._attended(step, x, kwargs)
+        x, total = self.second.add(y, total, more)
+        step.carry = (total, *(self.gating.apart(x) if self.gating is not None else (self.rest(x), None)))
         return total
+
+    def _attended(self, step: Step, x: Tensor, kwargs: Mapping[str, Any]) -> tuple[Tensor, More | None]:
+        places = kwargs.get("position_embeddings")
+        if self.attending is None or step.kv is None or places is None:
+            return self.attention(hidden_states=x, **kwargs)[0], None
+        return self.attending.apart(step, step.kv, x, places)
 
 
 def _inside() -> bool:
@@ -163,6 +182,7 @@ class Fuser:
         self.modules = dict(module.named_modules())
         self.device = next(module.parameters()).device
         self.norms: dict[nn.Module, FusedNorm] = {}
+        self.fused: dict[nn.Module, Any] = {}
         self.done: dict[str, int] = {"norm": 0, "mlp": 0, "attention": 0, "layer": 0}
 
     @torch.inference_mode()
@@ -180,8 +200,8 @@ class Fuser:
         log.info("fused modules: %s", ", ".join(f"{count} of kind {kind}" for kind, count in self.done.items()))
         return self.done
 
-    def _take(self, kind: str, module: nn.Module, forward: Callable[..., Any]) -> None:
-        module.forward = forward
+    def _take(self, kind: str, module: nn.Module, fused: FusedNorm | FusedMlp | FusedAttention) -> None:
+        module.forward, self.fused[module] = fused.forward, fused
         self.done[kind] += 1
 
     def _draw(self, *shape: int) -> Tensor:
@@ -209,7 +229,7 @@ class Fuser:
             fused = FusedNorm(self.kernels, module, eps, centred)
             if self._agree(lambda: module(x), lambda fused=fused: fused.norm(x)):  # type: ignore[misc]
                 self.norms[module] = fused
-                self._take("norm", module, fused.forward)
+                self._take("norm", module, fused)
                 return
 
     def _parts(self, path: str) -> list[LinearGroup]:
@@ -226,7 +246,7 @@ class Fuser:
         for act in ACTIVATIONS:
             fused = FusedMlp(self.kernels, base, parts[0], parts[1], act)
             if self._agree(lambda: base(x), lambda fused=fused: fused.forward(x)):  # type: ignore[misc]
-                self._take("mlp", module, fused.forward)
+                self._take("mlp", module, fused)
                 return
 
     def _attention(self, path: str, module: nn.Module, layer: int) -> None:
@@ -249,7 +269,7 @@ class Fuser:
                 return y
 
         if self._agree(lambda: run(base), lambda: run(fused.forward)):
-            self._take("attention", module, fused.forward)
+            self._take("attention", module, fused)
 
     def _places(self, dim: int) -> tuple[Tensor, Tensor]:
         """cos and sin of some angles, twice each, as transformers lays them out."""
@@ -296,7 +316,8 @@ class Fuser:
             norms = [self.norms[child] for child in children if child in self.norms]
             rest = [child for child in children if child not in self.norms and child not in attention]
             if len(attention) == len(rest) == 1 and len(norms) == 2:
-                yield module, FusedLayer(module.forward, attention[0], rest[0], norms[0], norms[1])
+                parts = self.fused.get(attention[0]), self.fused.get(rest[0])
+                yield module, FusedLayer(module.forward, attention[0], rest[0], norms[0], norms[1], *parts)
 
 
 def _is_attention(mixed: LinearGroup, out: LinearGroup, shape: LayerShape) -> bool:

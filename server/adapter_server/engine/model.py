@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import is_bitsandbytes_available
 
-from adapter_server.engine import forms
+from adapter_server.engine import few, forms
 from adapter_server.engine.attention import NAME, Probe, set_probe
 from adapter_server.engine.fused import fuse
 from adapter_server.engine.kv import LayerShape, bytes_per_token
 from adapter_server.engine.modules import AttentionSite, ModuleSite, Tap
-from adapter_server.engine.placed import Dtypes, Placed, Prefix
+from adapter_server.engine.placed import Dtypes, Placed, Prefix, Product
 from adapter_server.engine.routing import Routing, Step, current, running
 from adapter_server.engine.site import LinearGroup, group_by_input
 from adapter_server.engine.tree import Tree, Trees
@@ -108,9 +108,13 @@ class Model:
         self.fused = self._fused(kernels and fuse)
 
     def _fused(self, wanted: bool) -> Sequence[str]:
-        """What runs in fewer launches."""
+        """What runs in fewer launches; products with few rows get the form that is faster here."""
         found = forms.kernels() if wanted and forms.usable(self.device) else None
-        return () if found is None else fuse(found, self.module, self._group_of, self.seen, self.dtype)
+        if found is None:
+            return ()
+        if self.device.type == "cuda":
+            few.choose(found, [group.base for group in self.groups if isinstance(group.base, Product)])
+        return fuse(found, self.module, self._group_of, self.seen, self.dtype)
 
     @property
     def _dtypes(self) -> Dtypes:

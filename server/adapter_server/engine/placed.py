@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -30,6 +30,7 @@ class Dtypes:
 
 
 FLOAT32 = Dtypes(torch.float32, torch.float32)
+Few = Callable[[Tensor, Tensor, Tensor | None], Tensor | None]  # (x, weight, bias) → y, or None for another form's
 
 
 class Product:
@@ -38,13 +39,16 @@ class Product:
     A single token takes the plain form: a matrix-vector product gains nothing from packing.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, pack: bool) -> None:
-        self.weight, self.bias = weight, bias
+    def __init__(self, weight: Tensor, bias: Tensor | None, pack: bool, few: Few | None = None) -> None:
+        """`few`: what is asked first, where there are few rows."""
+        self.weight, self.bias, self.few = weight, bias, few
         can = weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous()) if pack and can else None
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, in] → y [T, out], a new tensor."""
+        if self.few is not None and (found := self.few(x, self.weight, self.bias)) is not None:
+            return found
         if self.packed is None or x.shape[0] == 1:
             return F.linear(x, self.weight, self.bias)
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")

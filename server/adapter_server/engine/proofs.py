@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from adapter_server.engine.kv import LayerShape
 
 if TYPE_CHECKING:
-    from adapter_server.engine.kernels import Form
+    from adapter_server.engine.kernels import Form, Tiling
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}  # of values about 1, in one product
 RANKS, COUNTS = ((3, 16, 0), (40, 8, 5), (16, 16, 16)), (1, 20, 5)  # of the probe's adapters: per member; tokens
@@ -215,6 +215,17 @@ def more_error(found: ModuleType, device: torch.device, dtype: torch.dtype, rows
         *zip(*stores, strict=True),
     ]
     return max(_far(ours, theirs) for ours, theirs in pairs)
+
+
+def few_rows_error(
+    found: ModuleType, device: torch.device, dtype: torch.dtype, tiling: Tiling, rows: int, biased: bool = False
+) -> float:
+    """Of `few_rows` over strided rows."""
+    draw, inp, outs = _draws(device), 2 * tiling.depth, 2 * tiling.outs
+    x, weight = draw(rows, inp + 8).to(dtype)[:, :inp], (draw(outs, inp) / inp**0.5).to(dtype)
+    bias = draw(outs).to(dtype) if biased else None
+    want = x.float() @ weight.float().T + (0 if bias is None else bias.float())
+    return _far(found.few_rows(x, weight, bias, tiling), want)
 
 
 def pick_error(found: ModuleType, device: torch.device, dtype: torch.dtype, vocab: int = 9001, rows: int = 4) -> float:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from adapter_server.engine.kernels import More
     from adapter_server.engine.kv import KvStep
     from adapter_server.engine.placed import Placed
 
@@ -126,7 +127,7 @@ class Step:
     rope_lengths: Sequence[tuple[int, int]] = ()  # (tokens, length) per row: the length that its RoPE sees
     added: dict[int, Tensor] = field(default_factory=dict)  # by layer: what comes behind an attention [1, T, hidden]
     streams: dict[str, Tensor] = field(default_factory=dict)  # what taps noted: [1, T, hidden] by module path
-    carry: tuple[Tensor, Tensor] | None = None  # a fused layer's output, and what its reader has still to add to it
+    carry: tuple[Tensor, Tensor, More | None] | None = None  # a fused layer's output, and what its reader is to add
 
 
 class _Context(threading.local):

@@ -33,7 +33,8 @@ from adapter_server.families.deltas import Delta, Mirror
 from adapter_server.families.quantised import is_quantised
 
 if TYPE_CHECKING:
-    pass
+    from adapter_server.engine.grouped import Beside
+    from adapter_server.engine.kernels import More
 
 Part = TypeVar("Part", Delta, Mirror, Turned)
 
@@ -53,6 +54,7 @@ class Plan:
     turns: Mapping[int, Sequence[tuple[Segment, Turned]]] = field(default_factory=dict)  # by member
     replaced: Sequence[tuple[Segment, Product]] = ()
     blocks: Sequence[tuple[Segment, BlockPatch]] = ()
+    beside: Beside | None = None  # instead of `small`, where the reader adds it
     narrow: bool = field(init=False)  # nothing is added but what needs no wider x and y than the base's
 
     def __post_init__(self) -> None:
@@ -126,6 +128,14 @@ class LinearGroup:
         if plan is None:
             plan = routing.plans[self.index] = self.plan(routing, x.shape[0])
         return plan.whole(x) if plan.whole else self._mixed(x.contiguous(), plan, routing)
+
+    def apart(self, x: Tensor) -> tuple[Tensor, More | None]:
+        """As `run`; but what adapters add may come apart from y, for whoever reads y to add, where a plan says so."""
+        step = current()
+        plan = None if step is None or self.head else step.routing.plans.get(self.index)
+        if plan is None or plan.beside is None:
+            return self.run(x), None
+        return plan.beside.run(self.base, x)
 
     def _mixed(self, x: Tensor, plan: Plan, routing: Routing) -> Tensor:
         if plan.narrow:
@@ -284,7 +294,8 @@ class LinearGroup:
             biases.append(params.get("bias"))
         joined = joined_biases(biases, weights)
         joined = None if joined is None else joined.to(self.device, self.base_dtype)
-        return Product(torch.cat(weights).to(self.device, self.base_dtype), joined, self.pack)
+        few = self.base.few if isinstance(self.base, Product) else None
+        return Product(torch.cat(weights).to(self.device, self.base_dtype), joined, self.pack, few)
 
     def _low_rank(self, mine: Sequence[Patch | None]) -> tuple[Tensor | None, tuple[tuple[Tensor, Tensor] | None, ...]]:
         """A [Σ r, in] of all members, and per member (its rows of A, Bt [r, out])."""

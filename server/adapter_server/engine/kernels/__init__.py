@@ -3,6 +3,7 @@
     lowrank    the products of a step's adapters
     attention  of rows over their pages
     block      norms, gates, RoPE and the choice of a token
+    linear     a product with few rows
 
 Each kernel's reference is a line of torch, in its docstring, and `proofs.py` holds it to that.
 
@@ -13,6 +14,7 @@ else is in the step changes no bit.
 
 from adapter_server.engine.kernels.attention import CHUNK, MOST_CHUNKS, Form, Rows, paged_decode
 from adapter_server.engine.kernels.block import More, Norm, add_rms_norm, gated, pick, rms_norm, rope_write
+from adapter_server.engine.kernels.linear import MOST_ROWS, TILINGS, Tiling, few_rows, takes
 from adapter_server.engine.kernels.lowrank import (
     HEAD,
     MEMBER,
@@ -26,7 +28,7 @@ from adapter_server.engine.kernels.lowrank import (
 )
 
 __all__ = [
-    "CHUNK", "HEAD", "MEMBER", "MOST_CHUNKS", "MOST_SPLITS", "RANKS", "TOKENS", "WIDE",
-    "Form", "More", "Norm", "Outputs", "Rows", "Tiles",
-    "add_low_rank", "add_rms_norm", "gated", "paged_decode", "pick", "rms_norm", "rope_write",
+    "CHUNK", "HEAD", "MEMBER", "MOST_CHUNKS", "MOST_ROWS", "MOST_SPLITS", "RANKS", "TILINGS", "TOKENS", "WIDE",
+    "Form", "More", "Norm", "Outputs", "Rows", "Tiles", "Tiling",
+    "add_low_rank", "add_rms_norm", "few_rows", "gated", "paged_decode", "pick", "rms_norm", "rope_write", "takes",
 ]  # fmt: skip
