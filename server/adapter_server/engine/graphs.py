@@ -24,12 +24,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from adapter_server.engine.grouped import Grouped, GroupedSmall
+from adapter_server.engine.grouped import Beside, Grouped, GroupedSmall, Place
 from adapter_server.engine.kv import Decodes, KvStep, Lease, PagePool
 from adapter_server.engine.placed import GroupPatch, Placed
 from adapter_server.engine.routing import Routing, Step
 from adapter_server.engine.sampling import Chosen
-from adapter_server.engine.site import Plan
+from adapter_server.engine.site import LinearGroup, Plan
 
 if TYPE_CHECKING:
     from adapter_server.engine.model import Model
@@ -49,12 +49,12 @@ Field = tuple[torch.dtype, tuple[int, ...]]
 def sheet_of(rows: int, pages: int) -> dict[str, Field]:
     """What a step's data are: name, dtype and shape."""
     each = dict.fromkeys(("ids", "positions", "places", "source"), (torch.int64, (rows,)))
-    small = dict.fromkeys(("lengths", "tokens"), (torch.int32, (rows,)))
+    small = dict.fromkeys(("lengths", "tokens", "live"), (torch.int32, (rows,)))
     return {
         **each,
         **small,
         "weights": (torch.float32, (rows,)),
-        "tiles": (torch.int32, (rows, 3)),
+        "tiles": (torch.int32, (rows, 4)),
         "table": (torch.int32, (rows, pages)),
     }
 
@@ -87,6 +87,7 @@ class Key:
     tiles: int
     context: int
     width: int = 0  # of the low rank's small products
+    scaled: bool = False  # some adapter scales what the base gives, so that none can run beside it
     groups: frozenset[int] = frozenset()  # that adapters touch
     whole: Placed | None = None  # whose weights all rows run on
 
@@ -134,7 +135,10 @@ class Graphs:
         self.order = torch.arange(self.rows, device=self.device)
         self.captured: dict[Key, Captured] = {}
         self.turn = 0
-        self.groups: frozenset[int] = frozenset()
+        self.groups: frozenset[int] = frozenset()  # that adapters have touched
+        self.scaled = False  # whether one has scaled the base's output
+        self.more: Tensor | None = None  # what adapters add, for whoever reads
+        self.aside = torch.cuda.Stream(self.device, priority=-1) if locked else None  # type: ignore[no-untyped-call]
         self.memory = torch.cuda.graph_pool_handle() if locked else None
         self.failed = False
 
@@ -200,8 +204,9 @@ class Graphs:
         context = bucket(most, CONTEXTS, self.length)
         if not tiles:
             return Key(rows, 0, context, whole=_whole(routing))
-        self.groups |= {index for s in routing.segments for index, patch in s.placed.groups.items() if patch.pairs}
-        return Key(rows, min(rows, bucket(tiles, TILES, rows)), context, width, self.groups)
+        self.groups |= {index for s in routing.segments for index in s.placed.groups}
+        self.scaled = self.scaled or any(p.mul is not None for s in routing.segments for p in s.placed.groups.values())
+        return Key(rows, min(rows, bucket(tiles, TILES, rows)), context, width, self.scaled, self.groups)
 
     def _fill(self, host: Sheet, slices: Sequence[Slice], rows: int, before: Flight | None) -> None:
         n, ahead, page, arrays = len(slices), before is not None, self.kv.page, host.arrays
@@ -313,10 +318,22 @@ class Graphs:
         if not key.tiles or not isinstance(form, Grouped):
             return {}
         sheet, n = self.sheet, key.rows
-        tiles = form.tiles(sheet["tokens"][:n], sheet["weights"][:n], sheet["tiles"][: key.tiles], key.width)
+        runs = [form.kernels.Run(0, key.tiles, True)]
+        tiles = form.tiles(sheet["tokens"][:n], sheet["weights"][:n], sheet["tiles"][: key.tiles], runs, key.width)
+        small = {g.index: GroupedSmall(form, g, tiles, frozenset()) for g in groups if g.index in key.groups}
+        apart = [] if key.scaled else [g for g in groups if g.index in small and not g.head]
+        beside = {g.index: self._beside(form, small[g.index], g, n) for g in apart}
         return {
-            g.index: Plan(small=[GroupedSmall(form, g, tiles)]) if g.index in key.groups else Plan() for g in groups
+            g.index: Plan(small=[small[g.index]], beside=beside.get(g.index)) if g.index in small else Plan()
+            for g in groups
         }
+
+    def _beside(self, form: Grouped, small: GroupedSmall, group: LinearGroup, rows: int) -> Beside:
+        if self.more is None:
+            widest = max(sum(g.outs) for g in self.model.groups if not g.head)
+            self.more = torch.zeros(self.rows * widest, dtype=group.base_dtype, device=self.device)
+        value = self.more[: rows * sum(group.outs)].view(rows, -1)
+        return Beside(small, form.kernels.More(value, self.sheet["live"][:rows]), self.aside)
 
     def forget(self, placed: Placed) -> None:
         """It leaves the device: no graph may read its weights."""
@@ -332,11 +349,13 @@ def bucket(count: int, steps: Sequence[int], most: int | None) -> int:
 
 
 def _fill_tiles(
-    host: Sheet, tokens: Sequence[int], weights: Sequence[float], places: Sequence[tuple[int, int, int]], tiles: int
+    host: Sheet, tokens: Sequence[int], weights: Sequence[float], places: Sequence[Place], tiles: int
 ) -> None:
     arrays, n = host.arrays, len(places)
     arrays["tokens"][: len(tokens)] = tokens
     arrays["weights"][: len(weights)] = weights
+    arrays["live"][:] = 0
+    arrays["live"][tokens] = 1
     if n:
         arrays["tiles"][:n] = places
     arrays["tiles"][n:tiles] = 0  # of no pair
@@ -357,5 +376,5 @@ def _whole(routing: Routing) -> Placed | None:
 
 def _is_narrow(patch: GroupPatch) -> bool:
     """Whether the low-rank kernels do all of it."""
-    others = (patch.mul, patch.add, patch.shift, patch.product, patch.block)
+    others = (patch.shift, patch.product, patch.block)
     return all(part is None for part in others) and not (patch.deltas or patch.mirrors or patch.turns)

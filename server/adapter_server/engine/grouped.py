@@ -1,6 +1,7 @@
 """`LowRank` for CUDA: all adapters of a step in one shrink and one expand a group, on the adapters' own tensors.
 
-    table [adapters, groups · fields] int64    per group: A's address and rows; per member Bt's address, row in A, rank
+    table [adapters, groups · fields] int64    per group: A's address and rows, mul's and add's addresses;
+                                               per member: Bt's address, first row in A, rank
 
 A row of the table is written when its adapter first runs; a step's plan names rows. Any ranks run in one launch,
 nothing is padded, copied or gathered. Its reference, and what runs without the kernels, is `lowrank.Banked`.
@@ -9,7 +10,7 @@ nothing is padded, copied or gathered. Its reference, and what runs without the 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -21,11 +22,12 @@ from adapter_server.engine.lowrank import Adder, PackedRow, by_adapter
 from adapter_server.engine.routing import Routing, Segment
 
 if TYPE_CHECKING:
-    from adapter_server.engine.kernels import Outputs, Tiles
+    from adapter_server.engine.kernels import More, Outputs, Run, Tiles
     from adapter_server.engine.placed import GroupPatch, Placed
     from adapter_server.engine.site import LinearGroup
 
 FEWEST = 64  # adapters that the table has room for at first
+Place = tuple[int, int, int, int]  # table row, first pair, pairs, 1 where its vectors are added too
 LARGE = 256  # tokens of one adapter's own; above, plain products read its tensors often enough
 
 
@@ -35,8 +37,8 @@ class Listed:
 
     tokens: Sequence[int]
     weights: Sequence[float]
-    places: Sequence[tuple[int, int, int]]
-    layers: Sequence[tuple[int, int]]
+    places: Sequence[Place]
+    runs: Sequence[Run]
     width: int
 
 
@@ -47,7 +49,7 @@ class Table:
         self.kernels, self.device = kernels, device
         self.groups, self.members = 1, 1
         self.held: list[Placed | None] = []
-        self.width = kernels.RANKS  # the most rows that an A had, in whole blocks
+        self.width: int = kernels.MANY_RANKS  # the most rows that an A had, in whole blocks
         self.rows = torch.empty(0, 0, dtype=torch.int64)
 
     @property
@@ -76,7 +78,7 @@ class Table:
         groups = max(self.groups, 1 + max(placed.groups, default=0))
         members = max(self.members, *(len(patch.pairs) for patch in placed.groups.values()), 0)
         rows = max((patch.A.shape[0] for patch in placed.groups.values() if patch.A is not None), default=0)
-        self.width = max(self.width, -(-rows // self.kernels.RANKS) * self.kernels.RANKS)
+        self.width = max(self.width, -(-rows // self.kernels.MANY_RANKS) * self.kernels.MANY_RANKS)
         fits = (groups, members) == (self.groups, self.members) and len(self.held) <= len(self.rows)
         self.groups, self.members = groups, members
         return fits
@@ -97,10 +99,11 @@ class Table:
 
 
 def _entry(patch: GroupPatch) -> list[int]:
-    """A and its rows; per member Bt, its first row in A, its rank."""
+    """A and its rows, mul, add; per member Bt, its first row in A, its rank. 0 for what is not there."""
+    mul, add = (0 if vector is None else vector.data_ptr() for vector in (patch.mul, patch.add))
     if patch.A is None:
-        return [0, 0]
-    entry, above = [patch.A.data_ptr(), patch.A.shape[0]], 0
+        return [0, 0, mul, add]
+    entry, above = [patch.A.data_ptr(), patch.A.shape[0], mul, add], 0
     for pair in patch.pairs:
         rank = 0 if pair is None else pair[0].shape[0]
         entry += (0 if pair is None else pair[1].data_ptr(), above, rank)
@@ -123,11 +126,13 @@ class Grouped:
     ) -> tuple[list[Adder], list[Segment]]:
         small = [s for s in touching if not _is_large(s)]
         large = [s for s in touching if _is_large(s)]
-        if not small:
+        alone = [s for s in routing.segments if s.sole and not _is_large(s)]
+        vectors = frozenset(s.placed for s in alone if _has_vectors(s.placed.groups.get(group.index)))
+        if not small and not vectors:
             return [], large
         if "tiles" not in routing.shared:
             routing.shared["tiles"] = self._on_device(self.listed(routing))
-        return [GroupedSmall(self, group, routing.shared["tiles"])], large
+        return [GroupedSmall(self, group, routing.shared["tiles"], vectors)], large
 
     def forget(self, placed: Placed) -> None:
         self.table.drop(placed)
@@ -138,38 +143,38 @@ class Grouped:
             blocks = torch.tensor(list(_blocks(group, self.kernels.WIDE)), dtype=torch.int32)
             self._blocks[group.index] = blocks.to(group.device)
         outputs: Outputs = self.kernels.Outputs(
-            self._blocks[group.index], group.inp, group.index * self.table.fields
-        )  # fmt: skip
+            self._blocks[group.index], group.inp, group.index * self.table.fields, all(o % 16 == 0 for o in group.outs)
+        )
         return outputs
 
     def listed(self, routing: Routing) -> Listed:
         """The step's pairs in tiles; made once a routing, shared by all groups."""
         if "listed" not in routing.shared:
-            segments = [s for s in routing.segments if s.placed.rank and not _is_large(s)]
-            routing.shared["listed"] = self._listed(segments)
+            segments = [s for s in routing.segments if not _is_large(s)]
+            some = [s for s in segments if any(_is_small(patch) for patch in s.placed.groups.values())]
+            routing.shared["listed"] = self._listed(some)
         found: Listed = routing.shared["listed"]
         return found
 
     def _listed(self, segments: Sequence[Segment]) -> Listed:
-        slots = [self.table.take(s.placed) for s in segments]
-        tokens, weights = [_tokens(s) for s in segments], [_weights(s) for s in segments]
-        layers, at = _layers(tokens), 0
-        tiles: list[list[tuple[int, int, int]]] = [[] for _ in range(1 + max(map(max, layers)))]
+        tokens = [_tokens(s) for s in segments]
         order: list[int] = []
-        each: list[float] = []
-        for slot, own, scales, depths in zip(slots, tokens, weights, layers, strict=True):
-            for depth in sorted(set(depths)):
-                mine = [i for i, d in enumerate(depths) if d == depth]
+        weights: list[float] = []
+        places: dict[tuple[int, bool], list[Place]] = {}
+        for segment, own, depths in zip(segments, tokens, _layers(tokens), strict=True):
+            slot, scales = self.table.take(segment.placed), _weights(segment)
+            for kind, mine in _kinds(depths, segment.rows, self.kernels.FEW):
+                size = self.kernels.FEW if kind[1] else self.kernels.MANY
+                places.setdefault(kind, []).extend(
+                    (slot, len(order) + i, min(size, len(mine) - i), int(segment.sole))
+                    for i in range(0, len(mine), size)
+                )
                 order += [own[i] for i in mine]
-                each += [scales[i] for i in mine]
-                tiles[depth] += [
-                    (slot, at + i, min(self.kernels.TOKENS, len(mine) - i))
-                    for i in range(0, len(mine), self.kernels.TOKENS)
-                ]
-                at += len(mine)
-        ends = list(itertools.accumulate(len(layer) for layer in tiles))
-        places = [place for layer in tiles for place in layer]
-        return Listed(order, each, places, list(zip([0, *ends], ends, strict=False)), self.table.width)
+                weights += [scales[i] for i in mine]
+        kinds = sorted(places)
+        ends = list(itertools.accumulate(len(places[kind]) for kind in kinds))
+        runs = [self.kernels.Run(a, b, few) for a, b, (_, few) in zip([0, *ends], ends, kinds, strict=False)]
+        return Listed(order, weights, [place for kind in kinds for place in places[kind]], runs, self.table.width)
 
     def _on_device(self, listed: Listed) -> Tiles:
         device = self.table.device
@@ -177,31 +182,65 @@ class Grouped:
             torch.tensor(listed.tokens, dtype=torch.int32, device=device),
             torch.tensor(listed.weights, dtype=torch.float32, device=device),
             torch.tensor(listed.places, dtype=torch.int32, device=device),
+            listed.runs,
             listed.width,
-            listed.layers,
         )
 
-    def tiles(
-        self, tokens: Tensor, weights: Tensor, places: Tensor, width: int, layers: Sequence[tuple[int, int]] = ()
-    ) -> Tiles:
-        """The same on the device, with room for the small products; one layer of all tiles, unless said."""
+    def tiles(self, tokens: Tensor, weights: Tensor, places: Tensor, runs: Sequence[Run], width: int) -> Tiles:
+        """The same on the device, with room for the small products."""
         size = self.kernels.MOST_SPLITS * len(tokens) * width
         scratch = torch.empty(size, dtype=torch.float32, device=self.table.device)
-        made: Tiles = self.kernels.Tiles(tokens, weights, places, layers or [(0, len(places))], width, scratch)
+        made: Tiles = self.kernels.Tiles(tokens, weights, places, runs, width, scratch)
         return made
 
 
 class GroupedSmall:
     """A routing's segments at one group. Kernels add in float32; several adapters on a token round several times."""
 
-    def __init__(self, form: Grouped, group: LinearGroup, tiles: Tiles) -> None:
-        self.kernels, self.tiles, self.held = form.kernels, tiles, group.dtype
-        self.narrow = len(tiles.layers) == 1
+    def __init__(self, form: Grouped, group: LinearGroup, tiles: Tiles, vectors: frozenset[Placed]) -> None:
+        self.kernels, self.tiles, self.held, self.vectors = form.kernels, tiles, group.dtype, vectors
+        self.narrow = len({run.few for run in tiles.runs}) == len(tiles.runs)  # one run of a kind: no token comes twice
         self.table, self.outputs = form.table.rows, form.outputs(group)
 
     def add(self, y: Tensor, x: Tensor) -> None:
-        """y [T, outs] += w · B (A x)."""
+        """y [T, outs] += w · (mul · y + add + B (A x)), the vectors of those in `vectors` alone."""
         self.kernels.add_low_rank(y, x, self.tiles, self.table, self.outputs, self.held)
+
+    def write(self, more: Tensor, x: Tensor) -> None:
+        """more [T, outs] = w · (add + B (A x)) at the tokens that have adapters."""
+        self.kernels.low_rank(more, x, self.tiles, self.table, self.outputs, self.held)
+
+
+class Beside:
+    """The same of a captured step, computed beside the base's product on a stream of its own, for y's reader to add.
+
+    `more.value` [T, outs] is memory that all groups share: a group's is read before the next one's is written.
+    """
+
+    def __init__(self, small: GroupedSmall, more: More, stream: torch.cuda.Stream | None) -> None:
+        self.small, self.more, self.stream = small, more, stream
+
+    def run(self, base: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, More]:
+        """(x · Wᵀ + b, what is to be added)."""
+        if self.stream is None:
+            self.small.write(self.more.value, x)
+            return base(x), self.more
+        here = torch.cuda.current_stream()
+        self.stream.wait_stream(here)
+        with torch.cuda.stream(self.stream):
+            self.small.write(self.more.value, x)
+        y = base(x)
+        here.wait_stream(self.stream)
+        return y, self.more
+
+
+def _has_vectors(patch: GroupPatch | None) -> bool:
+    return patch is not None and (patch.mul is not None or patch.add is not None)
+
+
+def _is_small(patch: GroupPatch) -> bool:
+    """Whether the kernels have anything to do for it."""
+    return patch.A is not None or _has_vectors(patch)
 
 
 def _is_large(segment: Segment) -> bool:
@@ -231,6 +270,13 @@ def _layers(tokens: Sequence[Sequence[int]]) -> list[list[int]]:
         for token in own:
             seen[token] = seen.get(token, 0) + 1
     return layers
+
+
+def _kinds(depths: Sequence[int], rows: Sequence[int], few: int) -> Iterator[tuple[tuple[int, bool], list[int]]]:
+    """A segment's tokens by (how many adapters before, whether their row has few): by the row's own tokens alone."""
+    short = [n <= few for n in rows for _ in range(n)]
+    for kind in sorted(set(zip(depths, short, strict=True))):
+        yield kind, [i for i, each in enumerate(zip(depths, short, strict=True)) if each == kind]
 
 
 def _blocks(group: LinearGroup, wide: int) -> Iterator[tuple[int, int, int, int]]:

@@ -12,23 +12,37 @@ a step may be captured as a graph. Sums run in an order that depends on a row's 
 else is in the step changes no bit.
 """
 
-from adapter_server.engine.kernels.attention import CHUNK, MOST_CHUNKS, Form, Rows, paged_decode
+from adapter_server.engine.kernels.attention import (
+    CHUNK,
+    MOST_CHUNKS,
+    QUERIES,
+    Chunks,
+    Form,
+    Rows,
+    paged_decode,
+    paged_prefill,
+)
 from adapter_server.engine.kernels.block import More, Norm, add_rms_norm, gated, pick, rms_norm, rope_write
 from adapter_server.engine.kernels.linear import MOST_ROWS, TILINGS, Tiling, few_rows, takes
 from adapter_server.engine.kernels.lowrank import (
+    FEW,
     HEAD,
+    MANY,
+    MANY_RANKS,
     MEMBER,
     MOST_SPLITS,
-    RANKS,
-    TOKENS,
     WIDE,
     Outputs,
+    Run,
     Tiles,
     add_low_rank,
+    low_rank,
 )
 
 __all__ = [
-    "CHUNK", "HEAD", "MEMBER", "MOST_CHUNKS", "MOST_ROWS", "MOST_SPLITS", "RANKS", "TILINGS", "TOKENS", "WIDE",
-    "Form", "More", "Norm", "Outputs", "Rows", "Tiles", "Tiling",
-    "add_low_rank", "add_rms_norm", "few_rows", "gated", "paged_decode", "pick", "rms_norm", "rope_write", "takes",
+    "CHUNK", "FEW", "HEAD", "MANY", "MANY_RANKS", "MEMBER", "MOST_CHUNKS", "MOST_ROWS", "MOST_SPLITS", "QUERIES",
+    "TILINGS", "WIDE",
+    "Chunks", "Form", "More", "Norm", "Outputs", "Rows", "Run", "Tiles", "Tiling",
+    "add_low_rank", "add_rms_norm", "few_rows", "gated", "low_rank", "paged_decode", "paged_prefill", "pick", "rms_norm",
+    "rope_write", "takes",
 ]  # fmt: skip
