@@ -50,9 +50,15 @@ def compiled(kernel: Any, pointers: Mapping[str, str], constants: Mapping[str, A
 def low_rank(arch: int, name: str) -> None:
     held, star = launch.DTYPES[HELD[name]], f"*{name}"
     plan = {"tokens": "*i32", "weights": "*fp32", "places": "*i32", "table": "*i64", "blocks": "*i32"}
-    low = {"HELD": held, "COMPUTE": held, "TOKENS": lowrank.TOKENS, "RANKS": lowrank.RANKS}
-    compiled(lowrank._shrink, {**plan, "x": star, "parts": "*fp32"}, {**low, "DEPTH": lowrank.DEPTH}, arch)
-    compiled(lowrank._expand, {**plan, "y": star, "parts": "*fp32"}, {**low, "WIDE": lowrank.WIDE}, arch)
+    plan |= {"x": star, "y": star, "parts": "*fp32"}
+    few, wide = {"HELD": held, "RANKS": lowrank.RANKS}, {"ALIGNED": True, "WIDE": lowrank.WIDE}
+    compiled(lowrank._shrink_few, plan, {**few, "SPAN": 256}, arch, lowrank.SHRINK_WARPS)
+    compiled(lowrank._expand_few, plan, {**few, **wide, "SPLITS": 16}, arch, lowrank.EXPAND_WARPS)
+    many = {"HELD": held, "COMPUTE": held, "TOKENS": lowrank.MANY, "SPLITS": lowrank.MANY_SPLITS}
+    many["PRECISION"] = "tf32x3" if name == "fp32" else "ieee"
+    shrink = {"RANKS": lowrank.MANY_RANKS, "DEPTH": lowrank.DEPTH}
+    compiled(lowrank._shrink_many, plan, {**many, **shrink}, arch, lowrank.MANY_WARPS)
+    compiled(lowrank._expand_many, plan, {**many, **wide, "RANKS": lowrank.RANKS}, arch, lowrank.MANY_WARPS)
 
 
 def attended(arch: int, name: str) -> None:
@@ -66,6 +72,19 @@ def attended(arch: int, name: str) -> None:
     dtypes = {"HELD": held, "COMPUTE": held}
     stores = {"q": star, "keys": star, "values": star}
     compiled(attention._attend, {**rows, **stores}, {**options, **dtypes, **heads, **spans}, arch)
+    tiles = {"table": "*i32", "tiles": "*i32", "out": star, "sinks": star, "scale": "fp32", "cap": "fp32", **stores}
+    precise = {"PRECISION": "tf32x3" if name == "fp32" else "ieee", "QUERIES": attention.QUERIES, "KEYS": spans["KEYS"]}
+    shape = {
+        "CAPPED": True,
+        "SINKS": True,
+        "GROUP": 4,
+        "PAGE": 16,
+        "DIM": DIM,
+        "DIMS": DIM,
+        "WIDTH": DIM,
+        "WIDTHS": DIM,
+    }
+    compiled(attention._prefill, tiles, {**shape, **dtypes, **precise}, arch, attention.PREFILL_WARPS)
     compiled(attention._combine, {**rows, "out": star, "sinks": star}, {"SINKS": True, **heads, **spans}, arch)
 
 

@@ -39,7 +39,7 @@ def nothing(*_: object) -> None:
 def test_what_agrees_is_used(caplog: pytest.LogCaptureFixture) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         assert isinstance(forms.low_rank(CPU, dtype, dtype), Grouped)
-        assert forms.decoding(CPU, dtype, LAYERS, 4, PAGE) is kernels
+        assert forms.attending(CPU, dtype, LAYERS, 4, PAGE) is kernels
     assert not caplog.records
 
 
@@ -50,20 +50,20 @@ def test_what_fails_or_differs_is_left_out(
     monkeypatch.setattr(forms, "kernels", lambda: spoilt("add_low_rank", do))
     assert not isinstance(forms.low_rank(CPU, torch.float32, torch.float32), Grouped)
     monkeypatch.setattr(forms, "kernels", lambda: spoilt("paged_decode", do))
-    assert forms.decoding(CPU, torch.float32, LAYERS, 4, PAGE) is None
+    assert forms.attending(CPU, torch.float32, LAYERS, 4, PAGE) is None
     assert [word in record.getMessage() for record in caplog.records] == [True, True]
 
 
 def test_a_machine_without_triton(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(forms, "kernels", lambda: None)
     assert not isinstance(forms.low_rank(CPU, torch.bfloat16, torch.bfloat16), Grouped)
-    assert forms.decoding(CPU, torch.float32, LAYERS, 4, PAGE) is None
+    assert forms.attending(CPU, torch.float32, LAYERS, 4, PAGE) is None
     assert not caplog.records
 
 
 def test_kernels_may_be_turned_off() -> None:
     assert not isinstance(forms.low_rank(CPU, torch.float32, torch.float32, wanted=False), Grouped)
-    assert forms.decoding(CPU, torch.float32, LAYERS, 4, PAGE, wanted=False) is None
+    assert forms.attending(CPU, torch.float32, LAYERS, 4, PAGE, wanted=False) is None
 
 
 def test_the_cpu_has_forms_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,5 +77,5 @@ def test_the_cpu_has_forms_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_probing_leaves_the_random_state_alone() -> None:
     before = torch.random.get_rng_state()
     forms.low_rank(CPU, torch.float32, torch.float32)
-    forms.decoding(CPU, torch.float32, LAYERS, 4, PAGE)
+    forms.attending(CPU, torch.float32, LAYERS, 4, PAGE)
     assert torch.equal(before, torch.random.get_rng_state())

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,10 +16,10 @@ import rig
 import zoo
 from adapter_server.core import Spec
 from adapter_server.engine import forms, proofs
-from adapter_server.engine.grouped import Grouped
+from adapter_server.engine.grouped import LARGE, Grouped
 from adapter_server.engine.lowrank import Banked
 from adapter_server.engine.placed import Dtypes, Placed
-from adapter_server.engine.routing import Routing, Step, route, running
+from adapter_server.engine.routing import Routing, Step, Use, route, running
 from adapter_server.engine.site import LinearGroup
 from adapter_server.families.base import Adapter, Patch
 from test_site import OUTS, Case, close
@@ -32,7 +33,7 @@ TOLERANCE = {
     torch.float16: 4e-3,
     torch.bfloat16: 3e-2,
 }  # of values about 1; the interpreter cuts to bfloat16
-KINDS = ("lora", "dora", "scale", "bias", "override", "delta_more")
+KINDS = ("lora", "dora", "scale", "bias", "override", "delta_more", "mirror", "turn_more", "shift")
 
 
 def grouped() -> Grouped:
@@ -61,12 +62,31 @@ def test_adapters_come_and_go() -> None:
     assert len(form.table.held) <= 5
 
 
+def test_vectors_of_who_is_alone_go_with_the_products() -> None:
+    """DoRA, biases and scales need no pass of their own over y; under composition they keep it."""
+    case = Case(3, kinds=("lora", "dora", "scale", "bias"), n=8, form=grouped())
+    each: list[tuple[int, tuple[Use, ...]]] = [(1 + i, ((placed, 1.0),)) for i, placed in enumerate(case.patches)]
+    first, dora, *_ = case.patches
+    for rows, alone in ((each, True), ([*each, (2, ((first, 0.5), (dora, 2.0)))], False)):
+        assert close(*case.run(rows))
+        plan = case.group.plan(routed := route(rows, CPU), routed.tokens)
+        assert (plan.mul is None, plan.narrow) == (alone, alone)
+    assert close(*case.run([(2, ((placed, -0.5),)) for placed in case.patches]))
+
+
+def test_a_long_segment_keeps_its_vectors() -> None:
+    case = Case(5, kinds=("dora",), n=2, form=grouped())
+    long, short = case.patches
+    assert close(*case.run([(LARGE + 1, ((long, 1.0),)), (2, ((short, 1.0),))]))
+
+
 def test_who_else_is_in_the_step_changes_no_bit() -> None:
     case = Case(5, kinds=("lora",), n=6, form=grouped())
     mine, *others = case.patches
     x = torch.randn(3, 12)
     alone = low_rank(case, [(3, mine)], x)
-    mixed = low_rank(case, [*((2, other) for other in others), (3, mine)], torch.cat([torch.randn(10, 12), x]))
+    more = [(2, others[0]), (30, others[1]), (40, mine)]  # a long row of its own adapter too
+    mixed = low_rank(case, [*more, (3, mine)], torch.cat([torch.randn(72, 12), x]))
     assert torch.equal(alone, mixed[-3:])
 
 
@@ -121,6 +141,19 @@ def test_attention_with_every_option(window: int | None, cap: float | None, sunk
 @pytest.mark.parametrize(("shape", "heads"), [((1, 64, 64), 8), ((3, 80, 80), 3), ((1, 192, 128), 2)])
 def test_attention_by_shape_and_dtype(shape: tuple[int, int, int], heads: int, dtype: torch.dtype) -> None:
     error = proofs.attention_error(kernels, Form(shape[1] ** -0.5), shape, heads, CPU, dtype)
+    assert error < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("more", [{}, {"cap": 5.0, "sinks": True}])
+@pytest.mark.parametrize(("shape", "heads"), [((2, 16, 16), 8), ((3, 24, 20), 3)])
+def test_rows_with_several_new_tokens(
+    shape: tuple[int, int, int], heads: int, more: dict[str, Any], window: int | None, dtype: torch.dtype
+) -> None:
+    """Behind a past and without one, in one tile and in several, each token over the keys up to its own."""
+    more = {**more, "sinks": torch.linspace(-1, 1, heads)} if more else more
+    error = proofs.prefill_error(kernels, Form(0.3, window=window, **more), shape, heads, CPU, dtype)
     assert error < TOLERANCE[dtype]
 
 
@@ -182,7 +215,7 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 NAMES = [
-    "_shrink", "_expand", "_attend", "_combine",
+    "_shrink_few", "_expand_few", "_shrink_many", "_expand_many", "_attend", "_prefill", "_combine",
     "_rms_norm", "_gated", "_gated", "_gated", "_rope_write", "_rope_write", "_pick", "_picked",
 ]  # fmt: skip
 KERNELLED = ("lora", "dora", "ia3", "lora_saved", "prefix")
@@ -198,7 +231,7 @@ def test_the_engine_with_kernels_is_peft(arch: str) -> None:
     assert served.kv.kernels is kernels
     digest = served.model.digest()
     asked = [rig.ask(served, name, rig.PROMPTS[i % 3], max_new_tokens=3) for i, name in enumerate((None, *names))]
-    for i, (name, answer) in enumerate(zip((None, *names), rig.run(served, asked), strict=True)):
+    for i, (name, answer) in enumerate(zip((None, *names), rig.run(served, asked, timeout_s=240), strict=True)):
         ids, logprobs = rig.peft_alone(arch, name, rig.PROMPTS[i % 3], 3)
         assert tuple(answer.ids) == ids, name
         assert (answer.matrix() - logprobs).abs().max().item() < 1e-4, name

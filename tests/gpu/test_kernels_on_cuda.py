@@ -39,6 +39,7 @@ def test_attention(
     form = kernels.Form(shape[1] ** -0.5, cap, window, torch.randn(heads, device=device) if sunk else None)
     lengths = [1, 16, 129, 1000, kernels.MOST_CHUNKS * kernels.CHUNK + 77]
     assert proofs.attention_error(kernels, form, shape, heads, device, dtype, lengths) < proofs.TOLERANCE[dtype]
+    assert proofs.prefill_error(kernels, form, shape, heads, device, dtype) < proofs.TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)

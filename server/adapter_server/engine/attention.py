@@ -2,12 +2,14 @@
 
 The model calls it per layer with the new tokens' queries, keys and values after RoPE, all rows packed in [1, T]. New
 keys go to the pool; rows with several new tokens are read one by one, rows with one new token as one padded batch.
+Where kernels read pages in place, either kind goes at once.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,9 @@ from transformers import AttentionInterface
 from adapter_server.engine.kv import Decodes, KvStep, PagePool
 from adapter_server.engine.routing import Segment, Step, add_to, current
 from adapter_server.families.base import GatedPrompt
+
+if TYPE_CHECKING:
+    from adapter_server.engine.kernels import Chunks, Form
 
 NAME = "adapter_server"
 
@@ -45,6 +50,11 @@ class Scores:
     @property
     def simple(self) -> bool:
         return self.softcap is None and self.sinks is None
+
+    def form(self, kernels: ModuleType) -> Form:
+        """As the kernels take it."""
+        form: Form = kernels.Form(self.scaling, self.softcap, self.window, self.sinks)
+        return form
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         """q [n, heads, t, dim], k and v [n, kv_heads, context, dim], bias added to the scores → [n, heads, t, dim_v].
@@ -110,6 +120,8 @@ def packed_attention(
         if chunk.past or (scores.window is not None and chunk.context > scores.window):
             bias = causal(chunk.count, chunk.context, scores.window, q)
         out[:, span] = scores.attend(q, k, v, bias).transpose(1, 2)
+    if step.kv.chunks is not None:
+        _prefill(out, query, layer, step.kv, step.kv.chunks, scores)
     if step.kv.decodes is not None:
         _decode(out, query, layer, step.kv, step.kv.decodes, scores)
     for segment in step.routing.segments:
@@ -118,13 +130,23 @@ def packed_attention(
     return out, None
 
 
+def _prefill(out: Tensor, query: Tensor, layer: int, kv: KvStep, chunks: Chunks, scores: Scores) -> None:
+    """All rows with several new tokens at once, where their pages are."""
+    pool = kv.pool
+    if not isinstance(pool, PagePool) or pool.kernels is None:
+        raise RuntimeError("tiles of pages were planned without kernels to read them")
+    pool.kernels.paged_prefill(
+        out[0], query[0], pool.keys[layer], pool.values[layer], chunks, scores.form(pool.kernels)
+    )
+
+
 def _decode(out: Tensor, query: Tensor, layer: int, kv: KvStep, decodes: Decodes, scores: Scores) -> None:
     """One query per row: the heads of a kv head become the queries of one small attention."""
     pool = kv.pool
     if isinstance(pool, PagePool) and pool.kernels is not None:
         kernels = pool.kernels
         rows = kernels.Rows(decodes.table, decodes.lengths, decodes.tokens, pool.page, decodes.context)
-        form = kernels.Form(scores.scaling, scores.softcap, scores.window, scores.sinks)
+        form = scores.form(kernels)
         kernels.paged_decode(out[0], query[0], pool.keys[layer], pool.values[layer], rows, form)
         return
     n = decodes.take.shape[0]

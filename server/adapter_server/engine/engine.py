@@ -144,7 +144,7 @@ class Engine:
         page_pool = PagePool(model.layers, pages, config.page_tokens, model.dtype, model.device, cached > 0)
         if model.lane == "packed":
             heads = model.module.config.get_text_config().num_attention_heads
-            page_pool.kernels = forms.decoding(
+            page_pool.kernels = forms.attending(
                 model.device, model.dtype, model.layers.values(), heads, config.page_tokens, config.kernels
             )
         return page_pool, length

@@ -22,7 +22,7 @@ from adapter_server.engine import native
 from adapter_server.engine.grouped import Grouped
 from adapter_server.engine.kv import LayerShape
 from adapter_server.engine.lowrank import Banked, LowRank
-from adapter_server.engine.proofs import TOLERANCE, attention_error, low_rank_error
+from adapter_server.engine.proofs import TOLERANCE, attention_error, low_rank_error, prefill_error
 
 if TYPE_CHECKING:
     from adapter_server.engine.kernels import Form
@@ -61,7 +61,7 @@ def _low_rank_agrees(found: ModuleType, device: torch.device, given: torch.dtype
     return _agrees("low-rank products", error, max(TOLERANCE[given], TOLERANCE[held]))
 
 
-def decoding(
+def attending(
     device: torch.device, dtype: torch.dtype, layers: Iterable[LayerShape], heads: int, page: int, wanted: bool = True
 ) -> ModuleType | None:
     """The kernels, where they compute attention over these layers' heads; None: plain torch does."""
@@ -71,9 +71,10 @@ def decoding(
         if heads % shape[0]:
             return None
         for form in _forms(found, heads, device):
-            error = functools.partial(attention_error, found, form, shape, heads, device, dtype, page=page)
-            if not _agrees(f"attention over heads of {shape[1]}", error, TOLERANCE[dtype]):
-                return None
+            for error_of in (attention_error, prefill_error):
+                error = functools.partial(error_of, found, form, shape, heads, device, dtype, page=page)
+                if not _agrees(f"attention over heads of {shape[1]}", error, TOLERANCE[dtype]):
+                    return None
     return found
 
 

@@ -1,6 +1,7 @@
 """`LowRank` for CUDA: all adapters of a step in one shrink and one expand a group, on the adapters' own tensors.
 
-    table [adapters, groups · fields] int64    per group: A's address and rows; per member Bt's address, row in A, rank
+    table [adapters, groups · fields] int64    per group: A's address and rows, mul's and add's addresses;
+                                               per member: Bt's address, first row in A, rank
 
 A row of the table is written when its adapter first runs; a step's plan names rows. Any ranks run in one launch,
 nothing is padded, copied or gathered. Its reference, and what runs without the kernels, is `lowrank.Banked`.
@@ -8,6 +9,7 @@ nothing is padded, copied or gathered. Its reference, and what runs without the 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -80,10 +82,11 @@ class Table:
 
 
 def _entry(patch: GroupPatch) -> list[int]:
-    """A and its rows; per member Bt, its first row in A, its rank."""
+    """A and its rows, mul, add; per member Bt, its first row in A, its rank. 0 for what is not there."""
+    mul, add = (0 if vector is None else vector.data_ptr() for vector in (patch.mul, patch.add))
     if patch.A is None:
-        return [0, 0]
-    entry, above = [patch.A.data_ptr(), patch.A.shape[0]], 0
+        return [0, 0, mul, add]
+    entry, above = [patch.A.data_ptr(), patch.A.shape[0], mul, add], 0
     for pair in patch.pairs:
         rank = 0 if pair is None else pair[0].shape[0]
         entry += (0 if pair is None else pair[1].data_ptr(), above, rank)
@@ -106,11 +109,13 @@ class Grouped:
     ) -> tuple[list[Adder], list[Segment]]:
         small = [s for s in touching if not _is_large(s)]
         large = [s for s in touching if _is_large(s)]
-        if not small:
+        alone = [s for s in routing.segments if s.sole and not _is_large(s)]
+        vectors = frozenset(s.placed for s in alone if _has_vectors(s.placed.groups.get(group.index)))
+        if not small and not vectors:
             return [], large
         if "tiles" not in routing.shared:
             routing.shared["tiles"] = self._tiles([s for s in routing.segments if not _is_large(s)])
-        return [GroupedSmall(self, group, routing.shared["tiles"])], large
+        return [GroupedSmall(self, group, routing.shared["tiles"], vectors)], large
 
     def forget(self, placed: Placed) -> None:
         self.table.drop(placed)
@@ -121,43 +126,46 @@ class Grouped:
             blocks = torch.tensor(list(_blocks(group, self.kernels.WIDE)), dtype=torch.int32)
             self._blocks[group.index] = blocks.to(group.device)
         outputs: Outputs = self.kernels.Outputs(
-            self._blocks[group.index], group.inp, group.index * self.table.fields
-        )  # fmt: skip
+            self._blocks[group.index], group.inp, group.index * self.table.fields, all(o % 16 == 0 for o in group.outs)
+        )
         return outputs
 
     def _tiles(self, segments: Sequence[Segment]) -> Tiles:
         """The step's pairs in tiles; made once a routing, shared by all groups."""
-        segments = [s for s in segments if s.placed.rank]
-        slots = [self.table.take(s.placed) for s in segments]
-        rows = max(p.A.shape[0] for s in segments for p in s.placed.groups.values() if p.A is not None)
-        tokens, weights = [_tokens(s) for s in segments], [_weights(s) for s in segments]
-        layers, at = _layers(tokens), 0
-        places: list[list[tuple[int, int, int]]] = [[] for _ in range(1 + max(map(max, layers)))]
+        segments = [s for s in segments if any(_is_small(patch) for patch in s.placed.groups.values())]
+        tokens = [_tokens(s) for s in segments]
         order: list[int] = []
-        each: list[float] = []
-        for slot, own, scales, depths in zip(slots, tokens, weights, layers, strict=True):
-            for depth in sorted(set(depths)):
-                mine = [i for i, d in enumerate(depths) if d == depth]
+        weights: list[float] = []
+        places: dict[tuple[int, bool], list[tuple[int, int, int, int]]] = {}
+        for segment, own, depths in zip(segments, tokens, _layers(tokens), strict=True):
+            slot, scales = self.table.take(segment.placed), _weights(segment)
+            for kind, mine in _kinds(depths, segment.rows, self.kernels.FEW):
+                size = self.kernels.FEW if kind[1] else self.kernels.MANY
+                places.setdefault(kind, []).extend(
+                    (slot, len(order) + i, min(size, len(mine) - i), int(segment.sole))
+                    for i in range(0, len(mine), size)
+                )
                 order += [own[i] for i in mine]
-                each += [scales[i] for i in mine]
-                places[depth] += [
-                    (slot, at + i, min(self.kernels.TOKENS, len(mine) - i))
-                    for i in range(0, len(mine), self.kernels.TOKENS)
-                ]
-                at += len(mine)
-        return self._on_device(order, each, places, rows)
+                weights += [scales[i] for i in mine]
+        return self._on_device(order, weights, places, segments)
 
     def _on_device(
-        self, order: list[int], weights: list[float], places: list[list[tuple[int, int, int]]], rows: int
+        self,
+        order: list[int],
+        weights: list[float],
+        places: dict[tuple[int, bool], list[tuple[int, int, int, int]]],
+        segments: Sequence[Segment],
     ) -> Tiles:
-        device, block = self.table.device, self.kernels.RANKS
-        ends = [sum(len(p) for p in places[: i + 1]) for i in range(len(places))]
-        width = -(-rows // block) * block
+        device, block = self.table.device, self.kernels.MANY_RANKS
+        kinds = sorted(places)
+        ends = list(itertools.accumulate(len(places[kind]) for kind in kinds))
+        rows = [p.A.shape[0] for s in segments for p in s.placed.groups.values() if p.A is not None]
+        width = -(-max(rows, default=1) // block) * block
         tiles: Tiles = self.kernels.Tiles(
             torch.tensor(order, dtype=torch.int32, device=device),
             torch.tensor(weights, dtype=torch.float32, device=device),
-            torch.tensor([place for layer in places for place in layer], dtype=torch.int32, device=device),
-            list(zip([0, *ends], ends, strict=False)),
+            torch.tensor([place for kind in kinds for place in places[kind]], dtype=torch.int32, device=device),
+            [self.kernels.Run(a, b, few) for a, b, (_, few) in zip([0, *ends], ends, kinds, strict=False)],
             width,
             torch.empty(self.kernels.MOST_SPLITS * len(order) * width, dtype=torch.float32, device=device),
         )
@@ -167,14 +175,23 @@ class Grouped:
 class GroupedSmall:
     """A routing's segments at one group. Kernels add in float32; several adapters on a token round several times."""
 
-    def __init__(self, form: Grouped, group: LinearGroup, tiles: Tiles) -> None:
-        self.kernels, self.tiles, self.held = form.kernels, tiles, group.dtype
-        self.narrow = len(tiles.layers) == 1
+    def __init__(self, form: Grouped, group: LinearGroup, tiles: Tiles, vectors: frozenset[Placed]) -> None:
+        self.kernels, self.tiles, self.held, self.vectors = form.kernels, tiles, group.dtype, vectors
+        self.narrow = len({run.few for run in tiles.runs}) == len(tiles.runs)  # one run of a kind: no token comes twice
         self.table, self.outputs = form.table.rows, form.outputs(group)
 
     def add(self, y: Tensor, x: Tensor) -> None:
-        """y [T, outs] += w · B (A x)."""
+        """y [T, outs] += w · (mul · y + add + B (A x)), the vectors of those in `vectors` alone."""
         self.kernels.add_low_rank(y, x, self.tiles, self.table, self.outputs, self.held)
+
+
+def _has_vectors(patch: GroupPatch | None) -> bool:
+    return patch is not None and (patch.mul is not None or patch.add is not None)
+
+
+def _is_small(patch: GroupPatch) -> bool:
+    """Whether the kernels have anything to do for it."""
+    return patch.A is not None or _has_vectors(patch)
 
 
 def _is_large(segment: Segment) -> bool:
@@ -204,6 +221,13 @@ def _layers(tokens: Sequence[Sequence[int]]) -> list[list[int]]:
         for token in own:
             seen[token] = seen.get(token, 0) + 1
     return layers
+
+
+def _kinds(depths: Sequence[int], rows: Sequence[int], few: int) -> Iterator[tuple[tuple[int, bool], list[int]]]:
+    """A segment's tokens by (how many adapters before, whether their row has few): by the row's own tokens alone."""
+    short = [n <= few for n in rows for _ in range(n)]
+    for kind in sorted(set(zip(depths, short, strict=True))):
+        yield kind, [i for i, each in enumerate(zip(depths, short, strict=True)) if each == kind]
 
 
 def _blocks(group: LinearGroup, wide: int) -> Iterator[tuple[int, int, int, int]]:

@@ -16,6 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,6 +24,9 @@ from torch import Tensor
 
 from adapter_server.engine.blocks import BlockCache
 from adapter_server.engine.placed import Prefix
+
+if TYPE_CHECKING:
+    from adapter_server.engine.kernels import Chunks
 
 LayerShape = tuple[int, int, int]  # kv_heads, key dim, value dim
 
@@ -172,6 +176,7 @@ class KvStep:
     places: Tensor  # [T]
     prefills: Sequence[tuple[Chunk, Tensor | slice]]  # with the places of the whole context
     decodes: Decodes | None
+    chunks: Chunks | None = None  # in place of `prefills`, where kernels read them
 
     def batch(self, layer: int, n: int) -> tuple[Tensor, Tensor]:
         """K, V of the decode rows, each [n, kv_heads, context, dim]."""
@@ -328,7 +333,7 @@ class PagePool(KvPool):
     ) -> None:
         super().__init__(layers, pages * page, page, dtype, device)
         self.blocks = BlockCache() if cached else None
-        self.kernels: ModuleType | None = None  # what reads decode rows, where `forms.decoding` has accepted it
+        self.kernels: ModuleType | None = None  # what reads rows in place, where `forms.attending` has accepted it
         self._prefixes: dict[Prefix, Lease] = {}
         self._readers = [0] * pages
 
@@ -423,17 +428,36 @@ class PagePool(KvPool):
 
     def plan(self, chunks: Sequence[Chunk], tokens: int) -> KvStep:
         parts = [self.indices(chunk.lease, chunk.past, chunk.context) for chunk in chunks]
-        prefills: list[tuple[Chunk, Tensor | slice]] = [
-            (chunk, self.indices(chunk.lease, 0, chunk.context)) for chunk in chunks if chunk.count > 1
-        ]
+        several = [chunk for chunk in chunks if chunk.count > 1]
         decodes = [chunk for chunk in chunks if chunk.count == 1]
-        return KvStep(self, torch.cat(parts), prefills, self._decodes(decodes) if decodes else None)
+        step = KvStep(self, torch.cat(parts), [], self._decodes(decodes) if decodes else None)
+        if several and self.kernels is not None:
+            step.chunks = self._chunks(several, self.kernels)
+        else:
+            step.prefills = [(chunk, self.indices(chunk.lease, 0, chunk.context)) for chunk in several]
+        return step
+
+    def _table(self, chunks: Sequence[Chunk]) -> Tensor:
+        """[n, pages] int32: each row's pages, as many as the longest has."""
+        width = max(math.ceil(chunk.context / self.page) for chunk in chunks)
+        rows = [(c.lease.pages + [0] * width)[:width] for c in chunks]
+        return torch.tensor(rows, dtype=torch.int32, device=self.device)
+
+    def _chunks(self, chunks: Sequence[Chunk], kernels: ModuleType) -> Chunks:
+        size = kernels.QUERIES
+        tiles = [
+            (i, chunk.start + at, min(size, chunk.count - at), chunk.past + at)
+            for i, chunk in enumerate(chunks)
+            for at in range(0, chunk.count, size)
+        ]
+        made: Chunks = kernels.Chunks(
+            self._table(chunks), torch.tensor(tiles, dtype=torch.int32, device=self.device), self.page
+        )
+        return made
 
     def _decodes(self, chunks: Sequence[Chunk]) -> Decodes:
         context = max(chunk.context for chunk in chunks)
-        width = math.ceil(context / self.page)
-        rows = [(c.lease.pages + [0] * width)[:width] for c in chunks]
-        table = torch.tensor(rows, dtype=torch.int32, device=self.device)
+        table = self._table(chunks)
         tokens = torch.tensor([chunk.start for chunk in chunks], device=self.device)
         lengths = torch.tensor([chunk.context for chunk in chunks], device=self.device)
         return Decodes(context, lengths, tokens, tokens, None, table)

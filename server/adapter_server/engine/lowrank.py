@@ -139,10 +139,14 @@ class Adder(Protocol):
     """The small segments of a routing at one group, ready to run.
 
     `narrow`: x and y may stay in the base's dtype; what is added is rounded once all the same.
+    `vectors`: the adapters whose mul and add it adds too.
     """
 
     @property
     def narrow(self) -> bool: ...
+
+    @property
+    def vectors(self) -> frozenset[Placed]: ...
 
     def add(self, y: Tensor, x: Tensor) -> None:
         """y [T, outs] += w · B (A x)."""
@@ -271,6 +275,7 @@ class Small:
     """The small segments of one rank class at one group: batched products, on views that are made once a routing."""
 
     narrow = False
+    vectors: frozenset[Placed] = frozenset()
 
     def __init__(self, layout: Layout, group: LinearGroup, runs: Sequence[int]) -> None:
         stack, n = layout.bank.stack(group), layout.slots

@@ -99,6 +99,7 @@ class NativeSmall:
     """The segments of a routing at one group: one call a step."""
 
     narrow = False
+    vectors: frozenset[Placed] = frozenset()
 
     def __init__(self, kernel: ctypes.CDLL, group: LinearGroup, segments: Sequence[Segment]) -> None:
         patches = [segment.placed.groups[group.index] for segment in segments]

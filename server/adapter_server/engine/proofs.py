@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -20,30 +21,32 @@ if TYPE_CHECKING:
     from adapter_server.engine.kernels import Form
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}  # of values about 1, in one product
-RANKS, COUNTS = ((3, 16, 0), (40, 8, 5), (16, 16, 16)), (1, 20, 5)  # of the probe's adapters: per member; tokens
+RANKS, COUNTS = ((3, 16, 0), (40, 8, 5), (16, 16, 16)), (3, 70, 1)  # of the probe's adapters: per member; tokens
 INP, OUTS = 1040, (80, 48, 48)
 LENGTHS = (1, 200, 16, 333)  # of the probe's rows
+CHUNKS = ((0, 2), (150, 70), (5, 17))  # of rows with several new tokens: those before, and the new ones
 
 
 def low_rank_error(found: ModuleType, device: torch.device, given: torch.dtype, held: torch.dtype) -> float:
-    """The largest difference between `add_low_rank` on random input of dtype `given` and its line of torch."""
+    """Of `add_low_rank` on input of dtype `given`: short and long rows, with vectors and without, and padding."""
     draw = _draws(device)
     adapters = [_adapter(draw, ranks, held) for ranks in RANKS]
-    fields = found.HEAD + found.MEMBER * len(OUTS)
-    table = torch.zeros(len(RANKS), fields, dtype=torch.int64)
-    for i, (A, members, ranks) in enumerate(zip(*zip(*adapters, strict=True), RANKS, strict=True)):
-        above = [sum(ranks[:m]) for m in range(len(ranks))]
-        row = [A.data_ptr(), len(A)]
-        for Bt, at, rank in zip(members, above, ranks, strict=True):
-            row += [Bt.data_ptr(), at, rank]
+    vectors = [draw(2, sum(OUTS)).to(held) * (0.3 if i != 1 else 0) for i in range(len(RANKS))]
+    table = torch.zeros(len(RANKS), found.HEAD + found.MEMBER * len(OUTS), dtype=torch.int64)
+    for i, ((A, members), (mul, add), ranks) in enumerate(zip(adapters, vectors, RANKS, strict=True)):
+        row = [A.data_ptr(), len(A), *(v.data_ptr() if i != 1 else 0 for v in (mul, add))]
+        for m, (Bt, rank) in enumerate(zip(members, ranks, strict=True)):
+            row += [Bt.data_ptr(), sum(ranks[:m]), rank]
         table[i] = torch.tensor(row)
     x, y = draw(sum(COUNTS), INP).to(given), draw(sum(COUNTS), sum(OUTS)).to(given)
     want = y.to(torch.float32, copy=True)
     starts = [sum(COUNTS[:i]) for i in range(len(COUNTS))]
-    for (A, members), start, count, ranks in zip(adapters, starts, COUNTS, RANKS, strict=True):
+    for (A, members), both, start, count, ranks in zip(adapters, vectors, starts, COUNTS, RANKS, strict=True):
         small = (x[start : start + count].float() @ A.float().T * 0.5).to(held).float()
         parts = [s @ Bt.float() for s, Bt in zip(torch.split(small, list(ranks), 1), members, strict=True)]
-        want[start : start + count] += torch.cat(parts, 1)
+        mul, add = both.float()
+        old = want[start : start + count]
+        old += 0.5 * (old * mul + add) + torch.cat(parts, 1)
     found.add_low_rank(y, x, _tiles(found, starts, device), table.to(device), _outputs(found, device), held)
     return (y.float() - want).abs().max().item()
 
@@ -55,17 +58,22 @@ def _adapter(draw: Callable[..., Tensor], ranks: Sequence[int], held: torch.dtyp
 
 
 def _tiles(found: ModuleType, starts: Sequence[int], device: torch.device) -> Any:
-    places = [
-        (i, start + at, min(found.TOKENS, count - at))
-        for i, (start, count) in enumerate(zip(starts, COUNTS, strict=True))
-        for at in range(0, count, found.TOKENS)
-    ]
-    width = math.ceil(max(map(sum, RANKS)) / found.RANKS) * found.RANKS
+    """Each adapter's tokens as one row's, and after each run a tile of padding."""
+    places: list[tuple[int, ...]] = []
+    runs = []
+    for few in (False, True):
+        begin, size = len(places), found.FEW if few else found.MANY
+        for i, (start, count) in enumerate(zip(starts, COUNTS, strict=True)):
+            if (count <= found.FEW) == few:
+                places += [(i, start + at, min(size, count - at), 1) for at in range(0, count, size)]
+        places.append((0, 0, 0, 0))
+        runs.append(found.Run(begin, len(places), few))
+    width = math.ceil(max(map(sum, RANKS)) / found.MANY_RANKS) * found.MANY_RANKS
     return found.Tiles(
         torch.arange(sum(COUNTS), dtype=torch.int32, device=device),
         torch.full((sum(COUNTS),), 0.5, device=device),
         torch.tensor(places, dtype=torch.int32, device=device),
-        [(0, len(places))],
+        runs,
         width,
         torch.full((found.MOST_SPLITS * sum(COUNTS) * width,), math.nan, device=device),
     )
@@ -75,7 +83,8 @@ def _outputs(found: ModuleType, device: torch.device) -> Any:
     blocks = [
         (m, start, out, sum(OUTS[:m]) + start) for m, out in enumerate(OUTS) for start in range(0, out, found.WIDE)
     ]
-    return found.Outputs(torch.tensor(blocks, dtype=torch.int32, device=device), INP, 0)
+    aligned = all(out % 16 == 0 for out in OUTS)
+    return found.Outputs(torch.tensor(blocks, dtype=torch.int32, device=device), INP, 0, aligned)
 
 
 def attention_error(
@@ -89,6 +98,66 @@ def attention_error(
     page: int = 16,
 ) -> float:
     """The largest difference between `paged_decode` on random input and its line of torch."""
+    pool = _pool(shape, device, dtype, lengths, page)
+    q = _draws(device)(heads, len(lengths), shape[1]).to(dtype)
+    tokens = torch.arange(len(lengths), device=device).flip(0)
+    got = torch.full((len(lengths), heads, shape[2]), math.nan, dtype=dtype, device=device)
+    rows = found.Rows(pool.table.to(device), torch.tensor(lengths, device=device), tokens, page, max(lengths))
+    found.paged_decode(got, q, pool.keys, pool.values, rows, form)
+    want = torch.empty(got.shape, device=device)
+    for i, length in enumerate(lengths):
+        want[tokens[i]] = pool.attention(i, length, q[:, tokens[i]], form)
+    return (got.float() - want).abs().max().item()
+
+
+def prefill_error(
+    found: ModuleType,
+    form: Form,
+    shape: LayerShape,
+    heads: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    rows: Sequence[tuple[int, int]] = CHUNKS,
+    page: int = 16,
+) -> float:
+    """Of `paged_prefill` for rows of (tokens before, new tokens), and a tile of padding."""
+    pool = _pool(shape, device, dtype, [past + count for past, count in rows], page)
+    starts = [sum(count for _, count in rows[:i]) for i in range(len(rows) + 1)]
+    q = _draws(device)(starts[-1], heads, shape[1]).to(dtype).transpose(0, 1)
+    each = [
+        (i, starts[i] + at, min(found.QUERIES, count - at), past + at)
+        for i, (past, count) in enumerate(rows)
+        for at in range(0, count, found.QUERIES)
+    ]
+    tiles = torch.tensor([*each, (0, 0, 0, 0)], dtype=torch.int32, device=device)
+    got = torch.full((starts[-1], heads, shape[2]), math.nan, dtype=dtype, device=device)
+    found.paged_prefill(got, q, pool.keys, pool.values, found.Chunks(pool.table.to(device), tiles, page), form)
+    want = torch.empty(got.shape, device=device)
+    for i, (past, count) in enumerate(rows):
+        for t in range(count):
+            want[starts[i] + t] = pool.attention(i, past + t + 1, q[:, starts[i] + t], form)
+    return (got.float() - want).abs().max().item()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Pool:
+    """Rows' pages in random order: table [rows, pages], keys and values [places, kv_heads, dim]."""
+
+    table: Tensor
+    keys: Tensor
+    values: Tensor
+    page: int
+
+    def attention(self, row: int, length: int, q: Tensor, form: Form) -> Tensor:
+        """q [heads, dim] over the last keys of the row's first `length` → [heads, dim_v], in float32."""
+        at = torch.arange(0 if form.window is None else max(0, length - form.window), length)
+        places = (self.table[row, at // self.page].long() * self.page + at % self.page).to(q.device)
+        group = len(q) // self.keys.shape[1]
+        k, v = (t[places].float().repeat_interleave(group, 1) for t in (self.keys, self.values))
+        return _attention(q.float(), k, v, form)
+
+
+def _pool(shape: LayerShape, device: torch.device, dtype: torch.dtype, lengths: Sequence[int], page: int) -> _Pool:
     draw, (kv_heads, dim, dim_v) = _draws(device), shape
     needs = [math.ceil(length / page) for length in lengths]
     order = torch.randperm(sum(needs), generator=torch.Generator().manual_seed(0)).tolist()
@@ -96,18 +165,7 @@ def attention_error(
     for i, need in enumerate(needs):
         table[i, :need] = torch.tensor([order.pop() for _ in range(need)])
     keys, values = draw(sum(needs) * page, kv_heads, dim).to(dtype), draw(sum(needs) * page, kv_heads, dim_v).to(dtype)
-    q = draw(heads, len(lengths), dim).to(dtype)
-    tokens = torch.arange(len(lengths), device=device).flip(0)
-    got = torch.full((len(lengths), heads, dim_v), math.nan, dtype=dtype, device=device)
-    rows = found.Rows(table.to(device), torch.tensor(lengths, device=device), tokens, page, max(lengths))
-    found.paged_decode(got, q, keys, values, rows, form)
-    want = torch.empty(got.shape, device=device)
-    for i, length in enumerate(lengths):
-        at = torch.arange(length) if form.window is None else torch.arange(max(0, length - form.window), length)
-        places = (table[i, at // page].long() * page + at % page).to(device)
-        k, v = (t[places].float().repeat_interleave(heads // kv_heads, 1) for t in (keys, values))
-        want[tokens[i]] = _attention(q[:, tokens[i]].float(), k, v, form)
-    return (got.float() - want).abs().max().item()
+    return _Pool(table, keys, values, page)
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, form: Form) -> Tensor:

@@ -36,6 +36,7 @@ class Segment:
     count: int
     weights: Tensor | None
     sole: bool  # none of these tokens carries another adapter
+    rows: tuple[int, ...]  # the tokens of each row in it
 
     @property
     def alone(self) -> bool:
@@ -96,7 +97,8 @@ def _segment(placed: Placed, spans: list[tuple[int, int, float, bool]], device: 
     if any(weight != 1.0 for _, _, weight, _ in spans):
         each = [weight for start, stop, weight, _ in spans for _ in range(start, stop)]
         weights = torch.tensor(each, device=device)[:, None]
-    return Segment(placed, tokens, count, weights, all(sole for *_, sole in spans))
+    rows = tuple(stop - start for start, stop, _, _ in spans)
+    return Segment(placed, tokens, count, weights, all(sole for *_, sole in spans), rows)
 
 
 def add_to(y: Tensor, segment: Segment, delta: Tensor) -> None:

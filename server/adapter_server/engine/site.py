@@ -5,7 +5,7 @@ A `Site` replaces a module's `forward` (never the module) and holds no adapter. 
 
     y = x · Wᵀ + b                 one product for the group, all tokens
     y = y + mul ⊙ y + add          gathered vectors: DoRA, IA3, biases      (x ← in_scale ⊙ x before, IA3 feed-forward)
-    y = y + w · B (A x)            low rank, `lowrank.py`
+    y = y + w · B (A x)            low rank, `lowrank.py`; on CUDA in one pass with the vectors of who is alone
     y[segment] += w · ΔW x         sparse, spectral, Kronecker, circulant changes; mirrored outputs of the base
     y[segment] += w · W (x R − x)  turned inputs: one product for all that turn theirs
     y[segment] = x · W'ᵀ + b'      replaced weights: saved modules, merged snapshots
@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from adapter_server.engine.lowrank import Adder, LowRank, add_large
 from adapter_server.engine.modules import stream
-from adapter_server.engine.placed import FLOAT32, Dtypes, GroupPatch, Product, Separate, Turned, joined_biases
+from adapter_server.engine.placed import FLOAT32, Dtypes, GroupPatch, Placed, Product, Separate, Turned, joined_biases
 from adapter_server.engine.routing import Routing, Segment, add_to, current
 from adapter_server.errors import AdapterRefused
 from adapter_server.families.base import BlockPatch, Patch, linear_params
@@ -184,10 +184,11 @@ class LinearGroup:
         if len(replaced) == 1 and replaced[0][0].count == routing.tokens and replaced[0][0].alone:
             return Plan(whole=replaced[0][1])
         small, large = self.lowrank.plan(self, routing, [s for s, patch in here if patch.A is not None])
+        done = frozenset[Placed]().union(*(adder.vectors for adder in small))
         return Plan(
             in_scale=None if (shift := self._vectors(routing, "shift")) is None else shift + 1,
-            mul=self._vectors(routing, "mul"),
-            add=self._vectors(routing, "add"),
+            mul=self._vectors(routing, "mul", done),
+            add=self._vectors(routing, "add", done),
             small=small,
             large=large,
             deltas=[(s, *delta) for s, patch in here for delta in patch.deltas],
@@ -208,9 +209,10 @@ class LinearGroup:
         """Where the outputs of neighbouring members stand."""
         return slice(self.columns[run.start].start, self.columns[run.stop - 1].stop)
 
-    def _vectors(self, routing: Routing, name: str) -> Tensor | None:
-        """[uses, width]: Σ wᵢ vᵢ for each distinct set of adapters; None where no adapter of the step has one."""
-        rows = [[(getattr(p.groups.get(self.index), name, None), w) for p, w in uses] for uses in routing.uses]
+    def _vectors(self, routing: Routing, name: str, done: frozenset[Placed] = frozenset()) -> Tensor | None:
+        """[uses, width]: Σ wᵢ vᵢ for each distinct set of adapters but those `done`; None where none has one."""
+        left = [[(p, w) for p, w in uses if p not in done] for uses in routing.uses]
+        rows = [[(getattr(p.groups.get(self.index), name, None), w) for p, w in uses] for uses in left]
         return self._stacked(rows, self.inp if name == "shift" else sum(self.outs))
 
     def _stacked(self, rows: list[list[tuple[Tensor | None, float]]], width: int) -> Tensor | None:

@@ -11,22 +11,33 @@ a step may be captured as a graph. Sums run in an order that depends on a row's 
 else is in the step changes no bit.
 """
 
-from adapter_server.engine.kernels.attention import CHUNK, MOST_CHUNKS, Form, Rows, paged_decode
+from adapter_server.engine.kernels.attention import (
+    CHUNK,
+    MOST_CHUNKS,
+    QUERIES,
+    Chunks,
+    Form,
+    Rows,
+    paged_decode,
+    paged_prefill,
+)
 from adapter_server.engine.kernels.block import Norm, add_rms_norm, gated, pick, rms_norm, rope_write
 from adapter_server.engine.kernels.lowrank import (
+    FEW,
     HEAD,
+    MANY,
+    MANY_RANKS,
     MEMBER,
     MOST_SPLITS,
-    RANKS,
-    TOKENS,
     WIDE,
     Outputs,
+    Run,
     Tiles,
     add_low_rank,
 )
 
 __all__ = [
-    "CHUNK", "HEAD", "MEMBER", "MOST_CHUNKS", "MOST_SPLITS", "RANKS", "TOKENS", "WIDE",
-    "Form", "Norm", "Outputs", "Rows", "Tiles",
-    "add_low_rank", "add_rms_norm", "gated", "paged_decode", "pick", "rms_norm", "rope_write",
+    "CHUNK", "FEW", "HEAD", "MANY", "MANY_RANKS", "MEMBER", "MOST_CHUNKS", "MOST_SPLITS", "QUERIES", "WIDE",
+    "Chunks", "Form", "Norm", "Outputs", "Rows", "Run", "Tiles",
+    "add_low_rank", "add_rms_norm", "gated", "paged_decode", "paged_prefill", "pick", "rms_norm", "rope_write",
 ]  # fmt: skip
