@@ -186,7 +186,8 @@ def rope_write(
             _rope_write[tokens, triton.cdiv(heads + 2 * kv_heads, HEADS)](
                 q, mixed, cos, sin, keys, values, places, q if q_norm is None else q_norm.weight,
                 q if k_norm is None else k_norm.weight, 0.0 if q_norm is None else q_norm.eps,
-                0.0 if k_norm is None else k_norm.eps, value, live, value_row, mixed.stride(0), cos.stride(0), sin.stride(0),
+                0.0 if k_norm is None else k_norm.eps, value, live, value_row, mixed.stride(0), cos.stride(0),
+                sin.stride(0),
                 keys.stride(0), keys.stride(1), values.stride(0), values.stride(1), heads, kv_heads,
                 **norms, HALF=dim // 2, HALVES=triton.next_power_of_2(dim // 2), HEADS=HEADS, num_warps=HEADS_WARPS,
                 **OPTIONS,
