@@ -43,6 +43,6 @@ __all__ = [
     "CHUNK", "FEW", "HEAD", "MANY", "MANY_RANKS", "MEMBER", "MOST_CHUNKS", "MOST_ROWS", "MOST_SPLITS", "QUERIES",
     "TILINGS", "WIDE",
     "Chunks", "Form", "More", "Norm", "Outputs", "Rows", "Run", "Tiles", "Tiling",
-    "add_low_rank", "add_rms_norm", "few_rows", "gated", "low_rank", "paged_decode", "paged_prefill", "pick", "rms_norm",
-    "rope_write", "takes",
+    "add_low_rank", "add_rms_norm", "few_rows", "gated", "low_rank", "paged_decode", "paged_prefill", "pick",
+    "rms_norm", "rope_write", "takes",
 ]  # fmt: skip
