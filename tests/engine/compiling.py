@@ -51,9 +51,11 @@ def low_rank(arch: int, name: str) -> None:
     held, star = launch.DTYPES[HELD[name]], f"*{name}"
     plan = {"tokens": "*i32", "weights": "*fp32", "places": "*i32", "table": "*i64", "blocks": "*i32"}
     plan |= {"x": star, "y": star, "parts": "*fp32"}
-    few, wide = {"HELD": held, "RANKS": lowrank.RANKS}, {"ALIGNED": True, "WIDE": lowrank.WIDE}
-    compiled(lowrank._shrink_few, plan, {**few, "SPAN": 256}, arch, lowrank.SHRINK_WARPS)
-    compiled(lowrank._expand_few, plan, {**few, **wide, "SPLITS": 16}, arch, lowrank.EXPAND_WARPS)
+    few, wide = {"HELD": held, "RANKS": lowrank.RANKS}, {"ALIGNED": True, "ADDED": True, "WIDE": lowrank.WIDE}
+    for tokens in (1, 2, lowrank.FEW):
+        few["TOKENS"] = tokens
+        compiled(lowrank._shrink_few, plan, {**few, "SPAN": 256}, arch, lowrank.SHRINK_WARPS)
+        compiled(lowrank._expand_few, plan, {**few, **wide, "SPLITS": 16}, arch, lowrank.EXPAND_WARPS)
     many = {"HELD": held, "COMPUTE": held, "TOKENS": lowrank.MANY, "SPLITS": lowrank.MANY_SPLITS}
     many["PRECISION"] = "tf32x3" if name == "fp32" else "ieee"
     shrink = {"RANKS": lowrank.MANY_RANKS, "DEPTH": lowrank.DEPTH}

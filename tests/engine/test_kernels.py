@@ -215,7 +215,7 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 NAMES = [
-    "_shrink_few", "_expand_few", "_shrink_many", "_expand_many", "_attend", "_prefill", "_combine",
+    *["_shrink_few", "_expand_few"] * 3, "_shrink_many", "_expand_many", "_attend", "_prefill", "_combine",
     "_rms_norm", "_gated", "_gated", "_gated", "_rope_write", "_rope_write", "_pick", "_picked",
     "_few_rows", "_few_rows", "_few_rows",
 ]  # fmt: skip
@@ -267,3 +267,9 @@ def test_what_is_still_to_be_added(dtype: torch.dtype) -> None:
 )
 def test_products_with_few_rows(tiling: object, rows: int, biased: bool, dtype: torch.dtype) -> None:
     assert proofs.few_rows_error(kernels, CPU, dtype, tiling, rows, biased) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("held", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("few", "apart"), [(1, False), (2, False), (1, True), (2, True), (4, True)])
+def test_low_rank_in_tiles_of_any_size_and_apart(few: int, apart: bool, held: torch.dtype) -> None:
+    assert proofs.low_rank_error(kernels, CPU, held, held, few, apart) < TOLERANCE[held]

@@ -57,8 +57,10 @@ def low_rank(device: torch.device, base: torch.dtype, held: torch.dtype, wanted:
 
 
 def _low_rank_agrees(found: ModuleType, device: torch.device, given: torch.dtype, held: torch.dtype) -> bool:
-    error = functools.partial(low_rank_error, found, device, given, held)
-    return _agrees("low-rank products", error, max(TOLERANCE[given], TOLERANCE[held]))
+    """In every form that serving runs: added in place or apart, in tiles of any size."""
+    error, least = functools.partial(low_rank_error, found, device, given, held), max(TOLERANCE[given], TOLERANCE[held])
+    ways = [(few, apart) for few in (1, 2, found.FEW) for apart in (False, True)]
+    return all(_agrees("low-rank products", functools.partial(error, *way), least) for way in ways)
 
 
 def attending(

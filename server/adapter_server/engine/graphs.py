@@ -24,12 +24,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from adapter_server.engine.grouped import Beside, Grouped, GroupedSmall, Place
+from adapter_server.engine.grouped import Beside, Grouped, GroupedSmall, Listed, Place
 from adapter_server.engine.kv import Decodes, KvStep, Lease, PagePool
 from adapter_server.engine.placed import GroupPatch, Placed
 from adapter_server.engine.routing import Routing, Step
 from adapter_server.engine.sampling import Chosen
-from adapter_server.engine.site import LinearGroup, Plan
+from adapter_server.engine.site import Plan
 
 if TYPE_CHECKING:
     from adapter_server.engine.model import Model
@@ -84,8 +84,9 @@ class Key:
     """What a graph is captured for."""
 
     rows: int
-    tiles: int
+    tiles: int  # of the low rank
     context: int
+    few: int = 0  # tokens of a tile
     width: int = 0  # of the low rank's small products
     scaled: bool = False  # some adapter scales what the base gives, so that none can run beside it
     groups: frozenset[int] = frozenset()  # that adapters touch
@@ -137,8 +138,6 @@ class Graphs:
         self.turn = 0
         self.groups: frozenset[int] = frozenset()  # that adapters have touched
         self.scaled = False  # whether one has scaled the base's output
-        self.more: Tensor | None = None  # what adapters add, for whoever reads
-        self.aside = torch.cuda.Stream(self.device, priority=-1) if locked else None  # type: ignore[no-untyped-call]
         self.memory = torch.cuda.graph_pool_handle() if locked else None
         self.failed = False
 
@@ -170,9 +169,7 @@ class Graphs:
         listed = (
             form.listed(routing) if isinstance(form, Grouped) and routing.segments and not _whole(routing) else None
         )
-        key = self._key(
-            slices, routing, 0 if listed is None else len(listed.places), 0 if listed is None else listed.width
-        )
+        key = self._key(slices, routing, listed)
         known = self.captured.get(key)
         if known is None or (
             known.table is not None and isinstance(form, Grouped) and known.table is not form.table.rows
@@ -198,15 +195,16 @@ class Graphs:
         event.record()
         return Flight(slices, captured.logits, out, event.synchronize)
 
-    def _key(self, slices: Sequence[Slice], routing: Routing, tiles: int, width: int) -> Key:
+    def _key(self, slices: Sequence[Slice], routing: Routing, listed: Listed | None) -> Key:
         rows = bucket(len(slices), ROWS, None)
         most = max(s.row.offset + len(s.row.tokens) + 1 for s in slices)
         context = bucket(most, CONTEXTS, self.length)
-        if not tiles:
+        if listed is None:
             return Key(rows, 0, context, whole=_whole(routing))
         self.groups |= {index for s in routing.segments for index in s.placed.groups}
         self.scaled = self.scaled or any(p.mul is not None for s in routing.segments for p in s.placed.groups.values())
-        return Key(rows, min(rows, bucket(tiles, TILES, rows)), context, width, self.scaled, self.groups)
+        tiles, few = min(rows, bucket(len(listed.places), TILES, rows)), listed.runs[0].tokens
+        return Key(rows, tiles, context, few, listed.width, self.scaled, self.groups)
 
     def _fill(self, host: Sheet, slices: Sequence[Slice], rows: int, before: Flight | None) -> None:
         n, ahead, page, arrays = len(slices), before is not None, self.kv.page, host.arrays
@@ -318,22 +316,14 @@ class Graphs:
         if not key.tiles or not isinstance(form, Grouped):
             return {}
         sheet, n = self.sheet, key.rows
-        runs = [form.kernels.Run(0, key.tiles, True)]
+        runs = [form.kernels.Run(0, key.tiles, key.few)]
         tiles = form.tiles(sheet["tokens"][:n], sheet["weights"][:n], sheet["tiles"][: key.tiles], runs, key.width)
         small = {g.index: GroupedSmall(form, g, tiles, frozenset()) for g in groups if g.index in key.groups}
-        apart = [] if key.scaled else [g for g in groups if g.index in small and not g.head]
-        beside = {g.index: self._beside(form, small[g.index], g, n) for g in apart}
+        aside = {} if key.scaled else {i: Beside(own, sheet["live"][:n], form.aside) for i, own in small.items()}
         return {
-            g.index: Plan(small=[small[g.index]], beside=beside.get(g.index)) if g.index in small else Plan()
+            g.index: Plan(small=[small[g.index]], beside=aside.get(g.index)) if g.index in small else Plan()
             for g in groups
         }
-
-    def _beside(self, form: Grouped, small: GroupedSmall, group: LinearGroup, rows: int) -> Beside:
-        if self.more is None:
-            widest = max(sum(g.outs) for g in self.model.groups if not g.head)
-            self.more = torch.zeros(self.rows * widest, dtype=group.base_dtype, device=self.device)
-        value = self.more[: rows * sum(group.outs)].view(rows, -1)
-        return Beside(small, form.kernels.More(value, self.sheet["live"][:rows]), self.aside)
 
     def forget(self, placed: Placed) -> None:
         """It leaves the device: no graph may read its weights."""

@@ -116,6 +116,7 @@ class Grouped:
 
     def __init__(self, kernels: ModuleType, device: torch.device) -> None:
         self.kernels, self.table = kernels, Table(kernels, device)
+        self.aside = _urgent_stream(device)
         self._blocks: dict[int, Tensor] = {}
 
     def arrange(self, rows: Sequence[PackedRow]) -> list[int]:
@@ -161,10 +162,11 @@ class Grouped:
         order: list[int] = []
         weights: list[float] = []
         places: dict[tuple[int, bool], list[Place]] = {}
+        few = self._few(segments)
         for segment, own, depths in zip(segments, tokens, _layers(tokens), strict=True):
             slot, scales = self.table.take(segment.placed), _weights(segment)
             for kind, mine in _kinds(depths, segment.rows, self.kernels.FEW):
-                size = self.kernels.FEW if kind[1] else self.kernels.MANY
+                size = few if kind[1] else self.kernels.MANY
                 places.setdefault(kind, []).extend(
                     (slot, len(order) + i, min(size, len(mine) - i), int(segment.sole))
                     for i in range(0, len(mine), size)
@@ -173,8 +175,16 @@ class Grouped:
                 weights += [scales[i] for i in mine]
         kinds = sorted(places)
         ends = list(itertools.accumulate(len(places[kind]) for kind in kinds))
-        runs = [self.kernels.Run(a, b, few) for a, b, (_, few) in zip([0, *ends], ends, kinds, strict=False)]
+        sizes = [few if short else self.kernels.MANY for _, short in kinds]
+        runs = [self.kernels.Run(*each) for each in zip([0, *ends], ends, sizes, strict=False)]
         return Listed(order, weights, [place for kind in kinds for place in places[kind]], runs, self.table.width)
+
+    def _few(self, segments: Sequence[Segment]) -> int:
+        """Tokens of a tile of few: no more than adapters have, or most of a tile is empty. Changes no number."""
+        most: int = self.kernels.FEW
+        if any(n > 1 for s in segments for n in s.rows):
+            return most
+        return min(most, 1 << round(sum(s.count for s in segments) / max(1, len(segments))).bit_length() - 1)
 
     def _on_device(self, listed: Listed) -> Tiles:
         device = self.table.device
@@ -199,8 +209,18 @@ class GroupedSmall:
 
     def __init__(self, form: Grouped, group: LinearGroup, tiles: Tiles, vectors: frozenset[Placed]) -> None:
         self.kernels, self.tiles, self.held, self.vectors = form.kernels, tiles, group.dtype, vectors
-        self.narrow = len({run.few for run in tiles.runs}) == len(tiles.runs)  # one run of a kind: no token comes twice
-        self.table, self.outputs = form.table.rows, form.outputs(group)
+        self.narrow = len({run.tokens for run in tiles.runs}) == len(tiles.runs)  # one of a kind: no token comes twice
+        self.table, self.outputs, self.form = form.table.rows, form.outputs(group), form
+
+    def beside(self, routing: Routing) -> Beside | None:
+        """The same beside the base's product, where nobody scales what that gives."""
+        if not self.narrow or any(patch.mul is not None for p in self.vectors for patch in p.groups.values()):
+            return None
+        if "live" not in routing.shared:
+            live = torch.zeros(routing.tokens, dtype=torch.int32)
+            live[list(self.form.listed(routing).tokens)] = 1
+            routing.shared["live"] = live.to(self.form.table.device)
+        return Beside(self, routing.shared["live"], self.form.aside)
 
     def add(self, y: Tensor, x: Tensor) -> None:
         """y [T, outs] += w · (mul · y + add + B (A x)), the vectors of those in `vectors` alone."""
@@ -212,26 +232,32 @@ class GroupedSmall:
 
 
 class Beside:
-    """The same of a captured step, computed beside the base's product on a stream of its own, for y's reader to add.
+    """The same, computed beside the base's product on a stream of its own, for y's reader to add.
 
-    `more.value` [T, outs] is memory that all groups share: a group's is read before the next one's is written.
+    `live` [T] int32: the tokens that have adapters.
     """
 
-    def __init__(self, small: GroupedSmall, more: More, stream: torch.cuda.Stream | None) -> None:
-        self.small, self.more, self.stream = small, more, stream
+    def __init__(self, small: GroupedSmall, live: Tensor, stream: torch.cuda.Stream | None) -> None:
+        self.small, self.live, self.stream = small, live, stream
 
-    def run(self, base: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, More]:
-        """(x · Wᵀ + b, what is to be added)."""
+    def run(self, base: Callable[[Tensor], Tensor], x: Tensor, outs: int) -> tuple[Tensor, More]:
+        """(x · Wᵀ + b [T, outs], what is to be added)."""
+        value = torch.empty(len(x), outs, dtype=x.dtype, device=x.device)
         if self.stream is None:
-            self.small.write(self.more.value, x)
-            return base(x), self.more
+            self.small.write(value, x)
+            return base(x), self.small.kernels.More(value, self.live)
         here = torch.cuda.current_stream()
         self.stream.wait_stream(here)
         with torch.cuda.stream(self.stream):
-            self.small.write(self.more.value, x)
+            self.small.write(value, x)
         y = base(x)
         here.wait_stream(self.stream)
-        return y, self.more
+        return y, self.small.kernels.More(value, self.live)
+
+
+def _urgent_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """One whose few programs go first wherever there is a free place."""
+    return torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
 
 def _has_vectors(patch: GroupPatch | None) -> bool:

@@ -29,6 +29,7 @@ from torch import Tensor
 from adapter_server.engine.routing import Routing, Segment, Use
 
 if TYPE_CHECKING:
+    from adapter_server.engine.grouped import Beside
     from adapter_server.engine.placed import Placed
     from adapter_server.engine.site import LinearGroup
 
@@ -150,6 +151,9 @@ class Adder(Protocol):
 
     def add(self, y: Tensor, x: Tensor) -> None:
         """y [T, outs] += w · B (A x)."""
+
+    def beside(self, routing: Routing) -> Beside | None:
+        """The same computed beside the base's product, where that is possible."""
 
 
 class LowRank(Protocol):
@@ -276,6 +280,9 @@ class Small:
 
     narrow = False
     vectors: frozenset[Placed] = frozenset()
+
+    def beside(self, routing: Routing) -> None:
+        """Its products have the same cores."""
 
     def __init__(self, layout: Layout, group: LinearGroup, runs: Sequence[int]) -> None:
         stack, n = layout.bank.stack(group), layout.slots

@@ -101,6 +101,9 @@ class NativeSmall:
     narrow = False
     vectors: frozenset[Placed] = frozenset()
 
+    def beside(self, routing: Routing) -> None:
+        """Its products have the same cores."""
+
     def __init__(self, kernel: ctypes.CDLL, group: LinearGroup, segments: Sequence[Segment]) -> None:
         patches = [segment.placed.groups[group.index] for segment in segments]
         ranks = [patch.addresses[1] for patch in patches]

@@ -27,8 +27,13 @@ LENGTHS = (1, 200, 16, 333)  # of the probe's rows
 CHUNKS = ((0, 2), (150, 70), (5, 17))  # of rows with several new tokens: those before, and the new ones
 
 
-def low_rank_error(found: ModuleType, device: torch.device, given: torch.dtype, held: torch.dtype) -> float:
-    """Of `add_low_rank` on input of dtype `given`: short and long rows, with vectors and without, and padding."""
+def low_rank_error(
+    found: ModuleType, device: torch.device, given: torch.dtype, held: torch.dtype, few: int = 4, apart: bool = False
+) -> float:
+    """Of `add_low_rank` on input of dtype `given`: short and long rows, with vectors and without, and padding.
+
+    `few`: the tokens of a short row's tile; `apart`: of `low_rank`.
+    """
     draw = _draws(device)
     adapters = [_adapter(draw, ranks, held) for ranks in RANKS]
     vectors = [draw(2, sum(OUTS)).to(held) * (0.3 if i != 1 else 0) for i in range(len(RANKS))]
@@ -39,7 +44,7 @@ def low_rank_error(found: ModuleType, device: torch.device, given: torch.dtype, 
             row += [Bt.data_ptr(), sum(ranks[:m]), rank]
         table[i] = torch.tensor(row)
     x, y = draw(sum(COUNTS), INP).to(given), draw(sum(COUNTS), sum(OUTS)).to(given)
-    want = y.to(torch.float32, copy=True)
+    want = torch.zeros(y.shape, device=device) if apart else y.to(torch.float32, copy=True)
     starts = [sum(COUNTS[:i]) for i in range(len(COUNTS))]
     for (A, members), both, start, count, ranks in zip(adapters, vectors, starts, COUNTS, RANKS, strict=True):
         small = (x[start : start + count].float() @ A.float().T * 0.5).to(held).float()
@@ -47,7 +52,8 @@ def low_rank_error(found: ModuleType, device: torch.device, given: torch.dtype, 
         mul, add = both.float()
         old = want[start : start + count]
         old += 0.5 * (old * mul + add) + torch.cat(parts, 1)
-    found.add_low_rank(y, x, _tiles(found, starts, device), table.to(device), _outputs(found, device), held)
+    run = found.low_rank if apart else found.add_low_rank
+    run(y, x, _tiles(found, starts, device, few), table.to(device), _outputs(found, device), held)
     return (y.float() - want).abs().max().item()
 
 
@@ -57,17 +63,17 @@ def _adapter(draw: Callable[..., Tensor], ranks: Sequence[int], held: torch.dtyp
     return A, [(draw(r, out) / max(1, r) ** 0.5).to(held) for r, out in zip(ranks, OUTS, strict=True)]
 
 
-def _tiles(found: ModuleType, starts: Sequence[int], device: torch.device) -> Any:
+def _tiles(found: ModuleType, starts: Sequence[int], device: torch.device, few: int) -> Any:
     """Each adapter's tokens as one row's, and after each run a tile of padding."""
     places: list[tuple[int, ...]] = []
     runs = []
-    for few in (False, True):
-        begin, size = len(places), found.FEW if few else found.MANY
+    for size in (found.MANY, few):
+        begin = len(places)
         for i, (start, count) in enumerate(zip(starts, COUNTS, strict=True)):
-            if (count <= found.FEW) == few:
+            if (count <= found.FEW) == (size == few):
                 places += [(i, start + at, min(size, count - at), 1) for at in range(0, count, size)]
         places.append((0, 0, 0, 0))
-        runs.append(found.Run(begin, len(places), few))
+        runs.append(found.Run(begin, len(places), size))
     width = math.ceil(max(map(sum, RANKS)) / found.MANY_RANKS) * found.MANY_RANKS
     return found.Tiles(
         torch.arange(sum(COUNTS), dtype=torch.int32, device=device),

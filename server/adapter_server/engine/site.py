@@ -120,22 +120,27 @@ class LinearGroup:
 
     def run(self, x: Tensor) -> Tensor:
         """x [T, in] → y [T, outs] for all tokens of the step."""
-        step = current()
-        routing = None if step is None else step.head if self.head else step.routing
+        routing = self._routing()
         if routing is None or routing.plain:
             return self.base(x)
-        plan = routing.plans.get(self.index)
-        if plan is None:
-            plan = routing.plans[self.index] = self.plan(routing, x.shape[0])
+        plan = self._planned(routing, x)
         return plan.whole(x) if plan.whole else self._mixed(x.contiguous(), plan, routing)
 
     def apart(self, x: Tensor) -> tuple[Tensor, More | None]:
-        """As `run`; but what adapters add may come apart from y, for whoever reads y to add, where a plan says so."""
+        """As `run`; but what adapters add may come apart from y, for whoever reads y to add."""
+        routing = self._routing()
+        beside = None if routing is None or routing.plain else self._planned(routing, x).beside
+        return (self.run(x), None) if beside is None else beside.run(self.base, x.contiguous(), sum(self.outs))
+
+    def _routing(self) -> Routing | None:
         step = current()
-        plan: Plan | None = None if step is None or self.head else step.routing.plans.get(self.index)
-        if plan is None or plan.beside is None:
-            return self.run(x), None
-        return plan.beside.run(self.base, x)
+        return None if step is None else step.head if self.head else step.routing
+
+    def _planned(self, routing: Routing, x: Tensor) -> Plan:
+        plan: Plan | None = routing.plans.get(self.index)
+        if plan is None:
+            plan = routing.plans[self.index] = self.plan(routing, x.shape[0])
+        return plan
 
     def _mixed(self, x: Tensor, plan: Plan, routing: Routing) -> Tensor:
         if plan.narrow:
@@ -195,7 +200,7 @@ class LinearGroup:
             return Plan(whole=replaced[0][1])
         small, large = self.lowrank.plan(self, routing, [s for s, patch in here if patch.A is not None])
         done = frozenset[Placed]().union(*(adder.vectors for adder in small))
-        return Plan(
+        plan = Plan(
             in_scale=None if (shift := self._vectors(routing, "shift")) is None else shift + 1,
             mul=self._vectors(routing, "mul", done),
             add=self._vectors(routing, "add", done),
@@ -207,6 +212,9 @@ class LinearGroup:
             replaced=replaced,
             blocks=[(s, patch.block) for s, patch in here if patch.block is not None],
         )
+        if plan.narrow and len(small) == 1:
+            plan.beside = small[0].beside(routing)
+        return plan
 
     def _turns(self, here: Sequence[tuple[Segment, GroupPatch]]) -> dict[int, list[tuple[Segment, Turned]]]:
         found: dict[int, list[tuple[Segment, Turned]]] = {}
@@ -221,7 +229,10 @@ class LinearGroup:
 
     def _vectors(self, routing: Routing, name: str, done: frozenset[Placed] = frozenset()) -> Tensor | None:
         """[uses, width]: Σ wᵢ vᵢ for each distinct set of adapters but those `done`; None where none has one."""
-        left = [[(p, w) for p, w in uses if p not in done] for uses in routing.uses]
+        mine = {s.placed for s in routing.segments if _has(s.placed.groups.get(self.index), name)} - done
+        if not mine:
+            return None
+        left = [[(p, w) for p, w in uses if p in mine] for uses in routing.uses]
         rows = [[(getattr(p.groups.get(self.index), name, None), w) for p, w in uses] for uses in left]
         return self._stacked(rows, self.inp if name == "shift" else sum(self.outs))
 
@@ -367,6 +378,10 @@ def _runs_alike(outs: Sequence[int]) -> list[range]:
     """Neighbouring members of one output width: (8, 4, 4) → 0..0, 1..2."""
     starts = [m for m in range(len(outs)) if m == 0 or outs[m] != outs[m - 1]]
     return [range(a, b) for a, b in itertools.pairwise([*starts, len(outs)])]
+
+
+def _has(patch: GroupPatch | None, name: str) -> bool:
+    return patch is not None and getattr(patch, name) is not None
 
 
 def _scale(patch: Patch) -> Tensor | None:

@@ -1,18 +1,19 @@
 """The low-rank products of a step's adapters, and the vectors of those that are alone on their tokens.
 
     add_low_rank   y[t] += w · (mul · y[t] + add + (x[t] @ A.T) @ Bt)           for each adapter's tokens t
+    low_rank       more[t] = w · (add + (x[t] @ A.T) @ Bt)                      the same for somebody else to add
 
 Two launches: shrink writes partial sums of x @ A.T, expand adds them up and passes over y once. Both are bound by
 memory. Per adapter and group they read A (rows · in), Bt (rank · out) and the vectors once per tile, and per token x,
 y twice, and the partial sums (splits · rank float32, from the cache); they compute 2 · rank · (in + out) FLOPs a token.
 
-A row of up to FEW tokens goes in tiles of FEW tokens, where products are fused multiply-adds in float32: at so few
-tokens these keep up with memory, and a tensor core's tile would be nearly empty. A program holds one block of A, loaded
-in one go, so that all its bytes are in flight at once: RANKS rows of `span_of(in)` columns, 8 to 32 kB in bfloat16; a
-group has some hundreds of programs. One of expand holds RANKS rows of Bt, WIDE columns each: 4 kB, in one warp, whose
-sums over ranks need no barrier. Longer rows go in tiles of MANY tokens on tensor cores, which read A so much seldomer;
-adapters in float32 take three products in tf32 for one. Which way a row goes, and how its sums are split, depends on
-its own number of tokens and the group's width alone.
+A row of up to FEW tokens goes in tiles of 1, 2 or FEW tokens, where products are fused multiply-adds in float32: at so
+few tokens these keep up with memory, and a tensor core's tile would be nearly empty. A program holds one block of A,
+loaded in one go, so that all its bytes are in flight at once: RANKS rows of `span_of(in)` columns, 8 to 32 kB in
+bfloat16; a group has some hundreds of programs. One of expand holds RANKS rows of Bt, WIDE columns each: 4 kB, in one
+warp, whose sums over ranks need no barrier. Longer rows go in tiles of MANY tokens on tensor cores, which read A much
+seldomer; adapters in float32 take three products in tf32 for one. Which way a row goes, and how its sums are split,
+depends on its own number of tokens and the group's width alone.
 
 Source: Punica's shrink and expand (arXiv 2310.18547).
 """
@@ -44,11 +45,11 @@ def span_of(inp: int) -> int:
 
 
 class Run(NamedTuple):
-    """The tiles start..stop−1, all of `FEW` tokens or all of `MANY`, in which no token comes twice."""
+    """The tiles start..stop−1, all of at most `tokens` tokens (1, 2, FEW or MANY), in which no token comes twice."""
 
     start: int
     stop: int
-    few: bool
+    tokens: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -84,38 +85,41 @@ def add_low_rank(y: Tensor, x: Tensor, tiles: Tiles, table: Tensor, outputs: Out
     """
     with on(x):
         for run in tiles.runs:
-            (_few if run.few else _many)(y, x, tiles, run, table, outputs, held)
+            (_few if run.tokens <= FEW else _many)(y, x, tiles, run, table, outputs, held, True)
 
 
 def low_rank(more: Tensor, x: Tensor, tiles: Tiles, table: Tensor, outputs: Outputs, held: torch.dtype) -> None:
-    """more [T, outs] = w · (add + B (A x)) at the tokens of the tiles, all of few tokens; the others are not written.
+    """more [T, outs] = w · (add + B (A x)) at the tokens of the tiles; the others are not written.
 
     Reference: for each adapter's tokens t and each member, more[t, columns] = w * (add + (x[t] @ A.T) @ Bt)
     """
     with on(x):
         for run in tiles.runs:
-            _few(more, x, tiles, run, table, outputs, held, added=False)
+            (_few if run.tokens <= FEW else _many)(more, x, tiles, run, table, outputs, held, False)
 
 
 def _few(
-    y: Tensor, x: Tensor, tiles: Tiles, run: Run, table: Tensor, outputs: Outputs, held: torch.dtype, added: bool = True
+    y: Tensor, x: Tensor, tiles: Tiles, run: Run, table: Tensor, outputs: Outputs, held: torch.dtype, added: bool
 ) -> None:
     count, pairs, span = run.stop - run.start, len(tiles.tokens), span_of(outputs.inp)
     splits = triton.cdiv(outputs.inp, span)
     _shrink_few[count, tiles.width // RANKS, splits](
         x, tiles.scratch, tiles.tokens, tiles.places, table, x.stride(0), table.stride(0), outputs.at, outputs.inp,
-        pairs, tiles.width, run.start, HELD=DTYPES[held], RANKS=RANKS, SPAN=span,
+        pairs, tiles.width, run.start, HELD=DTYPES[held], TOKENS=run.tokens, RANKS=RANKS, SPAN=span,
         num_warps=max(SHRINK_WARPS, span // 128), **OPTIONS,
     )  # fmt: skip
     _expand_few[count, len(outputs.blocks)](
         y, tiles.scratch, tiles.tokens, tiles.weights, tiles.places, table, outputs.blocks, y.stride(0),
         table.stride(0), outputs.at, pairs, tiles.width, run.start, splits, HELD=DTYPES[held],
-        ADDED=added, ALIGNED=outputs.aligned, RANKS=RANKS, WIDE=WIDE, SPLITS=triton.next_power_of_2(splits),
+        ADDED=added, ALIGNED=outputs.aligned, TOKENS=run.tokens, RANKS=RANKS, WIDE=WIDE,
+        SPLITS=triton.next_power_of_2(splits),
         num_warps=EXPAND_WARPS, **OPTIONS,
     )  # fmt: skip
 
 
-def _many(y: Tensor, x: Tensor, tiles: Tiles, run: Run, table: Tensor, outputs: Outputs, held: torch.dtype) -> None:
+def _many(
+    y: Tensor, x: Tensor, tiles: Tiles, run: Run, table: Tensor, outputs: Outputs, held: torch.dtype, added: bool
+) -> None:
     count, pairs, precise = run.stop - run.start, len(tiles.tokens), "tf32x3" if held == torch.float32 else "ieee"
     formats = {"HELD": DTYPES[held], "COMPUTE": compute_of(held), "TOKENS": MANY, "PRECISION": precise}
     _shrink_many[count, tiles.width // MANY_RANKS, MANY_SPLITS](
@@ -125,8 +129,8 @@ def _many(y: Tensor, x: Tensor, tiles: Tiles, run: Run, table: Tensor, outputs: 
     )  # fmt: skip
     _expand_many[count, len(outputs.blocks)](
         y, tiles.scratch, tiles.tokens, tiles.weights, tiles.places, table, outputs.blocks, y.stride(0),
-        table.stride(0), outputs.at, pairs, tiles.width, run.start, SPLITS=MANY_SPLITS, ALIGNED=outputs.aligned,
-        RANKS=RANKS, WIDE=WIDE, num_warps=MANY_WARPS, **formats, **OPTIONS,
+        table.stride(0), outputs.at, pairs, tiles.width, run.start, SPLITS=MANY_SPLITS, ADDED=added,
+        ALIGNED=outputs.aligned,        RANKS=RANKS, WIDE=WIDE, num_warps=MANY_WARPS, **formats, **OPTIONS,
     )  # fmt: skip
 
 
@@ -139,7 +143,7 @@ def _pointer(field, DTYPE: tl.constexpr):
 @triton.jit(do_not_specialize=["table_row", "at", "pairs", "start"])
 def _shrink_few(
     x, parts, tokens, places, table, x_row, table_row, at, inp, pairs, width, start,
-    HELD: tl.constexpr, RANKS: tl.constexpr, SPAN: tl.constexpr,
+    HELD: tl.constexpr, TOKENS: tl.constexpr, RANKS: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
     """parts [splits, pairs, width] = x[tokens][:, split] @ A[:, split].T for a tile, a block of A's rows, a split."""
     place = places + (start + tl.program_id(0)) * 4
@@ -152,15 +156,19 @@ def _shrink_few(
         mask = (r < rows)[:, None] & (k < inp)[None, :]
         a = tl.load(_pointer(field, HELD) + r[:, None].to(tl.int64) * inp + k[None, :], mask=mask, other=0.0)
         x0 = _row(x, tokens, first, 0, count, x_row, k, k < inp)  # all loads first, so that they wait together
-        x1 = _row(x, tokens, first, 1, count, x_row, k, k < inp)
-        x2 = _row(x, tokens, first, 2, count, x_row, k, k < inp)
-        x3 = _row(x, tokens, first, 3, count, x_row, k, k < inp)
+        if TOKENS > 1:
+            x1 = _row(x, tokens, first, 1, count, x_row, k, k < inp)
+        if TOKENS > 2:
+            x2 = _row(x, tokens, first, 2, count, x_row, k, k < inp)
+            x3 = _row(x, tokens, first, 3, count, x_row, k, k < inp)
         wide = a.to(tl.float32)
         to = parts + (split * pairs + first).to(tl.int64) * width + r
         tl.store(to, _dots(wide, x0, HELD), mask=r < rows)
-        tl.store(to + width, _dots(wide, x1, HELD), mask=(r < rows) & (count > 1))
-        tl.store(to + 2 * width, _dots(wide, x2, HELD), mask=(r < rows) & (count > 2))
-        tl.store(to + 3 * width, _dots(wide, x3, HELD), mask=(r < rows) & (count > 3))
+        if TOKENS > 1:
+            tl.store(to + width, _dots(wide, x1, HELD), mask=(r < rows) & (count > 1))
+        if TOKENS > 2:
+            tl.store(to + 2 * width, _dots(wide, x2, HELD), mask=(r < rows) & (count > 2))
+            tl.store(to + 3 * width, _dots(wide, x3, HELD), mask=(r < rows) & (count > 3))
 
 
 @triton.jit
@@ -178,8 +186,8 @@ def _dots(wide, row, HELD: tl.constexpr):
 @triton.jit(do_not_specialize=["table_row", "at", "pairs", "start", "splits"])
 def _expand_few(
     y, parts, tokens, weights, places, table, blocks, y_row, table_row, at, pairs, width, start, splits,
-    HELD: tl.constexpr, ADDED: tl.constexpr, ALIGNED: tl.constexpr, RANKS: tl.constexpr, WIDE: tl.constexpr,
-    SPLITS: tl.constexpr,
+    HELD: tl.constexpr, ADDED: tl.constexpr, ALIGNED: tl.constexpr, TOKENS: tl.constexpr, RANKS: tl.constexpr,
+    WIDE: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """y[tokens, columns] += weights · (mul · y + add + parts.sum(0) @ Bt) for a tile and a block of a member's columns;
     not ADDED, y is what is added alone.
@@ -198,9 +206,11 @@ def _expand_few(
         inside = begin + c < out
         known = inside & ADDED
         y0 = _row(y, tokens, first, 0, count, y_row, to + c, known)
-        y1 = _row(y, tokens, first, 1, count, y_row, to + c, known)
-        y2 = _row(y, tokens, first, 2, count, y_row, to + c, known)
-        y3 = _row(y, tokens, first, 3, count, y_row, to + c, known)
+        if TOKENS > 1:
+            y1 = _row(y, tokens, first, 1, count, y_row, to + c, known)
+        if TOKENS > 2:
+            y2 = _row(y, tokens, first, 2, count, y_row, to + c, known)
+            y3 = _row(y, tokens, first, 3, count, y_row, to + c, known)
         mul, add = _vector(row + 2, own, to + c, inside, HELD), _vector(row + 3, own, to + c, inside, HELD)
         Bt = _pointer(field, HELD)
         total0 = tl.zeros((WIDE,), tl.float32)
@@ -209,20 +219,23 @@ def _expand_few(
             r = low + tl.arange(0, RANKS)
             mask = (r < rank)[:, None] & inside[None, :]
             more = tl.load(Bt + r[:, None].to(tl.int64) * out + (begin + c)[None, :], mask=mask, other=0.0)
-            source, live = parts + above + r, r < rank
+            source, live, wide = parts + above + r, r < rank, more.to(tl.float32)
             s0 = _small(source, weights, first, 0, count, pairs, width, live, splits, HELD, SPLITS)
-            s1 = _small(source, weights, first, 1, count, pairs, width, live, splits, HELD, SPLITS)
-            s2 = _small(source, weights, first, 2, count, pairs, width, live, splits, HELD, SPLITS)
-            s3 = _small(source, weights, first, 3, count, pairs, width, live, splits, HELD, SPLITS)
-            wide = more.to(tl.float32)
             total0 += tl.sum(wide * s0[:, None], 0)
-            total1 += tl.sum(wide * s1[:, None], 0)
-            total2 += tl.sum(wide * s2[:, None], 0)
-            total3 += tl.sum(wide * s3[:, None], 0)
+            if TOKENS > 1:
+                s1 = _small(source, weights, first, 1, count, pairs, width, live, splits, HELD, SPLITS)
+                total1 += tl.sum(wide * s1[:, None], 0)
+            if TOKENS > 2:
+                s2 = _small(source, weights, first, 2, count, pairs, width, live, splits, HELD, SPLITS)
+                s3 = _small(source, weights, first, 3, count, pairs, width, live, splits, HELD, SPLITS)
+                total2 += tl.sum(wide * s2[:, None], 0)
+                total3 += tl.sum(wide * s3[:, None], 0)
         _add(y, y0, mul, add, total0, tokens, weights, first, 0, count, y_row, to + c, inside)
-        _add(y, y1, mul, add, total1, tokens, weights, first, 1, count, y_row, to + c, inside)
-        _add(y, y2, mul, add, total2, tokens, weights, first, 2, count, y_row, to + c, inside)
-        _add(y, y3, mul, add, total3, tokens, weights, first, 3, count, y_row, to + c, inside)
+        if TOKENS > 1:
+            _add(y, y1, mul, add, total1, tokens, weights, first, 1, count, y_row, to + c, inside)
+        if TOKENS > 2:
+            _add(y, y2, mul, add, total2, tokens, weights, first, 2, count, y_row, to + c, inside)
+            _add(y, y3, mul, add, total3, tokens, weights, first, 3, count, y_row, to + c, inside)
 
 
 @triton.jit
@@ -299,8 +312,8 @@ def _shrink_many(
 @triton.jit(do_not_specialize=["table_row", "at", "pairs", "start"])
 def _expand_many(
     y, parts, tokens, weights, places, table, blocks, y_row, table_row, at, pairs, width, start, SPLITS: tl.constexpr,
-    ALIGNED: tl.constexpr, HELD: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr, TOKENS: tl.constexpr,
-    RANKS: tl.constexpr, WIDE: tl.constexpr,
+    ADDED: tl.constexpr, ALIGNED: tl.constexpr, HELD: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
+    TOKENS: tl.constexpr, RANKS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """As `_expand_few`, on tensor cores."""
     place = places + (start + tl.program_id(0)) * 4
@@ -309,7 +322,10 @@ def _expand_many(
     row = table + tl.load(place).to(tl.int64) * table_row + at
     field = row + 4 + 3 * member
     rank, above = tl.load(field + 2).to(tl.int32), tl.load(field + 1).to(tl.int32)
-    if (count > 0) & ((rank > 0) | _has_vectors(row, own)):
+    touched = count > 0
+    if ADDED:
+        touched = touched & ((rank > 0) | _has_vectors(row, own))
+    if touched:
         i, c = tl.arange(0, TOKENS), tl.arange(0, WIDE)
         live, inside = i < count, begin + c < out
         Bt, weight = _pointer(field, HELD), tl.load(weights + first + i, mask=live, other=0.0)[:, None]
@@ -328,7 +344,7 @@ def _expand_many(
         token = tl.load(tokens + first + i, mask=live, other=0).to(tl.int64)
         target = y + token[:, None] * y_row + (to + c)[None, :]
         mask = live[:, None] & inside[None, :]
-        old = tl.load(target, mask=mask, other=0.0)
+        old = tl.load(target, mask=mask & ADDED, other=0.0)
         wide = old.to(tl.float32)
         new = wide + weight * (wide * mul[None, :] + add[None, :]) + total
         tl.store(target, new.to(old.dtype), mask=mask)
