@@ -53,7 +53,8 @@ def low_rank(arch: int, name: str) -> None:
     plan |= {"x": star, "y": star, "parts": "*fp32"}
     few, wide = {"HELD": held, "RANKS": lowrank.RANKS}, {"ALIGNED": True, "WIDE": lowrank.WIDE}
     compiled(lowrank._shrink_few, plan, {**few, "SPAN": 256}, arch, lowrank.SHRINK_WARPS)
-    compiled(lowrank._expand_few, plan, {**few, **wide, "SPLITS": 16}, arch, lowrank.EXPAND_WARPS)
+    for added in (True, False):
+        compiled(lowrank._expand_few, plan, {**few, **wide, "ADDED": added, "SPLITS": 16}, arch, lowrank.EXPAND_WARPS)
     many = {"HELD": held, "COMPUTE": held, "TOKENS": lowrank.MANY, "SPLITS": lowrank.MANY_SPLITS}
     many["PRECISION"] = "tf32x3" if name == "fp32" else "ieee"
     shrink = {"RANKS": lowrank.MANY_RANKS, "DEPTH": lowrank.DEPTH}
