@@ -87,7 +87,12 @@ def attended(arch: int, name: str) -> None:
         "WIDTHS": DIM,
     }
     compiled(attention._prefill, tiles, {**shape, **dtypes, **precise}, arch, attention.PREFILL_WARPS)
-    compiled(attention._combine, {**rows, "out": star, "sinks": star}, {"SINKS": True, **heads, **spans}, arch)
+    compiled(
+        attention._combine,
+        {**rows, "out": star, "sinks": star},
+        {"SINKS": True, "TOGETHER": attention.TOGETHER, **heads, **spans},
+        arch,
+    )
 
 
 def blocks(arch: int, name: str) -> None:

@@ -4,8 +4,9 @@
     paged_prefill   the same for each token of a row with several, over the keys up to its own
 
 Decode reads every key once: at 32 rows of 1024 keys (8 heads of 128, bfloat16) 134 MB a layer, for 4 FLOPs a number and
-head of a group, so that memory bounds it. Its grid is (rows × key heads × chunks) by capacities; chunks of CHUNK keys
-make some hundreds of programs of 32 rows also where contexts are short.
+head of a group, so that memory bounds it. Its grid is (rows × key heads × chunks) by capacities, PROGRAMS at most or
+little more, so that room for long rows costs short ones nothing; chunks of CHUNK keys make some hundreds of programs of
+32 rows also where contexts are short. A chunk's numbers are the same whichever program has it.
 
 Sources: split-KV attention as in Flash-Decoding (arXiv 2311.01282), tiles over queries as in FlashAttention-2
 (arXiv 2307.08691), pages as in vLLM (arXiv 2309.06180).
@@ -22,8 +23,9 @@ from torch import Tensor
 
 from adapter_server.engine.kernels.launch import DTYPES, OPTIONS, compute_of, on, power
 
-CHUNK, MOST_CHUNKS, KEYS = 128, 64, 64  # keys of a chunk at least, chunks of a row at most, keys that one turn reads
-ATTEND_WARPS, COMBINE_WARPS = 4, 4
+CHUNK, MOST_CHUNKS, KEYS = 64, 64, 64  # keys of a chunk at least, chunks of a row at most, keys that one turn reads
+ATTEND_WARPS, COMBINE_WARPS, TOGETHER = 4, 4, 8  # chunks that combine reads at once
+PROGRAMS = 2048  # where a row could have more chunks than so many programs have, each takes several
 QUERIES, PREFILL_WARPS, PREFILL_STAGES = 64, 4, 2  # tokens of a tile with several
 
 
@@ -65,7 +67,7 @@ def paged_decode(out: Tensor, q: Tensor, keys: Tensor, values: Tensor, rows: Row
     window = 0 if form.window is None else form.window
     spans = {"CHUNK": CHUNK, "MOST": MOST_CHUNKS, "KEYS": _turn(keys), **OPTIONS}
     with on(q):
-        _attend[n, kv_heads, chunks](
+        _attend[n, kv_heads, min(chunks, triton.cdiv(PROGRAMS, n * kv_heads))](
             parts, sums, q, keys, values, rows.table, rows.lengths, rows.tokens,
             q.stride(0), q.stride(1), keys.stride(0), keys.stride(1), values.stride(0), values.stride(1),
             rows.table.stride(0), form.scale, 0.0 if form.cap is None else form.cap, window, chunks,
@@ -77,7 +79,7 @@ def paged_decode(out: Tensor, q: Tensor, keys: Tensor, values: Tensor, rows: Row
             out, parts, sums, q if form.sinks is None else form.sinks, rows.lengths, rows.tokens,
             out.stride(0), out.stride(1), window, chunks,
             SINKS=form.sinks is not None, HEADS=heads, WIDTH=dim_v, WIDTHS=power(dim_v), num_warps=COMBINE_WARPS,
-            **spans,
+            TOGETHER=TOGETHER, **spans,
         )  # fmt: skip
 
 
@@ -139,15 +141,15 @@ def _attend(
     PAGE: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr, WIDTH: tl.constexpr, WIDTHS: tl.constexpr,
     HELD: tl.constexpr, COMPUTE: tl.constexpr, CHUNK: tl.constexpr, MOST: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of a row's keys for the heads of one kv head: Σ exp(s − top) v, and (top, Σ exp(s − top))."""
-    row, kv_head, chunk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    """Some chunks of a row's keys for the heads of one kv head: Σ exp(s − top) v, and (top, Σ exp(s − top)) of each."""
+    row, kv_head = tl.program_id(0), tl.program_id(1)
     length = tl.load(lengths + row).to(tl.int32)
     start, each = _spans(length, window, CHUNK, MOST, KEYS)
-    begin = start + chunk * each
-    end = tl.minimum(begin + each, length)
-    if begin < end:
-        g, d, w = tl.arange(0, GROUPS), tl.arange(0, DIMS), tl.arange(0, WIDTHS)
-        head = kv_head * GROUP + g
+    g, d, w = tl.arange(0, GROUPS), tl.arange(0, DIMS), tl.arange(0, WIDTHS)
+    head = kv_head * GROUP + g
+    for chunk in range(tl.program_id(2), tl.cdiv(length - start, each), tl.num_programs(2)):
+        begin = start + chunk * each
+        end = tl.minimum(begin + each, length)
         token = tl.load(tokens + row).to(tl.int64)
         asked = tl.load(
             q + head[:, None].to(tl.int64) * q_head + token * q_token + d[None, :],
@@ -192,28 +194,31 @@ def _attend(
 def _combine(
     out, parts, sums, sinks, lengths, tokens, out_token, out_head, window, chunks,
     SINKS: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, WIDTHS: tl.constexpr,
-    CHUNK: tl.constexpr, MOST: tl.constexpr, KEYS: tl.constexpr,
+    CHUNK: tl.constexpr, MOST: tl.constexpr, KEYS: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
     """out[token, head] = Σ exp(topᵢ − top) partᵢ / Σ exp(topᵢ − top) sumᵢ, in the order of the keys."""
     row, head = tl.program_id(0), tl.program_id(1)
     length = tl.load(lengths + row).to(tl.int32)
     start, each = _spans(length, window, CHUNK, MOST, KEYS)
-    w, chunk = tl.arange(0, WIDTHS), tl.arange(0, MOST)
-    at = (row.to(tl.int64) * HEADS + head) * chunks + chunk
-    there = chunk < tl.cdiv(length - start, each)
-    tops = tl.load(sums + at * 2, mask=there, other=float("-inf"))
-    totals = tl.load(sums + at * 2 + 1, mask=there, other=0.0)
-    mixed = tl.load(parts + at[:, None] * WIDTH + w[None, :], mask=there[:, None] & (w < WIDTH)[None, :], other=0.0)
-    top = tl.max(tops, 0)
+    w, chunks_of_row = tl.arange(0, WIDTHS), tl.cdiv(length - start, each)
+    top, total = float("-inf"), 0.0
     if SINKS:
-        sink = tl.load(sinks + head).to(tl.float32)
-        top = tl.maximum(top, sink)
-    fade = tl.exp(tops - top)
-    total = tl.sum(fade * totals, 0)
-    if SINKS:
-        total += tl.exp(sink - top)
+        top, total = tl.load(sinks + head).to(tl.float32), 1.0
+    mixed = tl.zeros((WIDTHS,), tl.float32)
+    for low in range(0, chunks_of_row, TOGETHER):
+        chunk = low + tl.arange(0, TOGETHER)
+        there = chunk < chunks_of_row
+        at = (row.to(tl.int64) * HEADS + head) * chunks + chunk
+        tops = tl.load(sums + at * 2, mask=there, other=float("-inf"))
+        totals = tl.load(sums + at * 2 + 1, mask=there, other=0.0)
+        part = tl.load(parts + at[:, None] * WIDTH + w[None, :], mask=there[:, None] & (w < WIDTH)[None, :], other=0.0)
+        higher = tl.maximum(top, tl.max(tops, 0))
+        weight, fade = tl.exp(tops - higher), tl.exp(top - higher)
+        total = total * fade + tl.sum(weight * totals, 0)
+        mixed = mixed * fade + tl.sum(weight[:, None] * part, 0)
+        top = higher
     target = out + tl.load(tokens + row).to(tl.int64) * out_token + head * out_head + w
-    tl.store(target, (tl.sum(fade[:, None] * mixed, 0) / total).to(out.dtype.element_ty), mask=w < WIDTH)
+    tl.store(target, (mixed / total).to(out.dtype.element_ty), mask=w < WIDTH)
 
 
 @triton.jit(do_not_specialize=["table_row", "window"])
