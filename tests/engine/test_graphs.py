@@ -9,6 +9,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -26,13 +27,24 @@ NAMES = (
 )
 
 
-def paged_decode(out: Tensor, q: Tensor, keys: Tensor, values: Tensor, rows: object, form: object) -> None:
-    """Row by row, in torch."""
-    for i, token in enumerate(rows.tokens.tolist()):  # type: ignore[attr-defined]
-        at = torch.arange(int(rows.lengths[i]))  # type: ignore[attr-defined]
-        places = rows.table[i, at // rows.page].long() * rows.page + at % rows.page  # type: ignore[attr-defined]
-        k, v = (t[places].repeat_interleave(q.shape[0] // t.shape[1], 1) for t in (keys, values))
-        out[token] = proofs._attention(q[:, token], k, v, form)  # type: ignore[arg-type]
+def seen(q: Tensor, keys: Tensor, values: Tensor, pages: Tensor, page: int, length: int, form: object) -> Tensor:
+    """q [heads, dim] over the first `length` positions of a row's pages → [heads, dim_v]."""
+    at = torch.arange(length)
+    places = pages[at // page].long() * page + at % page
+    k, v = (t[places].repeat_interleave(q.shape[0] // t.shape[1], 1) for t in (keys, values))
+    return proofs._attention(q, k, v, form)  # type: ignore[arg-type]
+
+
+def paged_decode(out: Tensor, q: Tensor, keys: Tensor, values: Tensor, rows: Any, form: object) -> None:
+    for i, token in enumerate(rows.tokens.tolist()):
+        out[token] = seen(q[:, token], keys, values, rows.table[i], rows.page, int(rows.lengths[i]), form)
+
+
+def paged_prefill(out: Tensor, q: Tensor, keys: Tensor, values: Tensor, chunks: Any, form: object) -> None:
+    for row, first, count, past in chunks.tiles.tolist():
+        for i in range(count):
+            pages = chunks.table[row]
+            out[first + i] = seen(q[:, first + i], keys, values, pages, chunks.page, past + i + 1, form)
 
 
 def pick(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,9 +54,11 @@ def pick(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 @pytest.fixture(autouse=True)
 def _as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    said = SimpleNamespace(paged_decode=paged_decode, pick=pick, Rows=kernels.Rows, Form=kernels.Form)
+    nouns = {name: getattr(kernels, name) for name in ("Rows", "Form", "Chunks", "QUERIES")}
+    said = SimpleNamespace(paged_decode=paged_decode, paged_prefill=paged_prefill, pick=pick, **nouns)
     monkeypatch.setattr(forms, "usable", lambda device: True)
-    monkeypatch.setattr(forms, "decoding", lambda *_, **__: said)
+    monkeypatch.setattr(forms, "_low_rank_agrees", lambda *_: True)  # test_kernels.py holds it
+    monkeypatch.setattr(forms, "attending", lambda *_, **__: said)
 
 
 def served(names: tuple[str, ...] = (), **settings: object) -> Engine:
