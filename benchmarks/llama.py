@@ -123,6 +123,7 @@ class LlamaServer:
 
     def __init__(self, http: httpx.Client) -> None:
         self.http = http
+        self.version = str(http.get("/props").json().get("build_info", "of unknown version"))
 
     def batch(
         self, prompts: Sequence[Sequence[int]], adapters: Sequence[int | None], new: int

@@ -32,7 +32,7 @@ from adapter_server.bench.command import (
     finish,
     model,
 )
-from adapter_server.bench.drive import Ask, Checker, made, opened
+from adapter_server.bench.drive import Ask, Checker, made
 from adapter_server.bench.http import serve
 from adapter_server.bench.play import Arrival, Deed, Stage, check, figures, learn, live, medians
 from adapter_server.bench.workloads import Workload, many_loras, prompts
@@ -168,7 +168,7 @@ class Scene:
 def measure(workload: Workload, plan: Plan, bench: Bench) -> dict[str, Any]:
     """The whole as one JSON object."""
     limits = {"max_model_len": 2 * plan.prompt + plan.new, "max_rows": max(32, plan.rows)}
-    with opened(workload, bench.setting, **limits) as engine:
+    with bench.opened(workload, **limits) as engine:
         ready_s = _ready_s(workload, bench, limits)
         bench.look()
         floor = [bench.floor(workload, plan.rows, plan.prompt + plan.new // 2, adapters=1, rank=plan.rank)]
@@ -178,7 +178,7 @@ def measure(workload: Workload, plan: Plan, bench: Bench) -> dict[str, Any]:
         checked = scene.checker
         more: dict[str, Any] = {}
         if plan.http:
-            with opened(workload, bench.setting, **limits) as second:
+            with bench.opened(workload, **limits) as second:
                 more["http"], other = serve(
                     second, workload, lambda client: _both(client, second, workload, plan, bench)
                 )
@@ -250,6 +250,6 @@ def hotload(
     """What running rows feel while adapters load, are published, merged and evicted; cold loads; thrashing."""
     bench = begin(device, profile, quick)
     plan = Plan(**QUICK, http=http) if quick else Plan(rounds=rounds, http=http)
-    with many_loras(size, 2 * plan.places + 1, plan.rank) as workload:
+    with many_loras(size, 2 * plan.places + 1, plan.rank, device=bench.setting.device) as workload:
         result = measure(workload, plan, bench)
     finish(result, tables(result), draw, out, bench)

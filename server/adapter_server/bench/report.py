@@ -167,11 +167,17 @@ def rounded(value: Any) -> Any:
 
 def publish(result: Mapping[str, Any], path: Path | None) -> None:
     """The result as the last line of stdout, and in a file when one is named."""
-    shown = rounded(result)
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(shown, indent=1) + "\n")
-    print(json.dumps(shown), flush=True)
+        write(result, path)
+    print(json.dumps(rounded(result)), flush=True)
+
+
+def write(result: Mapping[str, Any], path: Path) -> None:
+    """The result in a file, which is the old or the new one at any moment."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".part")
+    aside.write_text(json.dumps(rounded(result), indent=1) + "\n")
+    aside.replace(path)
 
 
 def name(result: Mapping[str, Any]) -> str:
