@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -41,11 +41,9 @@ class Bench:
     console: Console = field(default_factory=lambda: Console(stderr=True))
     rates: dict[str, float] = field(default_factory=dict)
 
-    @contextmanager
-    def opened(self, workload: Workload, **limits: Any) -> Iterator[Engine]:
+    def opened(self, workload: Workload, **limits: Any) -> AbstractContextManager[Engine]:
         """An engine over the workload, within the setting's limits and these."""
-        with drive.opened(workload, self.setting, **limits) as engine:
-            yield engine
+        return drive.opened(workload, self.setting, **limits)
 
     def look(self) -> None:
         """Measure the device; of several looks the better counts."""

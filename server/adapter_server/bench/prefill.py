@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.table import Table
 
-from adapter_server.bench import cells, plots
+from adapter_server.bench import cells, plots, report
 from adapter_server.bench.command import (
     Bench,
     DeviceFlag,
@@ -65,7 +65,16 @@ def measure(workload: Workload, plan: Plan, bench: Bench) -> dict[str, Any]:
         found = cells.in_process(engine, asks, 1, plan.rounds, checker, bench.console)
         speeds = {name: [plan.prompt * each for each in own["tokens_per_s"]] for name, own in found.items()}
         lines = [_line(name, speeds) for name in asks]
-        return bench.result("prefill", workload, engine, asdict(plan), results=lines, answers=checker.summary)
+        bench.look()
+        floor = [_floor(workload, plan, bench, adapters) for adapters in (0, 1, plan.adapters)]
+        more: dict[str, Any] = {"floor": floor, "results": lines, "answers": checker.summary}
+        return bench.result("prefill", workload, engine, asdict(plan), **more)
+
+
+def _floor(workload: Workload, plan: Plan, bench: Bench, adapters: int) -> dict[str, Any]:
+    itemsize = bench.setting.dtype.itemsize
+    found = report.prefill_floor(workload.shape, plan.rows, plan.prompt, adapters, plan.rank, itemsize)
+    return report.timed_floor(found, bench.rates, rows=plan.rows, prompt=plan.prompt, adapters=adapters)
 
 
 def _line(name: str, speeds: Mapping[str, list[float]]) -> dict[str, Any]:

@@ -110,6 +110,21 @@ def floor(
     )
 
 
+def prefill_floor(shape: Shape, rows: int, prompt: int, adapters: int = 0, rank: int = 0, itemsize: int = 4) -> Floor:
+    """Rows that read prompts of so many tokens: each weight once, each key and value written, and the head for the last
+    token of each alone.
+    """
+    one, tokens = floor(shape, 1, 0, adapters, rank, itemsize), rows * prompt
+    head = 2 * shape.vocab * shape.hidden
+    attention = rows * 2 * prompt**2 * shape.layers * shape.heads * shape.head_dim  # half of the square: causal
+    return Floor(
+        weight_bytes=one.weight_bytes,
+        kv_bytes=tokens * shape.layers * 2 * shape.kv_heads * shape.head_dim * itemsize,
+        adapter_bytes=one.adapter_bytes,
+        flops=tokens * (one.flops - head) + rows * head + attention,
+    )
+
+
 def linears(shape: Shape, targets: Sequence[str] = LINEARS) -> list[tuple[int, int]]:
     """(in, out) of these products of every layer."""
     q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
