@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -227,7 +226,7 @@ def run(
                 result["left_out"][label] = f"{type(error).__name__}: {error}"[:300]
                 console.print(f"{label}: {result['left_out'][label]}", highlight=False, markup=False)
             result["seconds_by_part"][label] = time.monotonic() - began
-            result |= {"seconds": time.monotonic() - start, "date": datetime.now(UTC).isoformat(timespec="seconds")}
+            result["seconds"] = time.monotonic() - start
             keep(result)
     return result
 

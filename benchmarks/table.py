@@ -66,8 +66,8 @@ def rivals(sizes: Mapping[str, Result]) -> str:
     work = results[0]["workload"]
     about = (
         f"{work['rows']} rows, {work['adapters']} LoRA adapters r={work['rank']} on all linears ({work['rows']} where "
-        f"they are distinct), prompt {work['prompt']}, {work['new']} new tokens, {work['dtype']}; in brackets: how many "
-        "times faster `ours, uniform` is. " + " ".join(dict.fromkeys(_source(result) for result in results))
+        f"they are distinct), prompt {work['prompt']}, {work['new']} new tokens, {work['dtype']}; in brackets: how "
+        "many times faster `ours, uniform` is. " + " ".join(dict.fromkeys(_source(result) for result in results))
     )
     return f"{about}\n\n{_markdown(rows)}"
 
