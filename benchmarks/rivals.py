@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import logging
 import os
 import statistics
 import time
@@ -30,14 +31,14 @@ from peft import PeftModel
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from transformers import StoppingCriteria
+from transformers import ContinuousBatchingConfig, StoppingCriteria
 
 from adapter_server.bench import report
 from adapter_server.bench.command import Bench, DeviceFlag, bare
 from adapter_server.bench.drive import Ask, Checker, Tokens, base_of, drive, gap, ready
 from adapter_server.bench.workloads import Popularity, Workload, choose, many_loras, prompts
 from adapter_server.engine import Engine
-from adapter_server.errors import AdapterServerError
+from adapter_server.errors import AdapterServerError, RequestFailed
 
 LAWS: Mapping[str, Popularity] = {
     "ours, uniform": "uniform",
@@ -48,6 +49,7 @@ LAWS: Mapping[str, Popularity] = {
 BASE, MIXED, ONE_BY_ONE = "ours, base", "PEFT, mixed batch", "PEFT, one at a time"
 GENERATE, CONTINUOUS, MERGED = "transformers, base", "transformers, continuous batching, base", "merged, one adapter"
 WARM_TOKENS = 3
+BLOCK_TOKENS = 256  # of a page of transformers' continuous batching
 RANK = 16
 MANY, ONE = "ours, uniform", "ours, identical"
 LLAMA_MANY, LLAMA_BASE = "llama-server f32, 16 adapters", "llama-server f32, base"
@@ -71,7 +73,7 @@ class Plan:
     merged: bool = False
 
 
-QUICK = Plan(rows=4, adapters=2, prompt=8, new=4, rounds=1, sample=1, continuous=False, merged=True)
+QUICK = Plan(rows=4, adapters=2, prompt=8, new=4, rounds=1, sample=1, continuous=True, merged=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +123,7 @@ class Scene:
 
     def __init__(self, workload: Workload, plan: Plan, engine: Engine, bench: Bench, llama: Any = None) -> None:
         self.workload, self.plan, self.engine, self.bench, self.llama = workload, plan, engine, bench, llama
+        self.end = ExitStack()
         self.prompts = prompts(plan.rows, plan.prompt, workload.shape.vocab)
         self.plain = base_of(workload, bench.setting)
         self.peft = self._peft()
@@ -150,7 +153,7 @@ class Scene:
         if self.plan.merged:
             rivals[MERGED] = self._merged()
         if self.plan.continuous:
-            rivals[CONTINUOUS] = self.continuous
+            rivals[CONTINUOUS] = self._continuous()
         if self.llama is not None:
             rivals |= {LLAMA_MANY: self._llama(self.asks[MANY]), LLAMA_BASE: self._llama(self.asks[BASE])}
         return ours | rivals
@@ -218,14 +221,27 @@ class Scene:
         folded = PeftModel.from_pretrained(own, self.workload.adapters / name).merge_and_unload()
         return lambda _, new: _outcome(_generate(folded, self.prompts, new), new)
 
-    def continuous(self, _: int, new: int) -> Outcome:
-        """transformers' continuous batching, which knows no adapters."""
-        config = _greedy(self.plain, new)
-        start = time.perf_counter()
-        outputs = self.plain.generate_batch([list(p) for p in self.prompts], generation_config=config)
-        seconds = time.perf_counter() - start
-        ordered = sorted(outputs.items(), key=lambda item: int(item[0].rpartition("_")[2]))
-        return Outcome(seconds, {row: tuple(out.generated_tokens) for row, (_, out) in enumerate(ordered)})
+    def _continuous(self) -> Rival:
+        """transformers' continuous batching, which knows no adapters. Its manager stays, and time runs by the requests'
+        own clocks, so that no start and no end of its thread counts. It is sized by its first run, so that all of them
+        have all tokens.
+        """
+        logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)  # warns of what is meant here
+        model, given = _twin(self.plain), [list(prompt) for prompt in self.prompts]
+        blocks = len(given) * (2 + (self.plan.prompt + self.plan.new) // BLOCK_TOKENS)
+        how = ContinuousBatchingConfig(page_size=BLOCK_TOKENS, num_blocks=blocks)
+        options = {"continuous_batching_config": how, "persistent_manager": True, "record_timestamps": True}
+
+        def run(_: int, new: int) -> Outcome:
+            config = _greedy(model, self.plan.new)
+            outputs = list(model.generate_batch(given, generation_config=config, **options).values())
+            if len(outputs) != len(given):
+                raise RequestFailed(f"only {len(outputs)} of {len(given)} rows were answered")
+            seconds = max(out.timestamps[-1] for out in outputs) - min(out.created_time for out in outputs)
+            return Outcome(seconds, {row: tuple(out.generated_tokens) for row, out in enumerate(outputs)})
+
+        self.end.callback(model.destroy_cached_continuous_batching_manager)
+        return run
 
 
 def _twin(model: Any) -> Any:
@@ -296,7 +312,9 @@ def _scene(workload: Workload, plan: Plan, bench: Bench) -> Iterator[Scene]:
         for noise in (UserWarning, FutureWarning):  # what PEFT and generate say of each other, and of options we mean
             warnings.simplefilter("ignore", noise)
         llama = stack.enter_context(_llama(workload, plan))
-        yield Scene(workload, plan, stack.enter_context(bench.opened(workload, **limits)), bench, llama)
+        scene = Scene(workload, plan, stack.enter_context(bench.opened(workload, **limits)), bench, llama)
+        with scene.end:
+            yield scene
 
 
 @contextmanager

@@ -31,11 +31,12 @@ def found(tmp_path_factory):
 
 def test_every_rival_ran(rivals, found):
     names = [line["rival"] for line in found["results"]]
-    assert names == [*rivals.LAWS, rivals.BASE, rivals.MIXED, rivals.ONE_BY_ONE, rivals.GENERATE, rivals.MERGED]
+    theirs = [rivals.MIXED, rivals.ONE_BY_ONE, rivals.GENERATE, rivals.MERGED, rivals.CONTINUOUS]
+    assert names == [*rivals.LAWS, rivals.BASE, *theirs]
     for line in found["results"]:
         assert line["tokens_per_s"] > 0
         assert len(line["rounds"]["tokens_per_s"]) == found["workload"]["rounds"]
-        assert (line["step_ms"] is None) == (line["rival"] == rivals.ONE_BY_ONE)
+        assert (line["step_ms"] is None) == (line["rival"] in (rivals.ONE_BY_ONE, rivals.CONTINUOUS))
 
 
 def test_ours_gives_pefts_tokens(rivals, found):
@@ -43,7 +44,7 @@ def test_ours_gives_pefts_tokens(rivals, found):
     rows, asked = work["rows"], answers["of"]
     assert asked[f"{rivals.MANY} = {rivals.MIXED}"]["checked"] == rows
     assert asked[f"{rivals.MANY} = {rivals.ONE_BY_ONE}"]["checked"] == work["sample"]
-    assert answers["checked"] == 8 * rows + work["sample"]
+    assert answers["checked"] == 9 * rows + work["sample"]
     assert (answers["wrong"], answers["near_ties"]) == (0, 0)
 
 
