@@ -227,11 +227,11 @@ def save_adapters(
     device: str = "cpu",
 ) -> None:
     """PEFT adapters of one config over one base, each with random weights of its own, drawn on the device and saved in
-    its base's format. A base in no file is not read.
+    its base's format.
     """
     weight, dtype = weight or _random, base_dtype(device)
     with quiet():
-        peft = get_peft_model(_module(model), config)
+        peft = get_peft_model(_module(model, config), config)
         fresh = {name: p.detach() for name, p in peft.named_parameters() if p.requires_grad}
         for i, folder in enumerate(folders):
             noise = torch.Generator(device).manual_seed(1000 * seed + i)
@@ -239,10 +239,12 @@ def save_adapters(
             peft.save_pretrained(folder, state_dict=peft.state_dict() | weights)
 
 
-def _module(model: Path) -> Any:
+def _module(model: Path, config: Any) -> Any:
+    """The base. One in no file has no values where the adapter's do not come from them, else some of the same size."""
     if (model / "model.safetensors").exists():
         return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    with torch.device("meta"):
+    plain = isinstance(config, LoraConfig) and not config.use_dora
+    with torch.device("meta" if plain else "cpu"):
         return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
 
 
