@@ -16,6 +16,7 @@ from adapter_server.bench import drive, latency, prefill
 from adapter_server.bench.command import Bench
 from adapter_server.bench.drive import Setting
 from adapter_server.errors import BaseNotSupported
+from scripts import documented, flags
 
 
 def failing(size: str, bases: Any, bench: Bench) -> dict[str, Any]:
@@ -88,6 +89,10 @@ def test_parts_by_name_and_size(gpu: ModuleType) -> None:
     assert len(gpu.chosen([])) == len(gpu.PARTS)
     with pytest.raises(BaseNotSupported, match=r"no such part: popularity 8b, "):
         gpu.chosen(["speed"])
+
+
+def test_its_flags_are_documented(gpu: ModuleType) -> None:
+    assert flags(gpu) == documented("gpu")
 
 
 def test_the_first_four_minutes_hold_what_matters_most(gpu: ModuleType) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from adapter_server.bench.command import Bench
 from adapter_server.bench.drive import Setting
+from scripts import documented, flags
 
 ROOT = Path(__file__).parents[2]
 
@@ -27,6 +28,10 @@ def found(tmp_path_factory):
     (written,) = folder.glob("*-rivals-tiny.json")
     assert last == json.loads(written.read_text())
     return last
+
+
+def test_its_flags_are_documented(rivals):
+    assert flags(rivals) == documented("rivals")
 
 
 def test_every_rival_ran(rivals, found):
