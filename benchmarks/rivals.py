@@ -133,7 +133,8 @@ class Scene:
     def _peft(self) -> Any:
         """All adapters in the base's own format, over the same memory as the plain base."""
         names = list(self.workload.kinds)[: self.plan.adapters]
-        how = {"autocast_adapter_dtype": False, "low_cpu_mem_usage": True}
+        device = self.bench.setting.device
+        how = {"autocast_adapter_dtype": False, "low_cpu_mem_usage": True, "torch_device": device}
         model = PeftModel.from_pretrained(_twin(self.plain), self.workload.adapters / names[0], names[0], **how)
         for name in names[1:]:
             model.load_adapter(self.workload.adapters / name, name, **how)
