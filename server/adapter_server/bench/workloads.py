@@ -235,7 +235,7 @@ def save_adapters(
         fresh = {name: p.detach() for name, p in peft.named_parameters() if p.requires_grad}
         for i, folder in enumerate(folders):
             noise = torch.Generator(device).manual_seed(1000 * seed + i)
-            weights = {name: weight(name, value, noise).to(dtype) for name, value in fresh.items()}
+            weights = {name: weight(name, value, noise).to(dtype).cpu() for name, value in fresh.items()}
             peft.save_pretrained(folder, state_dict=peft.state_dict() | weights)
 
 
@@ -259,10 +259,10 @@ def quiet() -> Iterator[None]:
 
 def _random(name: str, fresh: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Large enough to be seen in the tokens, small enough to leave the base's scale."""
-    noise = torch.randn(fresh.shape, generator=generator, device=generator.device).cpu()
+    noise = torch.randn(fresh.shape, generator=generator, device=generator.device)
     if "magnitude" in name or "ia3_l" in name:
-        return fresh * (1 + 0.2 * noise)
-    return fresh + 0.5 * noise if "prompt_encoder" in name else 0.02 * noise
+        return fresh.to(noise.device) * (1 + 0.2 * noise)
+    return fresh.to(noise.device) + 0.5 * noise if "prompt_encoder" in name else noise.mul_(0.02)
 
 
 def _demo() -> Workload:
