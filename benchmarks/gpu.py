@@ -80,9 +80,6 @@ class Bases:
         """Close the engines, so that their memory is free."""
         self._open.clear()
         self._engines.close()
-        gc.collect()
-        if self.setting.kind == "cuda":
-            torch.cuda.empty_cache()
 
     def close(self) -> None:
         self.forget()
@@ -243,8 +240,9 @@ def _bases(setting: Setting) -> Iterator[Bases]:
 def _measured(part: Part, device: str, bases: Bases) -> dict[str, Any]:
     if part.apart:
         bases.forget()
-        return part.run(part.size, bases, bare(device))
-    bench = Shared(bases)
+    gc.collect()  # models stand in circles: the last part's are to be gone before this one's are made
+    torch.cuda.empty_cache()
+    bench = bare(device) if part.apart else Shared(bases)
     bench.look()
     return part.run(part.size, bases, bench)
 

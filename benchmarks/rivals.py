@@ -36,7 +36,7 @@ from transformers import ContinuousBatchingConfig, StoppingCriteria
 from adapter_server.bench import report
 from adapter_server.bench.command import Bench, DeviceFlag, bare
 from adapter_server.bench.drive import Ask, Checker, Tokens, base_of, drive, gap, ready
-from adapter_server.bench.workloads import Popularity, Workload, choose, many_loras, prompts
+from adapter_server.bench.workloads import IN_PLACE, Popularity, Workload, choose, many_loras, prompts
 from adapter_server.engine import Engine
 from adapter_server.errors import AdapterServerError, RequestFailed
 
@@ -312,16 +312,18 @@ def _scene(workload: Workload, plan: Plan, bench: Bench) -> Iterator[Scene]:
         stack.enter_context(warnings.catch_warnings())
         for noise in (UserWarning, FutureWarning):  # what PEFT and generate say of each other, and of options we mean
             warnings.simplefilter("ignore", noise)
-        llama = stack.enter_context(_llama(workload, plan))
+        llama = stack.enter_context(_llama(workload, plan, bench))
         scene = Scene(workload, plan, stack.enter_context(bench.opened(workload, **limits)), bench, llama)
         with scene.end:
             yield scene
 
 
 @contextmanager
-def _llama(workload: Workload, plan: Plan) -> Iterator[Any]:
-    """llama-server where LLAMA_SERVER names its binary, else None. It idles while others are measured."""
-    if not os.environ.get("LLAMA_SERVER"):
+def _llama(workload: Workload, plan: Plan, bench: Bench) -> Iterator[Any]:
+    """llama-server on the CPU where LLAMA_SERVER names its binary, else None. It idles while others are measured, and
+    reads the base from its folder.
+    """
+    if not os.environ.get("LLAMA_SERVER") or bench.setting.kind != "cpu" or workload.size in IN_PLACE:
         yield None
         return
     from llama import llama_server

@@ -79,6 +79,13 @@ def test_a_rival_that_cannot_run_is_left_out_and_ours_is_an_error(rivals):
         rivals._warm(broken, rivals.QUICK, ours=True)
 
 
+def test_llama_server_runs_on_the_cpu_from_a_file_or_not_at_all(rivals, monkeypatch):
+    monkeypatch.setenv("LLAMA_SERVER", "/nowhere/llama-server")
+    for size, device in (("8b", "cpu"), ("35m", "cuda")):
+        with rivals._llama(SimpleNamespace(size=size), rivals.QUICK, Bench(Setting(device))) as running:
+            assert running is None
+
+
 def test_peft_shares_the_memory_of_the_plain_base(rivals):
     base = torch.nn.Sequential(torch.nn.Linear(2, 2))
     twin = rivals._twin(base)
