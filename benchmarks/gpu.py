@@ -196,13 +196,15 @@ def run(
     budget_s: float,
     console: Console,
     keep: Callable[[dict[str, Any]], None] = lambda result: None,
+    commit: str | None = None,
 ) -> dict[str, Any]:
     """The parts' results, and why others are not among them; `keep` is given what there is after each."""
-    start = time.monotonic()
+    start, known = time.monotonic(), {} if commit is None else {"commit": commit}
     result: dict[str, Any] = {
         "benchmark": "gpu",
         "workload": {"size": "all", "device": device, "budget_s": budget_s},
         **report.facts(),
+        **known,
         "parts": [],
         "left_out": {},
         "seconds": 0.0,
@@ -217,7 +219,7 @@ def run(
                 continue
             console.print(f"{label} …", highlight=False)
             try:
-                result["parts"].append(_measured(part, device, bases))
+                result["parts"].append(_measured(part, device, bases) | known)
             except Exception as error:  # whatever a part raises, the others are to be measured
                 bases.forget()
                 result["left_out"][label] = f"{type(error).__name__}: {error}"[:300]
@@ -259,6 +261,7 @@ def main(
     device: Annotated[str, typer.Option("--device", help="cuda, or one of several such as cuda:1")] = "cuda",
     budget_s: Annotated[float, typer.Option("--budget-s", help="Seconds in which all of it is to end")] = BUDGET_S,
     only: Annotated[list[str] | None, typer.Option("--only", help="A part's name or size; may be repeated")] = None,
+    commit: Annotated[str | None, typer.Option("--commit", help="Of a tree that has no .git")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder for the result")] = None,
 ) -> None:
     """Everything on a CUDA device, one JSON line."""
@@ -274,7 +277,7 @@ def main(
                 "bench-gpu needs a CUDA device and torch sees none: on a machine with one, check `nvidia-smi` and that "
                 "torch is a build for CUDA; the CPU's figures come from `make bench`"
             )
-        result = run(chosen(only or ()), device, budget_s, console, keep)
+        result = run(chosen(only or ()), device, budget_s, console, keep, commit)
     except AdapterServerError as error:
         console.print(f"[bold red]error:[/] {error.message}", highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None

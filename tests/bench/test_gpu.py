@@ -12,11 +12,17 @@ import pytest
 import typer
 from rich.console import Console
 
-from adapter_server.bench import drive, latency, prefill
+from adapter_server.bench import drive, latency, prefill, report
 from adapter_server.bench.command import Bench
 from adapter_server.bench.drive import Setting
 from adapter_server.errors import BaseNotSupported
 from scripts import documented, flags
+
+
+@pytest.fixture(autouse=True)
+def known_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a device can do takes seconds to measure, and is not what is tested here."""
+    monkeypatch.setattr(report, "measured_rates", lambda quick, device: {"bytes_per_s": 1e10, "flops_per_s": 1e11})
 
 
 def failing(size: str, bases: Any, bench: Bench) -> dict[str, Any]:
@@ -121,6 +127,7 @@ def test_a_run_that_is_cut_off_keeps_its_parts(
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr(gpu.report, "facts", lambda: {"date": "2026-01-01", "machine": {}})
     with pytest.raises(KeyboardInterrupt):
-        gpu.main(device="cpu", budget_s=600, only=None, out=tmp_path)
+        gpu.main(device="cpu", budget_s=600, only=None, commit="abc", out=tmp_path)
     written = json.loads((tmp_path / "2026-01-01-gpu-all.json").read_text())
     assert names(written) == ["prefill"]
+    assert written["commit"] == written["parts"][0]["commit"] == "abc"
