@@ -29,6 +29,8 @@ bench: $(READY)  ## a selection of about five minutes, into benchmarks/results, 
 	$(BIN)/adapter-server bench latency --size demo --out benchmarks/results
 	$(BIN)/adapter-server bench memory --size 35m --out benchmarks/results
 	$(BIN)/adapter-server bench popularity --size 35m --rounds 2 --out benchmarks/results
+	$(BIN)/adapter-server bench prefill --size 35m --rounds 2 --out benchmarks/results
+	$(BIN)/adapter-server bench fairness --size 35m --rounds 1 --out benchmarks/results
 	$(BIN)/adapter-server bench trace --size 35m --rounds 1 --out benchmarks/results
 	$(BIN)/adapter-server bench hotload --size 35m --out benchmarks/results
 	$(BIN)/python benchmarks/rivals.py --size 35m --rounds 2 --out benchmarks/results

@@ -2,6 +2,7 @@
 
 LLAMA_SERVER names the binary. The files are written here with the package gguf: tensors are renamed, and the rows of q
 and k put into llama.cpp's order of rotary pairs. Its vocabulary is made up, since prompts are token ids.
+All else is as llama-server has it by default: keys and values in float16, for one.
 """
 
 from __future__ import annotations
@@ -123,6 +124,7 @@ class LlamaServer:
 
     def __init__(self, http: httpx.Client) -> None:
         self.http = http
+        self.version = str(http.get("/props").json().get("build_info", "of unknown version"))
 
     def batch(
         self, prompts: Sequence[Sequence[int]], adapters: Sequence[int | None], new: int
@@ -162,12 +164,12 @@ def llama_server(
     with TemporaryDirectory(prefix="adapter-server-llama-") as folder:
         base = Path(folder, "base.gguf")
         write_base(workload, base)
-        flags = []
-        for name in names:
-            write_adapter(workload.adapters / name, Path(folder, f"{name}.gguf"), workload.shape)
-            flags += ["--lora", f"{folder}/{name}.gguf"]
+        files = [Path(folder, f"{name}.gguf") for name in names]
+        for name, file in zip(names, files, strict=True):
+            write_adapter(workload.adapters / name, file, workload.shape)
         port = _free_port()
-        command = [os.environ["LLAMA_SERVER"], "-m", str(base), *flags, "--lora-init-without-apply"]
+        loras = ["--lora", ",".join(map(str, files)), "--lora-init-without-apply"]
+        command = [os.environ["LLAMA_SERVER"], "-m", str(base), *loras]
         command += ["-t", str(threads), "-np", str(rows), "-c", str(rows * (length + 16)), "--port", str(port)]
         with (
             open(Path(folder, "log"), "w+") as log,
@@ -176,6 +178,7 @@ def llama_server(
         ):
             try:
                 _wait(process, http, Path(folder, "log"))
+                _all_there(http, len(files))
                 yield LlamaServer(http)
             finally:
                 process.terminate()
@@ -185,6 +188,12 @@ def _free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])
+
+
+def _all_there(http: httpx.Client, count: int) -> None:
+    """It must not be compared with fewer adapters than ours has."""
+    if (found := len(http.get("/lora-adapters").json())) != count:
+        raise BaseNotSupported(f"this build of llama-server took {found} of {count} adapters: take a newer one")
 
 
 def _wait(process: subprocess.Popen[bytes], http: httpx.Client, log: Path) -> None:

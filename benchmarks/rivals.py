@@ -1,21 +1,26 @@
 """Ours beside what else runs many adapters, interleaved: end-to-end tokens per second.
 
     python benchmarks/rivals.py --size 35m --continuous --merged --out benchmarks/results
+    python benchmarks/rivals.py --size 8b --device cuda --rounds 2 --theirs 8 --continuous --out benchmarks/results
 
-32 rows, 16 LoRA adapters r=16 on all seven projections, float32, greedy. Within a round every rival runs once; figures
-are medians over the rounds, and ratios are medians of the rounds' own ratios. Every answer is compared with PEFT's.
+32 rows, 16 LoRA adapters r=16 on all seven projections, greedy; float32 on the CPU, base and adapters in bfloat16 on
+CUDA. Within a round every rival runs once; figures are medians over the rounds, and ratios are medians of the rounds'
+own ratios. Every answer is compared with PEFT's. Of PEFT's slow ways a part may stand for the whole: --sample of the
+requests one at a time, and --theirs of the new tokens, the others at the median step of those.
 """
 
 from __future__ import annotations
 
+import copy
 import gc
+import logging
 import os
 import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -26,15 +31,14 @@ from peft import PeftModel
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from transformers import AutoModelForCausalLM
-from transformers.utils.logging import disable_progress_bar
+from transformers import ContinuousBatchingConfig, StoppingCriteria
 
 from adapter_server.bench import report
-from adapter_server.bench.drive import NEAR_TIE, Ask, Checker, Tokens, drive, gap, ready
-from adapter_server.bench.workloads import Popularity, Workload, choose, many_loras, prompts
-from adapter_server.config import GIB, EngineConfig
-from adapter_server.engine import Engine, build
-from adapter_server.registry.store import Store
+from adapter_server.bench.command import Bench, DeviceFlag, bare
+from adapter_server.bench.drive import Ask, Checker, Tokens, base_of, drive, gap, ready
+from adapter_server.bench.workloads import IN_PLACE, Popularity, Workload, choose, many_loras, prompts
+from adapter_server.engine import Engine
+from adapter_server.errors import AdapterServerError, RequestFailed
 
 LAWS: Mapping[str, Popularity] = {
     "ours, uniform": "uniform",
@@ -45,12 +49,13 @@ LAWS: Mapping[str, Popularity] = {
 BASE, MIXED, ONE_BY_ONE = "ours, base", "PEFT, mixed batch", "PEFT, one at a time"
 GENERATE, CONTINUOUS, MERGED = "transformers, base", "transformers, continuous batching, base", "merged, one adapter"
 WARM_TOKENS = 3
+BLOCK_TOKENS = 256  # of a page of transformers' continuous batching
 RANK = 16
 MANY, ONE = "ours, uniform", "ours, identical"
 LLAMA_MANY, LLAMA_BASE = "llama-server f32, 16 adapters", "llama-server f32, base"
 STREAM = "one stream, ms per token, ours / llama-server f32"
 
-Size = Literal["tiny", "35m", "200m"]
+Size = Literal["tiny", "35m", "200m", "0.6b", "1b", "8b"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,16 +68,17 @@ class Plan:
     new: int = 64
     rounds: int = 3
     sample: int = 2  # requests of PEFT's one at a time that a round measures
+    theirs: int = 0  # new tokens that PEFT makes; 0: all
     continuous: bool = False
     merged: bool = False
 
 
-QUICK = Plan(rows=4, adapters=2, prompt=8, new=4, rounds=1, sample=1, continuous=False, merged=True)
+QUICK = Plan(rows=4, adapters=2, prompt=8, new=4, rounds=1, sample=1, continuous=True, merged=True)
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One rival's round. `seconds` is for all rows, scaled up where only some of them ran."""
+    """One rival's round. `seconds` is for all rows and tokens, scaled up where only some of them ran."""
 
     seconds: float
     answers: Mapping[int, Tokens]  # by row
@@ -82,35 +88,56 @@ class Outcome:
 Rival = Callable[[int, int], Outcome]  # given the round's number, and how many new tokens
 
 
+class Clock(StoppingCriteria):  # type: ignore[misc]
+    """Stops nothing: it notes when each token of a `generate` was there."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        self.times.append(time.perf_counter() - self.start)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+    @property
+    def step_s(self) -> float | None:
+        """The median step after the prompt's."""
+        steps = [after - before for before, after in zip(self.times, self.times[1:], strict=False)]
+        return statistics.median(steps) if steps else None
+
+
+@dataclass(slots=True)
+class Generated:
+    """What a `generate` gave, and the seconds that so many new tokens take at its pace."""
+
+    answers: list[Tokens]
+    seconds: float
+    step_s: float | None
+
+    def whole_s(self, new: int) -> float:
+        return self.seconds + (new - len(self.answers[0])) * (self.step_s or 0.0)
+
+
 class Scene:
     """The models, the prompts, and every rival as a function of the round."""
 
-    def __init__(self, workload: Workload, plan: Plan, llama: Any = None) -> None:
-        self.workload, self.plan, self.llama = workload, plan, llama
+    def __init__(self, workload: Workload, plan: Plan, engine: Engine, bench: Bench, llama: Any = None) -> None:
+        self.workload, self.plan, self.engine, self.bench, self.llama = workload, plan, engine, bench, llama
+        self.end = ExitStack()
         self.prompts = prompts(plan.rows, plan.prompt, workload.shape.vocab)
-        self.engine = self._engine()
-        self.plain = _load(workload)
+        self.plain = base_of(workload, bench.setting)
         self.peft = self._peft()
         self.asks = {name: self._asks(choose(law, plan.rows, self._count(law))) for name, law in LAWS.items()}
         self.asks[BASE] = [Ask(prompt) for prompt in self.prompts]
 
-    def _engine(self) -> Engine:
-        plan = self.plan
-        config = EngineConfig(
-            dtype="float32",
-            device="cpu",
-            max_model_len=plan.prompt + plan.new,
-            max_rows=plan.rows,
-            adapter_bytes=8 * GIB,
-            prefix_cache_bytes=0,  # rounds repeat their prompts
-        )
-        return build(self.workload.model, config, Store(self.workload.adapters, settle_s=0))
-
     def _peft(self) -> Any:
+        """All adapters in the base's own format, over the same memory as the plain base."""
         names = list(self.workload.kinds)[: self.plan.adapters]
-        model = PeftModel.from_pretrained(_load(self.workload), self.workload.adapters / names[0], names[0])
+        device = self.bench.setting.device
+        how = {"autocast_adapter_dtype": False, "low_cpu_mem_usage": True, "torch_device": device}
+        model = PeftModel.from_pretrained(_twin(self.plain), self.workload.adapters / names[0], names[0], **how)
         for name in names[1:]:
-            model.load_adapter(self.workload.adapters / name, name)
+            model.load_adapter(self.workload.adapters / name, name, **how)
         return model.eval()
 
     def _count(self, law: Popularity) -> int:
@@ -127,7 +154,7 @@ class Scene:
         if self.plan.merged:
             rivals[MERGED] = self._merged()
         if self.plan.continuous:
-            rivals[CONTINUOUS] = self.continuous
+            rivals[CONTINUOUS] = self._continuous()
         if self.llama is not None:
             rivals |= {LLAMA_MANY: self._llama(self.asks[MANY]), LLAMA_BASE: self._llama(self.asks[BASE])}
         return ours | rivals
@@ -136,7 +163,13 @@ class Scene:
         """llama-server over HTTP, all rows at once; `lora-3` is its adapter 3."""
         given = [ask.prompt for ask in asks]
         adapters = [None if ask.adapter is None else int(ask.adapter.rpartition("-")[2]) for ask in asks]
-        return lambda _, new: _timed(lambda: self.llama.batch(given, adapters, new))
+
+        def run(_: int, new: int) -> Outcome:
+            start = time.perf_counter()
+            answers = self.llama.batch(given, adapters, new)
+            return Outcome(time.perf_counter() - start, dict(enumerate(answers)))
+
+        return run
 
     def one_stream(self, new: int) -> dict[str, float]:
         """ms per token of one row on one adapter."""
@@ -157,40 +190,65 @@ class Scene:
     def mixed(self, _: int, new: int) -> Outcome:
         """`adapter_names` in `generate`: every row its own adapter, in one batch."""
         names = [ask.adapter for ask in self.asks[MANY]]
-        return _timed(lambda: _generate(self.peft, self.prompts, new, adapter_names=names))
+        ran = _generate(self.peft, self.prompts, self.short(new), adapter_names=names)
+        return _outcome(ran, new)
 
     def one_by_one(self, turn: int, new: int) -> Outcome:
         """`set_adapter`, then `generate`, for some of the requests; the time is scaled to all of them."""
         plan = self.plan
         rows = [(turn * plan.sample + i) % plan.rows for i in range(plan.sample)]
-        start, answers = time.perf_counter(), {}
+        seconds, answers = 0.0, {}
         for row in rows:
+            start = time.perf_counter()
             self.peft.set_adapter(self.asks[MANY][row].adapter)
-            answers[row] = _generate(self.peft, [self.prompts[row]], new)[0]
-        return Outcome((time.perf_counter() - start) * plan.rows / plan.sample, answers)
+            seconds += time.perf_counter() - start
+            ran = _generate(self.peft, [self.prompts[row]], self.short(new))
+            seconds += ran.whole_s(new)
+            answers[row] = ran.answers[0]
+        return Outcome(seconds * plan.rows / plan.sample, answers)
+
+    def short(self, new: int) -> int:
+        """How many of the new tokens PEFT makes."""
+        return min(new, self.plan.theirs or new)
 
     def generate(self, _: int, new: int) -> Outcome:
         """The base alone, one static batch."""
-        return _timed(lambda: _generate(self.plain, self.prompts, new))
+        return _outcome(_generate(self.plain, self.prompts, new), new)
 
     def _merged(self) -> Rival:
         """A model with one adapter folded in, one static batch: what a server of one adapter would run."""
         name = next(iter(self.workload.kinds))
-        folded = PeftModel.from_pretrained(_load(self.workload), self.workload.adapters / name).merge_and_unload()
-        return lambda _, new: _timed(lambda: _generate(folded, self.prompts, new))
+        own = base_of(self.workload, self.bench.setting)
+        folded = PeftModel.from_pretrained(own, self.workload.adapters / name).merge_and_unload()
+        return lambda _, new: _outcome(_generate(folded, self.prompts, new), new)
 
-    def continuous(self, _: int, new: int) -> Outcome:
-        """transformers' continuous batching, which knows no adapters."""
-        config = _greedy(self.plain, new)
-        start = time.perf_counter()
-        outputs = self.plain.generate_batch([list(p) for p in self.prompts], generation_config=config)
-        seconds = time.perf_counter() - start
-        ordered = sorted(outputs.items(), key=lambda item: int(item[0].rpartition("_")[2]))
-        return Outcome(seconds, {row: tuple(out.generated_tokens) for row, (_, out) in enumerate(ordered)})
+    def _continuous(self) -> Rival:
+        """transformers' continuous batching, which knows no adapters. Its manager stays, and time runs by the requests'
+        own clocks, so that no start and no end of its thread counts. It is sized by its first run, so that all of them
+        have all tokens.
+        """
+        logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)  # warns of what is meant here
+        model, given = _twin(self.plain), [list(prompt) for prompt in self.prompts]
+        blocks = len(given) * (2 + (self.plan.prompt + self.plan.new) // BLOCK_TOKENS)
+        how = ContinuousBatchingConfig(page_size=BLOCK_TOKENS, num_blocks=blocks)
+        options = {"continuous_batching_config": how, "persistent_manager": True, "record_timestamps": True}
+
+        def run(_: int, new: int) -> Outcome:
+            config = _greedy(model, self.plan.new)
+            outputs = list(model.generate_batch(given, generation_config=config, **options).values())
+            if len(outputs) != len(given):
+                raise RequestFailed(f"only {len(outputs)} of {len(given)} rows were answered")
+            seconds = max(out.timestamps[-1] for out in outputs) - min(out.created_time for out in outputs)
+            return Outcome(seconds, {row: tuple(out.generated_tokens) for row, out in enumerate(outputs)})
+
+        self.end.callback(model.destroy_cached_continuous_batching_manager)
+        return run
 
 
-def _load(workload: Workload) -> Any:
-    return AutoModelForCausalLM.from_pretrained(workload.model, dtype=torch.float32).eval()
+def _twin(model: Any) -> Any:
+    """Modules of their own over the same weights, which nobody writes to."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)
 
 
 def _greedy(model: Any, new: int) -> Any:
@@ -200,72 +258,72 @@ def _greedy(model: Any, new: int) -> Any:
 
 
 @torch.inference_mode()
-def _generate(model: Any, asked: Sequence[Tokens], new: int, **options: Any) -> list[Tokens]:
-    ids = torch.tensor(asked)
+def _generate(model: Any, asked: Sequence[Tokens], new: int, **options: Any) -> Generated:
+    ids = torch.tensor(asked, device=model.device)
+    clock = Clock()
     out = model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         generation_config=_greedy(model, new),
+        stopping_criteria=[clock],
         **options,
     )
-    return [tuple(row) for row in out[:, ids.shape[1] :].tolist()]
+    answers = [tuple(row) for row in out[:, ids.shape[1] :].tolist()]
+    return Generated(answers, time.perf_counter() - clock.start, clock.step_s)
 
 
-def _timed(work: Callable[[], list[Tokens]]) -> Outcome:
-    start = time.perf_counter()
-    answers = work()
-    return Outcome(time.perf_counter() - start, dict(enumerate(answers)))
+def _outcome(ran: Generated, new: int) -> Outcome:
+    step_ms = None if ran.step_s is None else 1e3 * ran.step_s
+    return Outcome(ran.whole_s(new), dict(enumerate(ran.answers)), step_ms)
 
 
-def measure(size: str, plan: Plan, console: Console) -> dict[str, Any]:
+def measure(workload: Workload, plan: Plan, bench: Bench) -> dict[str, Any]:
     """Everything as one JSON object."""
-    with many_loras(size, max(plan.rows, plan.adapters), RANK) as workload, _scene(workload, plan) as scene:
+    with _scene(workload, plan, bench) as scene:
         streams: list[dict[str, float]] = []
-        before = report.measured_rates(quick=size == "tiny")
-        rounds = _rounds(scene.rivals, plan, console, lambda: streams.append(scene.one_stream(plan.new)))
-        rates = report.faster(before, report.measured_rates(quick=size == "tiny"))
-        return {
-            "benchmark": "rivals",
-            "workload": {"size": size, **asdict(plan), "rank": RANK, "dtype": "float32"},
-            "model": {"parameters": scene.engine.info.parameters, **asdict(workload.shape)},
-            **report.facts(),
-            "measured": rates,
-            "floor": [_floor(workload, plan, adapters, rates) for adapters in (0, plan.adapters, plan.rows)],
-            "results": [_line(name, outcomes, plan) for name, outcomes in rounds.items()],
-            "one_stream": {name: statistics.median(each[name] for each in streams) for name in streams[0]},
-            "ratios": _ratios(rounds) | _stream_ratio(streams),
-            "answers": _answers(scene, rounds),
-            "notes": {
-                ONE_BY_ONE: f"{plan.sample} of {plan.rows} requests a round, time scaled to all",
-                "llama-server": _agreement(rounds) if scene.llama else "not measured: set LLAMA_SERVER",
-            },
-        }
+        left_out: dict[str, str] = {}
+        rounds = _rounds(scene, left_out, lambda: streams.append(scene.one_stream(plan.new)))
+        bench.look()
+        work = {**asdict(plan), "rank": RANK, "dtype": scene.engine.info.dtype}
+        return bench.result(
+            "rivals",
+            workload,
+            scene.engine,
+            work,
+            floor=[_floor(workload, plan, adapters, bench) for adapters in (0, plan.adapters, plan.rows)],
+            results=[_line(name, outcomes, plan) for name, outcomes in rounds.items()],
+            one_stream={name: statistics.median(each[name] for each in streams) for name in streams[0]},
+            ratios=_ratios(rounds) | _stream_ratio(streams),
+            answers=_answers(scene, rounds),
+            notes=_notes(plan, scene.llama, rounds),
+            left_out=left_out,
+        )
 
 
-def _floor(workload: Workload, plan: Plan, adapters: int, rates: Mapping[str, float]) -> dict[str, Any]:
+def _floor(workload: Workload, plan: Plan, adapters: int, bench: Bench) -> dict[str, Any]:
     """Of a decode step with so many adapters, half-way through the answers."""
-    context = plan.prompt + plan.new // 2
-    found = report.floor(workload.shape, plan.rows, context, adapters, RANK)
-    return report.timed_floor(found, rates, rows=plan.rows, context=context, adapters=adapters)
+    return bench.floor(workload, plan.rows, plan.prompt + plan.new // 2, adapters=adapters, rank=RANK)
 
 
 @contextmanager
-def _scene(workload: Workload, plan: Plan) -> Iterator[Scene]:
-    with warnings.catch_warnings():
+def _scene(workload: Workload, plan: Plan, bench: Bench) -> Iterator[Scene]:
+    limits = {"max_model_len": plan.prompt + plan.new, "max_rows": plan.rows}
+    with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
         for noise in (UserWarning, FutureWarning):  # what PEFT and generate say of each other, and of options we mean
             warnings.simplefilter("ignore", noise)
-        with _llama(workload, plan) as llama:
-            scene = Scene(workload, plan, llama)
-            try:
-                yield scene
-            finally:
-                scene.engine.close()
+        llama = stack.enter_context(_llama(workload, plan, bench))
+        scene = Scene(workload, plan, stack.enter_context(bench.opened(workload, **limits)), bench, llama)
+        with scene.end:
+            yield scene
 
 
 @contextmanager
-def _llama(workload: Workload, plan: Plan) -> Iterator[Any]:
-    """llama-server where LLAMA_SERVER names its binary, else None. It idles while others are measured."""
-    if not os.environ.get("LLAMA_SERVER"):
+def _llama(workload: Workload, plan: Plan, bench: Bench) -> Iterator[Any]:
+    """llama-server on the CPU where LLAMA_SERVER names its binary, else None. It idles while others are measured, and
+    reads the base from its folder.
+    """
+    if not os.environ.get("LLAMA_SERVER") or bench.setting.kind != "cpu" or workload.size in IN_PLACE:
         yield None
         return
     from llama import llama_server
@@ -273,6 +331,16 @@ def _llama(workload: Workload, plan: Plan) -> Iterator[Any]:
     names = list(workload.kinds)[: plan.adapters]
     with llama_server(workload, names, plan.rows, plan.prompt + plan.new, torch.get_num_threads()) as running:
         yield running
+
+
+def _notes(plan: Plan, llama: Any, rounds: Mapping[str, Sequence[Outcome]]) -> dict[str, str]:
+    """What is scaled, and what is missing."""
+    notes = {ONE_BY_ONE: f"{plan.sample} of {plan.rows} requests a round, time scaled to all"}
+    if 0 < plan.theirs < plan.new:
+        tokens = f"{plan.theirs} of {plan.new} new tokens, the others at the median step of these"
+        notes = {MIXED: tokens, ONE_BY_ONE: f"{notes[ONE_BY_ONE]}; {tokens}"}
+    found = LLAMA_MANY in rounds and LLAMA_BASE in rounds
+    return notes | {"llama-server": f"{llama.version}; {_agreement(rounds)}" if found else "not measured"}
 
 
 def _stream_ratio(streams: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -290,15 +358,17 @@ def _agreement(rounds: Mapping[str, Sequence[Outcome]]) -> str:
     return f"tokens that are ours: {shares[0]} with adapters, {shares[1]} of the base"
 
 
-def _rounds(
-    rivals: Mapping[str, Rival], plan: Plan, console: Console, after: Callable[[], None]
-) -> dict[str, list[Outcome]]:
-    """A few tokens untimed, then the rounds, another rival first in each; `after` each round something else."""
-    outcomes: dict[str, list[Outcome]] = {name: [] for name in rivals}
-    names = list(rivals)
-    with Progress(console=console, transient=True) as progress:
-        for name in progress.track(names, description="warm up"):
-            rivals[name](0, min(WARM_TOKENS, plan.new))
+def _rounds(scene: Scene, left_out: dict[str, str], after: Callable[[], None]) -> dict[str, list[Outcome]]:
+    """A few tokens untimed, then the rounds, another rival first in each; `after` each round something else. A rival
+    that cannot run here is left out, with its reason.
+    """
+    plan, rivals = scene.plan, scene.rivals
+    with Progress(console=scene.bench.console, transient=True) as progress:
+        for name in progress.track(list(rivals), description="warm up"):
+            if reason := _warm(rivals[name], plan, ours=name in scene.asks):
+                left_out[name] = reason
+        names = [name for name in rivals if name not in left_out]
+        outcomes: dict[str, list[Outcome]] = {name: [] for name in names}
         orders = [names[turn % len(names) :] + names[: turn % len(names)] for turn in range(plan.rounds)]
         turns = [(turn, name) for turn, order in enumerate(orders) for name in order]
         for turn, name in progress.track(turns, description="measure"):
@@ -307,6 +377,17 @@ def _rounds(
             if name == orders[turn][-1]:
                 after()
     return outcomes
+
+
+def _warm(rival: Rival, plan: Plan, ours: bool) -> str | None:
+    """Why it cannot run, if it cannot. Our own failures are errors."""
+    try:
+        rival(0, min(WARM_TOKENS, plan.new))
+    except Exception as error:  # the others' libraries raise what they like; the rest is to be measured all the same
+        if ours:
+            raise
+        return f"{type(error).__name__}: {error}"[:300]
+    return None
 
 
 def _line(name: str, outcomes: Sequence[Outcome], plan: Plan) -> dict[str, Any]:
@@ -327,7 +408,12 @@ def _ratios(rounds: Mapping[str, Sequence[Outcome]]) -> dict[str, float]:
     pairs |= {f"{name} / {BASE}": (name, BASE) for name in LAWS if name != MANY}
     pairs |= {f"{ONE} / {MERGED}": (ONE, MERGED)} if MERGED in rounds else {}
     ratios = {label: _ratio(rounds[ours], rounds[theirs], "seconds") for label, (ours, theirs) in pairs.items()}
-    decode = {f"{name} / {BASE}, decode step": _ratio(rounds[name], rounds[BASE], "step_ms") for name in LAWS}
+    steps = [(name, BASE) for name in LAWS] + [(MANY, MIXED), (BASE, GENERATE)]
+    decode = {
+        f"{ours} / {theirs}, decode step": _ratio(rounds[ours], rounds[theirs], "step_ms")
+        for ours, theirs in steps
+        if theirs in rounds
+    }
     return ratios | decode
 
 
@@ -339,21 +425,23 @@ def _ratio(ours: Sequence[Outcome], theirs: Sequence[Outcome], of: str) -> float
 
 def _answers(scene: Scene, rounds: Mapping[str, Sequence[Outcome]]) -> dict[str, Any]:
     """Ours against PEFT's and transformers' on the same rows, and ours against itself; gaps are in logits."""
-    pairs = [(MANY, MIXED), (MANY, ONE_BY_ONE), (BASE, GENERATE)]
-    pairs += [(BASE, CONTINUOUS)] if CONTINUOUS in rounds else []
-    pairs += [(ONE, MERGED)] if MERGED in rounds else []
+    pairs = [(MANY, MIXED), (MANY, ONE_BY_ONE), (BASE, GENERATE), (BASE, CONTINUOUS), (ONE, MERGED)]
     pairs += [(name, name) for name in scene.asks]
-    against = {f"{ours} = {theirs}": _compare(scene, rounds, ours, theirs) for ours, theirs in pairs}
-    names = ("checked", "wrong", "near_ties")
-    return {**{name: sum(each[name] for each in against.values()) for name in names}, "near": NEAR_TIE, "of": against}
+    against = {
+        f"{ours} = {theirs}": _compare(scene, rounds, ours, theirs) for ours, theirs in pairs if theirs in rounds
+    }
+    counts = {name: sum(each[name] for each in against.values()) for name in ("checked", "wrong", "near_ties")}
+    return {**counts, "near": scene.bench.setting.near, "of": against}
 
 
 def _compare(scene: Scene, rounds: Mapping[str, Sequence[Outcome]], ours: str, theirs: str) -> dict[str, Any]:
-    """Every answer of theirs, in every round, against the first of ours."""
-    checker, first = Checker(partial(gap, scene.engine)), rounds[ours][0].answers
+    """Every answer of theirs, in every round, against the first of ours, as far as theirs was to go."""
+    checker = Checker(partial(gap, scene.engine), scene.bench.setting.near)
+    first = rounds[ours][0].answers
+    length = scene.short(scene.plan.new) if theirs in (MIXED, ONE_BY_ONE) else scene.plan.new
     for outcome in rounds[theirs]:
         for row, answer in outcome.answers.items():
-            checker.expect(scene.asks[ours][row], first[row], answer)
+            checker.expect(scene.asks[ours][row], first[row][:length], answer)
     return checker.summary
 
 
@@ -375,15 +463,26 @@ def _title(work: Mapping[str, Any]) -> str:
 def main(
     size: Annotated[Size, typer.Option("--size", help="Random weights of a size")] = "35m",
     rounds: Annotated[int, typer.Option(help="Rounds; figures are medians over them", min=1)] = 3,
+    prompt: Annotated[int, typer.Option(help="Tokens of a prompt", min=1)] = 64,
+    new: Annotated[int, typer.Option(help="New tokens of an answer", min=2)] = 64,
+    sample: Annotated[int, typer.Option(help="Requests of PEFT's one at a time in a round", min=1)] = 2,
+    theirs: Annotated[int, typer.Option(help="New tokens that PEFT makes, the others scaled; 0: all", min=0)] = 0,
     continuous: Annotated[bool, typer.Option("--continuous", help="Also transformers' continuous batching")] = False,
     merged: Annotated[bool, typer.Option("--merged", help="Also a model with one adapter merged")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Few rows and tokens, to see that it runs")] = False,
+    device: DeviceFlag = "cpu",
     out: Annotated[Path | None, typer.Option("--out", help="Folder for the result")] = None,
 ) -> None:
     """Ours beside PEFT and transformers: a table, and one last line of JSON."""
-    disable_progress_bar()
-    plan = QUICK if quick else Plan(rounds=rounds, continuous=continuous, merged=merged)
-    result = measure(size, plan, Console(stderr=True))
+    chosen = Plan(prompt=prompt, new=new, rounds=rounds, sample=sample, theirs=theirs)
+    plan = QUICK if quick else replace(chosen, continuous=continuous, merged=merged)
+    try:
+        bench = bare(device, quick=quick)
+        with many_loras(size, max(plan.rows, plan.adapters), RANK, device=device) as workload:
+            result = measure(workload, plan, bench)
+    except AdapterServerError as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {error.message}", highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from None
     Console(soft_wrap=True).print(table(result))
     report.publish(result, None if out is None else out / f"{report.name(result)}.json")
 

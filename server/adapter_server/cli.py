@@ -561,9 +561,11 @@ def merge(
 BENCHES = {
     "latency": "Base, unmerged and merged, by family and batch size.",
     "popularity": "32 rows that share adapters or each have their own, beside the base alone.",
+    "prefill": "Prompts alone, on the base and on adapters.",
     "trace": "S-LoRA's trace: arrivals by a clock, from one registered adapter to 2,000.",
     "skew": "Merged, unmerged and auto, by the share of one adapter.",
     "hotload": "What running rows feel while adapters load, are published, merged and evicted.",
+    "fairness": "One adapter's trickle beside another's flood.",
     "kinds": "Every kind that PEFT has, alone and all in one batch.",
     "memory": "Bytes of adapters on the device and on disk, and how many fit.",
 }

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from adapter_server.bench import command, hotload, peft_kinds, popularity, skew
+from adapter_server.bench import command, fairness, hotload, peft_kinds, popularity, skew
 from adapter_server.cli import BENCHES
 from adapter_server.errors import BaseNotSupported
 
@@ -54,8 +54,26 @@ def test_it_says_what_and_where_and_that_answers_were_right(
 def check_popularity(found: dict[str, Any]) -> None:
     lines = {line["popularity"]: line for line in found["results"]}
     assert list(lines) == [*popularity.LAWS, popularity.BASE]
-    assert lines["base"]["tokens_per_s_over_base"] == 1
+    assert lines["base"]["tokens_per_s_over_base"] == lines["base"]["decode_over_base"] == 1
+    assert {name: line["adapters"] for name, line in lines.items()} == {
+        "identical": 1, "distinct": 4, "uniform": 2, "skewed": 2, "base": 0
+    }  # fmt: skip
+    assert lines["distinct"]["added_aim_ms"] > lines["identical"]["added_aim_ms"] > popularity.LAUNCHES_MS
     assert [each["adapters"] for each in found["floor"]] == [0, 1, 2, 4]
+
+
+def check_prefill(found: dict[str, Any]) -> None:
+    assert [line["rows_on"] for line in found["results"]] == ["base", "1 adapter", "2 adapters"]
+    assert found["results"][0]["over_base"] == 1
+    assert all(line["tokens_per_s"] > 0 for line in found["results"])
+
+
+def check_fairness(found: dict[str, Any]) -> None:
+    lines = {line["way"]: line for line in found["results"]}
+    assert list(lines) == [fairness.ALONE, fairness.BESIDE, fairness.WITHIN]
+    assert lines[fairness.ALONE]["latency_over_alone"] == 1
+    assert all(line["ttft_ms"] > 0 for line in lines.values())
+    assert found["answers"]["checked"] == 3 * found["workload"]["trickle"] + 2 * found["workload"]["flood"]
 
 
 def check_trace(found: dict[str, Any]) -> None:
@@ -105,6 +123,8 @@ def check_memory(found: dict[str, Any]) -> None:
 
 CHECKS = {
     "popularity": check_popularity,
+    "prefill": check_prefill,
+    "fairness": check_fairness,
     "trace": check_trace,
     "skew": check_skew,
     "hotload": check_hotload,

@@ -168,6 +168,17 @@ def test_the_floor_by_hand():
     assert found.ms(1e12, 1000.0) == found.flops
 
 
+def test_the_floor_of_prompts_by_hand():
+    # hidden 8, 2 layers, 2 heads of 4, 1 kv head, mlp 16, vocab 10; three prompts of six tokens
+    shape = Shape(8, 2, 2, 1, 16, 10, 4)
+    body = 2 * (8 * 8 + 2 * (8 * 4) + 8 * 8 + 3 * (8 * 16))
+    found = report.prefill_floor(shape, rows=3, prompt=6)
+    assert found.weight_bytes == 4 * (body + 8 * 10)
+    assert found.kv_bytes == 3 * 6 * 2 * (4 + 4) * 4
+    scores_and_values = 2 * (2 * 2 * 8 * 18)  # 6·6/2 pairs of a query and a key that it sees, both products, 2 layers
+    assert found.flops == 3 * (6 * 2 * body + 2 * 8 * 10 + scores_and_values)
+
+
 def test_the_floor_of_adapters_by_hand():
     shape = Shape(8, 1, 2, 1, 16, 10, 4)
     sides = (8 + 8) + 2 * (8 + 4) + (8 + 8) + 3 * (8 + 16)

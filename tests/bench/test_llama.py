@@ -57,11 +57,11 @@ def test_scores_of_rotated_weights_are_those_of_the_base(llama: ModuleType) -> N
 
 
 FAKE = """import http.server, json, sys
-flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
-assert sys.argv.count("--lora") == 2 and "--lora-init-without-apply" in sys.argv
+loras = sys.argv[sys.argv.index("--lora") + 1].split(",")
+assert "--lora-init-without-apply" in sys.argv
 class Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, *args): pass
-    def do_GET(self): self.say({})
+    def do_GET(self): self.say({"/lora-adapters": loras[:TAKES], "/props": {"build_info": "b1"}}.get(self.path, {}))
     def do_POST(self):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         (one,) = asked["lora"]
@@ -78,17 +78,34 @@ http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[at + 1])), Handler).s
 """
 
 
+def stand_in(folder: Path, monkeypatch: pytest.MonkeyPatch, takes: int) -> None:
+    """A server with the routes and fields that llama-server's documentation names. It takes so many adapters."""
+    binary = folder / "llama-server"
+    binary.write_text(f"#!{sys.executable}\n{FAKE.replace('TAKES', str(takes))}")
+    binary.chmod(0o755)
+    monkeypatch.setenv("LLAMA_SERVER", str(binary))
+
+
 def test_each_request_names_its_adapter_alone(
     llama: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Against a stand-in with the routes and fields that its documentation names."""
-    binary = tmp_path / "llama-server"
-    binary.write_text(f"#!{sys.executable}\n{FAKE}")
-    binary.chmod(0o755)
-    monkeypatch.setenv("LLAMA_SERVER", str(binary))
+    stand_in(tmp_path, monkeypatch, takes=2)
     with many_loras("tiny", 2, 2) as made, llama.llama_server(made, ["lora-0", "lora-1"], 3, 16, 1) as running:
         assert running.batch([[10], [20], [30]], [0, 1, None], 2) == [(11, 11), (22, 22), (30, 30)]
         assert running.ms_per_token([10], 4) == 7.5
+        assert running.version == "b1"
+
+
+def test_a_build_that_takes_only_some_adapters_is_refused(
+    llama: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in(tmp_path, monkeypatch, takes=1)
+    with (
+        many_loras("tiny", 2, 2) as made,
+        pytest.raises(BaseNotSupported, match="took 1 of 2 adapters"),
+        llama.llama_server(made, ["lora-0", "lora-1"], 3, 16, 1),
+    ):
+        pass
 
 
 def test_a_binary_that_does_not_start_is_said(

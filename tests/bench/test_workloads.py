@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from adapter_server.bench import report, workloads
-from adapter_server.bench.workloads import SHAPES, Trace, calls, many_loras
+from adapter_server.bench.workloads import SHAPES, Trace, calls, many_loras, with_loras
 
 
 def first(trace: Trace, count: int) -> list[tuple[int, int, int, float]]:
@@ -74,3 +74,27 @@ def test_a_base_in_no_file_has_adapters_all_the_same(tmp_path: Path, monkeypatch
         assert not list(made.model.glob("*.safetensors"))
         shapes = {tuple(t.shape) for t in load_file(made.adapters / "lora-1" / "adapter_model.safetensors").values()}
         assert (2, 64) in shapes
+
+
+def test_kinds_that_begin_at_the_base_begin_at_one_of_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workloads, "IN_PLACE", ("tiny",))
+    with workloads.one_of_each("tiny") as made:
+        weights = load_file(made.adapters / "dora-r8" / "adapter_model.safetensors")
+        scales = load_file(made.adapters / "ia3" / "adapter_model.safetensors")
+    norms = [t for name, t in weights.items() if "q_proj.lora_magnitude" in name]
+    assert norms[0].mean() == pytest.approx(0.02 * 64**0.5, rel=0.2)  # of 64 weights about 0.02
+    assert next(iter(scales.values())).mean() == pytest.approx(1, abs=0.2)
+
+
+def test_adapters_beside_a_base_in_fewer_bits_are_saved_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workloads, "base_dtype", lambda device: torch.bfloat16)
+    with many_loras("tiny", 1, 2) as made:
+        weights = load_file(made.adapters / "lora-0" / "adapter_model.safetensors")
+    assert {t.dtype for t in weights.values()} == {torch.bfloat16}
+
+
+def test_more_adapters_of_another_rank_stand_in_the_same_folder() -> None:
+    with many_loras("tiny", 1, 2) as made:
+        both = with_loras(made, 2, 8, prefix="large")
+        assert list(both.kinds) == ["lora-0", "large-0", "large-1"]
+        assert all((both.adapters / name / "adapter_model.safetensors").exists() for name in both.kinds)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
-from adapter_server.bench import plots, report
+from adapter_server.bench import drive, plots, report
 from adapter_server.bench.drive import Setting
 from adapter_server.bench.workloads import Shape, Size, Workload
 from adapter_server.engine import Engine
@@ -40,6 +41,10 @@ class Bench:
     console: Console = field(default_factory=lambda: Console(stderr=True))
     rates: dict[str, float] = field(default_factory=dict)
 
+    def opened(self, workload: Workload, **limits: Any) -> AbstractContextManager[Engine]:
+        """An engine over the workload, within the setting's limits and these."""
+        return drive.opened(workload, self.setting, **limits)
+
     def look(self) -> None:
         """Measure the device; of several looks the better counts."""
         now = report.measured_rates(self.quick, self.setting.device)
@@ -62,7 +67,7 @@ class Bench:
 
     def floor(self, workload: Workload, rows: int, context: int, **more: Any) -> dict[str, Any]:
         """What a decode step must read and compute at the least; call it after a look."""
-        found = report.floor(workload.shape, rows, context, itemsize=self.setting.itemsize, **more)
+        found = report.floor(workload.shape, rows, context, itemsize=self.setting.dtype.itemsize, **more)
         about = {"rows": rows, "context": context, "adapters": more.get("adapters", 0)}
         return report.timed_floor(found, self.rates, **about)
 
@@ -75,6 +80,11 @@ def shape_of(shape: Shape) -> dict[str, Any]:
 def begin(device: str, profile: str | None, quick: bool) -> Bench:
     """Before anything long: what is missing is said now. Raises InvalidRequest, BaseNotSupported."""
     plots.require()
+    return bare(device, profile, quick)
+
+
+def bare(device: str, profile: str | None = None, quick: bool = False) -> Bench:
+    """The same without a plot at its end. Raises BaseNotSupported."""
     disable_progress_bar()
     bench = Bench(Setting(device, profile), quick)
     bench.setting.check()

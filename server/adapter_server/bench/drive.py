@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from adapter_server.bench.workloads import IN_PLACE, Workload, llama
+from adapter_server.bench.workloads import IN_PLACE, Workload, base_dtype, llama
 from adapter_server.config import GIB, EngineConfig
 from adapter_server.core import AskedMode, Finished, Member, Request, Sampling, Token
 from adapter_server.engine import Engine
-from adapter_server.engine.model import DTYPES, load
+from adapter_server.engine.model import load
 from adapter_server.errors import BaseNotSupported, RequestFailed
 from adapter_server.registry.store import Store
 
@@ -44,9 +44,17 @@ class Setting:
             raise BaseNotSupported("this machine has no CUDA device: leave out --device, or choose cpu")
 
     @property
-    def itemsize(self) -> int:
-        """Bytes of a number of the base."""
-        return 4 if self.kind == "cpu" else 2
+    def dtype(self) -> torch.dtype:
+        """Of the base, and of the adapters beside it."""
+        return base_dtype(self.device)
+
+    @property
+    def limits(self) -> dict[str, Any]:
+        """What an engine on this device is given. It keeps no beginnings of prompts, since rounds repeat them; on CUDA
+        adapters are held in the base's format, and a step has room for whole prompts.
+        """
+        device: dict[str, Any] = {} if self.kind == "cpu" else {"adapter_dtype": "base", "max_step_tokens": 2048}
+        return {"prefix_cache_bytes": 0, "adapter_bytes": 16 * GIB, "profile": self.profile, **device}
 
     @property
     def near(self) -> float:
@@ -55,8 +63,8 @@ class Setting:
 
 @contextmanager
 def opened(workload: Workload, setting: Setting, **limits: Any) -> Iterator[Engine]:
-    """An engine over a workload: float32 on the CPU, bfloat16 elsewhere. It keeps no beginnings of prompts, since
-    rounds repeat them. Raises BaseNotSupported where there is no such device.
+    """An engine over a workload, float32 on the CPU and bfloat16 elsewhere, within the setting's limits and these.
+    Raises BaseNotSupported where there is no such device.
     """
     engine, _ = made(workload, setting, **limits)
     try:
@@ -68,18 +76,21 @@ def opened(workload: Workload, setting: Setting, **limits: Any) -> Iterator[Engi
 def made(workload: Workload, setting: Setting, **limits: Any) -> tuple[Engine, float]:
     """The same, and the seconds from a loaded base to an engine over it."""
     setting.check()
-    dtype = "float32" if setting.kind == "cpu" else "bfloat16"
-    chosen: dict[str, Any] = {"prefix_cache_bytes": 0, "adapter_bytes": 16 * GIB, "profile": setting.profile, **limits}
-    config = EngineConfig(dtype=dtype, device=setting.device, **chosen)  # type: ignore[arg-type]
+    dtype = str(setting.dtype).removeprefix("torch.")
+    config = EngineConfig(dtype=dtype, device=setting.device, **(setting.limits | limits))  # type: ignore[arg-type]
     store = Store(workload.adapters, settle_s=0)
-    if workload.size in IN_PLACE:
-        module = llama(workload.shape, workload.seed, setting.device, DTYPES[dtype])
-    else:
-        module = load(workload.model, dtype, torch.device(setting.device))
+    module = base_of(workload, setting)
     start = time.perf_counter()
     engine = Engine(module, config, store, workload.size)
     store.judge = engine.pool.judge
     return engine, time.perf_counter() - start
+
+
+def base_of(workload: Workload, setting: Setting) -> Any:
+    """The base as transformers has it, on the device: read from its folder, or made from the seed, each time alike."""
+    if workload.size in IN_PLACE:
+        return llama(workload.shape, workload.seed, setting.device, setting.dtype)
+    return load(workload.model, str(setting.dtype).removeprefix("torch."), torch.device(setting.device))
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,7 @@ from adapter_server.bench.command import (
     finish,
     model,
 )
-from adapter_server.bench.drive import Ask, Checker, made, opened
+from adapter_server.bench.drive import Ask, Checker, Tokens, made
 from adapter_server.bench.http import serve
 from adapter_server.bench.play import Arrival, Deed, Stage, check, figures, learn, live, medians
 from adapter_server.bench.workloads import Workload, many_loras, prompts
@@ -85,7 +85,9 @@ class Scene:
     def measure(self) -> dict[str, Any]:
         """Everything, as JSON."""
         learn(self.stage, self.checker, self.running[:2])
-        return {**self._stall(), "cold": self._cold(), "thrash": self._thrash()}
+        stall = self._stall()
+        cold = cold_loads(self.stage, self.workload, self.names, self.running[0].ask.prompt, self.plan.cold)
+        return {**stall, "cold": cold, "thrash": self._thrash()}
 
     def _stall(self) -> dict[str, Any]:
         found: dict[str, list[dict[str, float]]] = {CALM: [], BUSY: []}
@@ -123,24 +125,6 @@ class Scene:
 
         return Deed(due_s, deed, work)
 
-    def _cold(self) -> dict[str, Any]:
-        """To the first token of one request, its adapter on disk only (in the page cache) and in memory."""
-        cold: list[float] = []
-        warm: list[float] = []
-        for i in range(self.plan.cold):
-            name = self.names[i % len(self.names)]
-            self.stage.operate("unload", name)
-            ask = Arrival(0.0, Ask(self.running[0].ask.prompt, name), 2)
-            for times in (cold, warm):
-                (reply,) = self.stage.play([ask])
-                times.append(1e3 * reply.ttft_s)
-        size = (self.workload.adapters / self.names[0] / guard.WEIGHTS).stat().st_size
-        load = statistics.median(c - w for c, w in zip(cold, warm, strict=True))
-        return {
-            "file_bytes": size, "ttft_cold_ms": statistics.median(cold), "ttft_warm_ms": statistics.median(warm),
-            "load_ms": load, "rounds": {"cold": cold, "warm": warm},
-        }  # fmt: skip
-
     def _thrash(self) -> dict[str, Any]:
         """Twice as many adapters as there are places, one request after another is due: a row's time each."""
         names = self.names[: 2 * self.plan.places]
@@ -165,10 +149,46 @@ class Scene:
         return {"adapters": len(names), "adapter_bytes": one, "by_places": found}
 
 
+def cold_loads(stage: Stage, workload: Workload, names: Sequence[str], prompt: Tokens, count: int) -> dict[str, Any]:
+    """To the first token of one request, its adapter on disk only (in the page cache) and in memory."""
+    cold: list[float] = []
+    warm: list[float] = []
+    for i in range(count):
+        ask = Arrival(0.0, Ask(prompt, names[i % len(names)]), 2)
+        stage.operate("unload", names[i % len(names)])
+        for times in (cold, warm):
+            (reply,) = stage.play([ask])
+            times.append(1e3 * reply.ttft_s)
+    size = (workload.adapters / names[0] / guard.WEIGHTS).stat().st_size
+    load = statistics.median(c - w for c, w in zip(cold, warm, strict=True))
+    return {
+        "file_bytes": size, "ttft_cold_ms": statistics.median(cold), "ttft_warm_ms": statistics.median(warm),
+        "load_ms": load, "rounds": {"cold": cold, "warm": warm},
+    }  # fmt: skip
+
+
+def measure_cold(workload: Workload, plan: Plan, bench: Bench) -> dict[str, Any]:
+    """Cold loads alone, of the adapters `PREFIX-0`, `PREFIX-1`, … by prefix, and how soon the engine is ready."""
+    prompt = prompts(1, plan.prompt, workload.shape.vocab)[0]
+    limits = {"max_model_len": 2 * plan.prompt}
+    found: dict[str, Any] = {}
+    with bench.opened(workload, **limits) as engine:
+        with live(engine) as stage:
+            checker = Checker(stage.gap, bench.setting.near)
+            for prefix in dict.fromkeys(name.rpartition("-")[0] for name in workload.kinds):
+                names = [name for name in workload.kinds if name.startswith(f"{prefix}-")]
+                asked = [Arrival(0.0, Ask(prompt, name), 2) for name in names]
+                learn(stage, checker, asked)
+                found[prefix] = cold_loads(stage, workload, names, prompt, plan.cold)
+                check(checker, asked, [stage.play([each])[0] for each in asked])
+        cold = sorted(found.values(), key=lambda each: int(each["file_bytes"]))
+        return bench.result("coldload", workload, engine, asdict(plan), results=cold, answers=checker.summary)
+
+
 def measure(workload: Workload, plan: Plan, bench: Bench) -> dict[str, Any]:
     """The whole as one JSON object."""
     limits = {"max_model_len": 2 * plan.prompt + plan.new, "max_rows": max(32, plan.rows)}
-    with opened(workload, bench.setting, **limits) as engine:
+    with bench.opened(workload, **limits) as engine:
         ready_s = _ready_s(workload, bench, limits)
         bench.look()
         floor = [bench.floor(workload, plan.rows, plan.prompt + plan.new // 2, adapters=1, rank=plan.rank)]
@@ -178,7 +198,7 @@ def measure(workload: Workload, plan: Plan, bench: Bench) -> dict[str, Any]:
         checked = scene.checker
         more: dict[str, Any] = {}
         if plan.http:
-            with opened(workload, bench.setting, **limits) as second:
+            with bench.opened(workload, **limits) as second:
                 more["http"], other = serve(
                     second, workload, lambda client: _both(client, second, workload, plan, bench)
                 )
@@ -250,6 +270,6 @@ def hotload(
     """What running rows feel while adapters load, are published, merged and evicted; cold loads; thrashing."""
     bench = begin(device, profile, quick)
     plan = Plan(**QUICK, http=http) if quick else Plan(rounds=rounds, http=http)
-    with many_loras(size, 2 * plan.places + 1, plan.rank) as workload:
+    with many_loras(size, 2 * plan.places + 1, plan.rank, device=bench.setting.device) as workload:
         result = measure(workload, plan, bench)
     finish(result, tables(result), draw, out, bench)

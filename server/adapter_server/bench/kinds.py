@@ -27,7 +27,7 @@ from adapter_server.bench.command import (
     finish,
     model,
 )
-from adapter_server.bench.drive import Ask, drive, opened, ready
+from adapter_server.bench.drive import Ask, drive, ready
 from adapter_server.bench.peft_kinds import one_of_every_kind
 from adapter_server.bench.workloads import VIRTUAL_TOKENS, Workload, prompts
 from adapter_server.engine import Engine
@@ -56,7 +56,7 @@ QUICK: dict[str, Any] = {"rows": 1, "prompt": 4, "new": 4, "rounds": 1}
 def measure(workload: Workload, plan: Plan, left_out: dict[str, str], bench: Bench) -> dict[str, Any]:
     """The whole as one JSON object."""
     limits = {"max_model_len": plan.prompt + plan.new + VIRTUAL_TOKENS, "max_rows": max(64, plan.rows)}
-    with opened(workload, bench.setting, **limits) as engine:
+    with bench.opened(workload, **limits) as engine:
         served = [kind for kind in workload.kinds if _fits(engine, workload, kind, left_out)]
         asked = _asked(workload, plan, served)
         checker = cells.checker_of(engine, bench.setting)

@@ -24,7 +24,7 @@ from adapter_server.bench.command import (
     finish,
     model,
 )
-from adapter_server.bench.drive import Ask, opened
+from adapter_server.bench.drive import Ask
 from adapter_server.bench.workloads import VIRTUAL_TOKENS, Workload, one_of_each, prompts
 from adapter_server.core import Mode
 
@@ -76,7 +76,7 @@ def measure(workload: Workload, plan: Plan, bench: Bench) -> dict[str, Any]:
     """The whole table as one JSON object."""
     asked = {cell: _asks(workload, plan, cell) for cell in _cells(workload, plan)}
     limits = {"max_model_len": plan.length, "max_rows": max(plan.batches)}
-    with opened(workload, bench.setting, **limits) as engine:
+    with bench.opened(workload, **limits) as engine:
         checker = cells.checker_of(engine, bench.setting)
         found = cells.in_process(engine, asked, plan.new, plan.rounds, checker, bench.console)
         lines = {"results": [_line(cell, found) for cell in asked]}

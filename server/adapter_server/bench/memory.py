@@ -23,7 +23,7 @@ from adapter_server.bench.command import (
     finish,
     model,
 )
-from adapter_server.bench.drive import Ask, drive, opened, ready
+from adapter_server.bench.drive import Ask, drive, ready
 from adapter_server.bench.workloads import ATTENTION, LINEARS, Workload, many_loras, prompts
 from adapter_server.config import EngineConfig
 from adapter_server.engine import Engine
@@ -49,9 +49,9 @@ def measure(size: str, plan: Plan, bench: Bench) -> dict[str, Any]:
     """The whole as one JSON object."""
     lines = []
     for label, targets in TARGETS.items():
-        with many_loras(size, plan.adapters, plan.rank, targets=targets) as workload:
+        with many_loras(size, plan.adapters, plan.rank, targets=targets, device=bench.setting.device) as workload:
             before = resident_bytes()
-            with opened(workload, bench.setting, max_model_len=64, host_bytes=1) as engine:
+            with bench.opened(workload, max_model_len=64, host_bytes=1) as engine:
                 checker = cells.checker_of(engine, bench.setting)
                 line = _line(engine, workload, plan, before)
                 asks = [Ask(p, f"lora-{i}") for i, p in enumerate(prompts(plan.adapters, 4, workload.shape.vocab))]

@@ -31,12 +31,13 @@ from adapter_server.bench.command import (
     finish,
     model,
 )
-from adapter_server.bench.drive import Ask, drive, opened
+from adapter_server.bench.drive import Ask, drive
 from adapter_server.bench.http import Client, serve
 from adapter_server.bench.workloads import Popularity, Workload, choose, many_loras, prompts
 
 LAWS: tuple[Popularity, ...] = ("identical", "distinct", "uniform", "skewed")
 BASE = "base"
+SLACK, LAUNCHES_MS = 1.5, 0.15
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,14 +72,16 @@ def measure(workload: Workload, plan: Plan, bench: Bench) -> dict[str, Any]:
     """The whole as one JSON object."""
     asks = asked(workload, plan)
     limits = {"max_model_len": plan.prompt + plan.new, "max_rows": max(plan.rows, plan.streams)}
-    with opened(workload, bench.setting, **limits) as engine:
+    with bench.opened(workload, **limits) as engine:
         checker = cells.checker_of(engine, bench.setting)
         found = cells.in_process(engine, asks, plan.new, plan.rounds, checker, bench.console)
-        results = {"results": [_line(name, found) for name in asks]}
+        bench.look()
+        used = {name: len({ask.adapter for ask in own if ask.adapter}) for name, own in asks.items()}
+        lines = [_line(n, found) | _decode(workload, plan, bench, used[n], found[n], found[BASE]) for n in asks]
+        results: dict[str, Any] = {"results": lines}
         if plan.http:
             over = cells.over_http(engine, workload, asks, plan.new, plan.rounds, checker, bench.console)
             results["http"] = [_line(name, over) for name in asks]
-        bench.look()
         floors = [_floor(workload, plan, bench, adapters) for adapters in (0, 1, plan.adapters, plan.rows)]
         more = {"floor": floors, **results, "answers": checker.summary}
         if plan.http:
@@ -95,11 +98,30 @@ def _line(name: str, found: Mapping[str, cells.Figures]) -> dict[str, Any]:
     return {"popularity": name, "tokens_per_s_over_base": over, **cells.line(found[name], found[BASE])}
 
 
+def _decode(
+    workload: Workload, plan: Plan, bench: Bench, adapters: int, own: cells.Figures, base: cells.Figures
+) -> dict[str, Any]:
+    """Of the steps in which every row decodes: the speed over the base's, the ms that adapters add, and their aim."""
+    floor = _floor(workload, plan, bench, adapters)
+    pairs = list(zip(own["ms_per_token"], base["ms_per_token"], strict=True))
+    return {
+        "adapters": adapters,
+        "decode_over_base": statistics.median(base / own for own, base in pairs),
+        "added_ms": statistics.median(own - base for own, base in pairs),
+        "added_aim_ms": added_aim_ms(floor["adapter_bytes"], bench.rates["bytes_per_s"]) if adapters else 0.0,
+    }
+
+
+def added_aim_ms(adapter_bytes: int, bandwidth: float) -> float:
+    """What a step on these adapters should cost at the most: their bytes read one and a half times, and launches."""
+    return 1e3 * SLACK * adapter_bytes / bandwidth + LAUNCHES_MS
+
+
 def http_share(workload: Workload, plan: Plan, bench: Bench) -> dict[str, Any]:
     """Of a step over HTTP, what the engine does not spend: two engines, one of them behind a server, in turn."""
     asks = [Ask(prompt) for prompt in prompts(plan.streams, 8, workload.shape.vocab)]
     limits = {"max_model_len": 8 + plan.new, "max_rows": plan.streams}
-    with opened(workload, bench.setting, **limits) as inside, opened(workload, bench.setting, **limits) as behind:
+    with bench.opened(workload, **limits) as inside, bench.opened(workload, **limits) as behind:
 
         def rounds(client: Client) -> list[tuple[float, float]]:
             pairs = [
@@ -120,10 +142,14 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
 def _table(result: Mapping[str, Any], over: str) -> Table:
     work, way = result["workload"], "over HTTP" if over == "http" else "in process"
     title = f"{model(result)}, {work['rows']} rows, prompt {work['prompt']}, {work['new']} new tokens, {way}"
-    shown = Table("", "tokens/s", "over base", "ms per step", "TTFT ms", title=title, caption=answers(result))
+    names = {
+        "tokens/s": "tokens_per_s", "over base": "tokens_per_s_over_base", "ms per step": "ms_per_token",
+        "decode over base": "decode_over_base", "added ms": "added_ms", "aim": "added_aim_ms", "TTFT ms": "ttft_ms",
+    }  # fmt: skip
+    names = {label: name for label, name in names.items() if name in result[over][0]}
+    shown = Table("", *names, title=title, caption=answers(result))
     for line in result[over]:
-        figures = (line["tokens_per_s"], line["tokens_per_s_over_base"], line["ms_per_token"], line["ttft_ms"])
-        shown.add_row(line["popularity"], *(f"{figure:.3g}" for figure in figures))
+        shown.add_row(line["popularity"], *(f"{line[name]:.3g}" for name in names.values()))
     return shown
 
 
@@ -150,6 +176,6 @@ def popularity(
     """32 rows that share adapters or each have their own, beside the base alone."""
     bench = begin(device, profile, quick)
     plan = Plan(**QUICK, http=http) if quick else Plan(rounds=rounds, http=http)
-    with many_loras(size, plan.rows, plan.rank) as workload:
+    with many_loras(size, plan.rows, plan.rank, device=bench.setting.device) as workload:
         result = measure(workload, plan, bench)
     finish(result, tables(result), draw, out, bench)

@@ -110,6 +110,21 @@ def floor(
     )
 
 
+def prefill_floor(shape: Shape, rows: int, prompt: int, adapters: int = 0, rank: int = 0, itemsize: int = 4) -> Floor:
+    """Rows that read prompts of so many tokens: each weight once, each key and value written, and the head for the last
+    token of each alone.
+    """
+    one, tokens = floor(shape, 1, 0, adapters, rank, itemsize), rows * prompt
+    head = 2 * shape.vocab * shape.hidden
+    attention = rows * 2 * prompt**2 * shape.layers * shape.heads * shape.head_dim  # half of the square: causal
+    return Floor(
+        weight_bytes=one.weight_bytes,
+        kv_bytes=tokens * shape.layers * 2 * shape.kv_heads * shape.head_dim * itemsize,
+        adapter_bytes=one.adapter_bytes,
+        flops=tokens * (one.flops - head) + rows * head + attention,
+    )
+
+
 def linears(shape: Shape, targets: Sequence[str] = LINEARS) -> list[tuple[int, int]]:
     """(in, out) of these products of every layer."""
     q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
@@ -167,11 +182,17 @@ def rounded(value: Any) -> Any:
 
 def publish(result: Mapping[str, Any], path: Path | None) -> None:
     """The result as the last line of stdout, and in a file when one is named."""
-    shown = rounded(result)
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(shown, indent=1) + "\n")
-    print(json.dumps(shown), flush=True)
+        write(result, path)
+    print(json.dumps(rounded(result)), flush=True)
+
+
+def write(result: Mapping[str, Any], path: Path) -> None:
+    """The result in a file, which is the old or the new one at any moment."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".part")
+    aside.write_text(json.dumps(rounded(result), indent=1) + "\n")
+    aside.replace(path)
 
 
 def name(result: Mapping[str, Any]) -> str:

@@ -33,7 +33,7 @@ from adapter_server.bench.command import (
     finish,
     model,
 )
-from adapter_server.bench.drive import Ask, Run, drive, opened, ready
+from adapter_server.bench.drive import Ask, Run, drive, ready
 from adapter_server.bench.workloads import Workload, many_loras, prompts
 from adapter_server.core import AskedMode
 from adapter_server.engine import Engine
@@ -86,8 +86,8 @@ def measure(workload: Workload, plan: Plan, bench: Bench) -> dict[str, Any]:
     asked = {(share, way): asks(workload, plan, share, way) for share in SHARES for way in WAYS}
     limits = {"max_model_len": plan.prompt + plan.new, "max_rows": plan.rows}
     with (
-        opened(workload, bench.setting, **limits, adapter_bytes=64 << 30) as fixed,
-        opened(workload, bench.setting, **limits) as free,
+        bench.opened(workload, **limits, adapter_bytes=64 << 30) as fixed,
+        bench.opened(workload, **limits) as free,
     ):
         checker = cells.checker_of(fixed, bench.setting)
         for (_, way), own in asked.items():
@@ -174,6 +174,6 @@ def skew(
     """Merged, unmerged and auto, by the share of one adapter."""
     bench = begin(device, profile, quick)
     plan = Plan(**QUICK, http=http) if quick else Plan(rounds=rounds, http=http)
-    with many_loras(size, plan.adapters, plan.rank) as workload:
+    with many_loras(size, plan.adapters, plan.rank, device=bench.setting.device) as workload:
         result = measure(workload, plan, bench)
     finish(result, [table(result)], draw, out, bench)

@@ -35,7 +35,7 @@ from adapter_server.bench.command import (
     finish,
     model,
 )
-from adapter_server.bench.drive import Ask, Checker, opened
+from adapter_server.bench.drive import Ask, Checker
 from adapter_server.bench.http import serve
 from adapter_server.bench.play import Arrival, Stage, check, figures, learn, live, medians
 from adapter_server.bench.workloads import ATTENTION, Trace, Workload, calls, link, many_loras, prompts
@@ -159,7 +159,7 @@ def measure(workload: Workload, plan: Plan, bench: Bench) -> dict[str, Any]:
     vocab = workload.shape.vocab
     with ExitStack() as stack:
         folders = stack.enter_context(registries(workload, plan))
-        engine = stack.enter_context(opened(workload, bench.setting, **limits))
+        engine = stack.enter_context(bench.opened(workload, **limits))
         stage = stack.enter_context(live(engine))
         stores = {count: Store(folder, settle_s=0) for count, folder in folders.items()}
         checker = Checker(stage.gap, bench.setting.near)
@@ -208,7 +208,7 @@ def _by_http(
     """A server for each play, over the registry of its number of adapters."""
 
     def play(count: int, asked: list[Arrival]) -> dict[str, float]:
-        with opened(workload, bench.setting, **limits) as engine:
+        with bench.opened(workload, **limits) as engine:
             engine.pool.store = Store(folders[count], settle_s=0)
 
             def work(client: Stage) -> dict[str, float]:
@@ -275,6 +275,6 @@ def trace(
     """S-LoRA's trace, from one registered adapter to 2,000: arrivals by a clock, and every adapter cold at first."""
     bench = begin(device, profile, quick)
     plan = Plan(**QUICK, http=http) if quick else Plan(rounds=rounds, http=http)
-    with many_loras(size, FILES, RANK, targets=ATTENTION) as workload:
+    with many_loras(size, FILES, RANK, targets=ATTENTION, device=bench.setting.device) as workload:
         result = measure(workload, plan, bench)
     finish(result, tables(result), draw, out, bench)

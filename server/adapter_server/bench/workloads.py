@@ -1,8 +1,8 @@
 """What is measured: bases by size, adapters by kind, prompts, who asks for which adapter, and when.
 
 demo                    the base that comes with the package, and its trained adapters
-tiny, 35m, 200m, 0.6b   random weights, written to a folder, and real PEFT adapters, made on the spot from a seed
-1b, 8b                  the same, but the weights are made on the device and lie in no file
+tiny, 35m, 200m         random weights, written to a folder, and real PEFT adapters, made on the spot from a seed
+0.6b, 1b, 8b            the same, but the weights are made on the device and lie in no file
 
 0.6b, 1b and 8b have the sizes of Qwen3-0.6B, Llama-3.2-1B and Llama-3.1-8B, as a Llama.
 """
@@ -15,7 +15,7 @@ import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -71,7 +71,7 @@ SHAPES = {
     "1b": Shape(2048, 16, 32, 8, 8192, 128256, 64, tied=True),
     "8b": Shape(4096, 32, 32, 8, 14336, 128256, 128),
 }
-IN_PLACE = ("1b", "8b")  # too large to write and read again
+IN_PLACE = ("0.6b", "1b", "8b")  # too large to write and read again
 Weight = Callable[[str, torch.Tensor, torch.Generator], torch.Tensor]  # (name, as PEFT begins, a generator)
 Size = Literal["demo", "tiny", "35m", "200m", "0.6b", "1b", "8b"]
 
@@ -119,19 +119,34 @@ def one_of_each(size: str, seed: int = 0) -> Iterator[Workload]:
 
 @contextmanager
 def many_loras(
-    size: str, count: int, rank: int = 16, seed: int = 0, targets: Sequence[str] = LINEARS, files: int | None = None
+    size: str,
+    count: int,
+    rank: int = 16,
+    seed: int = 0,
+    targets: Sequence[str] = LINEARS,
+    files: int | None = None,
+    device: str = "cpu",
 ) -> Iterator[Workload]:
-    """A base with `count` LoRA adapters of one rank, `lora-0`, `lora-1`, …
+    """A base with `count` LoRA adapters of one rank, `lora-0`, `lora-1`, …, in the format of a base on this device.
 
     Of more than `files` adapters the others are hard links to the first, in turn, so that the disk holds little.
     """
-    names = [f"lora-{i}" for i in range(count)]
-    own = names[: files or count]
     with any_base(size, seed) as (model, adapters, shape):
-        save_adapters(model, lora(rank, targets), [adapters / name for name in own], seed)
-        for i, name in enumerate(names[len(own) :]):
+        made = with_loras(Workload(size, model, adapters, {}, shape, seed), files or count, rank, targets, device)
+        own = list(made.kinds)
+        more = [f"lora-{i}" for i in range(len(own), count)]
+        for i, name in enumerate(more):
             link(adapters / own[i % len(own)], adapters / name)
-        yield Workload(size, model, adapters, {name: name for name in names}, shape, seed)
+        yield replace(made, kinds={name: name for name in (*own, *more)})
+
+
+def with_loras(
+    base: Workload, count: int, rank: int, targets: Sequence[str] = LINEARS, device: str = "cpu", prefix: str = "lora"
+) -> Workload:
+    """The workload with `count` more adapters in its folder, `PREFIX-0`, `PREFIX-1`, …"""
+    names = [f"{prefix}-{i}" for i in range(count)]
+    save_adapters(base.model, lora(rank, targets), [base.adapters / name for name in names], base.seed, device=device)
+    return replace(base, kinds={**base.kinds, **{name: name for name in names}})
 
 
 def link(adapter: Path, folder: Path) -> None:
@@ -198,22 +213,38 @@ def _tokenizer(vocab: int) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, unk_token="t0")))
 
 
-def save_adapters(model: Path, config: Any, folders: Sequence[Path], seed: int, weight: Weight | None = None) -> None:
-    """PEFT adapters of one config over one base, each with random weights of its own. A base in no file is not read."""
-    weight = weight or _random
+def base_dtype(device: str) -> torch.dtype:
+    """What a benchmark's base is held in: float32 on the CPU, bfloat16 elsewhere."""
+    return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+
+
+def save_adapters(
+    model: Path,
+    config: Any,
+    folders: Sequence[Path],
+    seed: int,
+    weight: Weight | None = None,
+    device: str = "cpu",
+) -> None:
+    """PEFT adapters of one config over one base, each with random weights of its own, drawn on the device and saved in
+    its base's format.
+    """
+    weight, dtype = weight or _random, base_dtype(device)
     with quiet():
-        peft = get_peft_model(_module(model), config)
+        peft = get_peft_model(_module(model, config), config)
         fresh = {name: p.detach() for name, p in peft.named_parameters() if p.requires_grad}
         for i, folder in enumerate(folders):
-            noise = torch.Generator().manual_seed(1000 * seed + i)
-            weights = {name: weight(name, value, noise) for name, value in fresh.items()}
+            noise = torch.Generator(device).manual_seed(1000 * seed + i)
+            weights = {name: weight(name, value, noise).to(dtype).cpu() for name, value in fresh.items()}
             peft.save_pretrained(folder, state_dict=peft.state_dict() | weights)
 
 
-def _module(model: Path) -> Any:
+def _module(model: Path, config: Any) -> Any:
+    """The base. One in no file has no values where the adapter's do not come from them, else some of the same size."""
     if (model / "model.safetensors").exists():
         return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    with torch.device("meta"):
+    plain = isinstance(config, LoraConfig) and not config.use_dora
+    with torch.device("meta" if plain else "cpu"):
         return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
 
 
@@ -228,10 +259,10 @@ def quiet() -> Iterator[None]:
 
 def _random(name: str, fresh: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Large enough to be seen in the tokens, small enough to leave the base's scale."""
-    noise = torch.randn(fresh.shape, generator=generator)
+    noise = torch.randn(fresh.shape, generator=generator, device=generator.device)
     if "magnitude" in name or "ia3_l" in name:
-        return fresh * (1 + 0.2 * noise)
-    return fresh + 0.5 * noise if "prompt_encoder" in name else 0.02 * noise
+        return fresh.to(noise.device) * (1 + 0.2 * noise)
+    return fresh.to(noise.device) + 0.5 * noise if "prompt_encoder" in name else noise.mul_(0.02)
 
 
 def _demo() -> Workload:
