@@ -57,6 +57,24 @@ def test_the_distribution_is_transformers(settings: dict[str, float]) -> None:
         assert abs(seen[i] / n - p) < 5 * (p * (1 - p) / n) ** 0.5 + 1e-3
 
 
+SETTINGS = [{}, {"top_k": 5}, {"top_p": 0.5}, {"top_p": 0.999}, {"min_p": 0.3}, {"min_p": 1e-9}, {"temperature": 3.0}]
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 8.0], ids=["flat", "plain", "peaked"])
+def test_looking_at_the_likeliest_alone_changes_no_draw(scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flat logits are sorted whole after all; of the others most are not."""
+    logits = torch.randn(210, 3000, generator=torch.Generator().manual_seed(1)) * scale
+    rows = [draw(seed=i, **SETTINGS[i % len(SETTINGS)]) for i in range(len(logits))]
+    depths: list[int] = []
+    inverse = sampling._inverse
+    monkeypatch.setattr(sampling, "_inverse", lambda *args: (depths.append(len(args[0])), inverse(*args))[1])
+    monkeypatch.setattr(sampling, "PEAK", 64)
+    some = [c.id for c in choose(logits, rows)]
+    assert (len(depths) == 2) == (scale < 8 or depths[1:] != [])
+    monkeypatch.setattr(sampling, "PEAK", 3000)
+    assert some == [c.id for c in choose(logits, rows)]
+
+
 def test_rows_of_different_settings_do_not_touch_one_another() -> None:
     rows = [draw(seed=i, top_k=i % 4, top_p=0.5 + 0.1 * (i % 5), temperature=0.5 * (i % 3)) for i in range(24)]
     together = [c.id for c in choose(LOGITS.expand(24, -1), rows)]

@@ -16,6 +16,7 @@ from torch import Tensor
 from adapter_server.core import Sampling, Top
 
 _MASK = (1 << 64) - 1
+PEAK = 1024  # of the likeliest tokens, which are looked at first
 COLDEST = 1e-5  # below, the likeliest token is certain, and what a score is divided by must not vanish in float32
 
 
@@ -128,25 +129,43 @@ def _penalise(row: Tensor, draw: Draw) -> None:
 
 
 def _sampled(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
-    """logits [n, vocab] → ids [n], by the inverse of the filtered distribution, most likely first."""
+    """logits [n, vocab] → ids [n], by the inverse of the filtered distribution, most likely first.
+
+    Among the PEAK likeliest tokens, where that is sure to find it; the rows that are left sort the whole vocabulary.
+    """
+    peak = max(PEAK, *(d.sampling.top_k for d in draws))
+    if logits.shape[1] <= peak:
+        return _inverse(logits, draws, logits.shape[1])[0]
+    ids, sure = _inverse(logits, draws, peak)
+    if left := [i for i, found in enumerate(sure.tolist()) if not found]:
+        ids[left] = _inverse(logits[left], [draws[i] for i in left], logits.shape[1])[0]
+    return ids
+
+
+def _inverse(logits: Tensor, draws: Sequence[Draw], depth: int) -> tuple[Tensor, Tensor]:
+    """(ids [n], whether each is sure [n]): on the others what lies beyond the `depth` likeliest tokens may bear."""
 
     def column(values: Sequence[float]) -> Tensor:
         return torch.tensor(values, device=logits.device, dtype=torch.float32)[:, None]
 
     settings = [d.sampling for d in draws]
-    vocab = logits.shape[1]
-    depth = max(s.top_k or vocab for s in settings)
-    scores, ids = (logits / column([s.temperature for s in settings]).clamp(min=COLDEST)).topk(min(depth, vocab))
-    rank = torch.arange(scores.shape[1], device=logits.device)
-    scores = scores.masked_fill(rank >= column([s.top_k or vocab for s in settings]), -torch.inf)
-    p = scores.softmax(-1)
-    p = p.masked_fill(p.cumsum(-1) - p >= column([s.top_p for s in settings]).clamp(min=1e-9), 0)
-    p = p.masked_fill(p < p[:, :1] * column([s.min_p for s in settings]), 0).cumsum(-1)
-    u = column([uniform(d.seed, len(d.tokens) - d.prompt) for d in draws])
-    total = p[:, -1:]
-    below = torch.nextafter(total, torch.zeros_like(total))  # u may round to 1: the last token has a chance of 0
-    at = torch.searchsorted(p, torch.minimum(u * total, below), right=True)
-    return ids.gather(1, at).squeeze(1)
+    top_k, top_p, min_p = (column([getattr(s, name) for s in settings]) for name in ("top_k", "top_p", "min_p"))
+    scaled = logits / column([s.temperature for s in settings]).clamp(min=COLDEST)
+    scores, ids = scaled.topk(depth)
+    scores = scores.masked_fill((torch.arange(depth, device=logits.device) >= top_k) & (top_k > 0), -torch.inf)
+    whole = torch.where(top_k > 0, scores.logsumexp(-1, keepdim=True), scaled.logsumexp(-1, keepdim=True))
+    p = (scores - whole).exp()
+    cut = p.cumsum(-1) - p >= top_p.clamp(min=1e-9)
+    low = p < p[:, :1] * min_p
+    kept = p.masked_fill(cut | low, 0).cumsum(-1)
+    closed = (top_k > 0) | cut[:, -1:] | low[:, -1:]  # nothing beyond is kept
+    most = kept[:, -1:]
+    u = column([uniform(d.seed, len(d.tokens) - d.prompt) for d in draws]) * torch.where(closed, most, 1.0)
+    below = torch.nextafter(most, torch.zeros_like(most))  # u may round to 1: the last token has a chance of 0
+    u = torch.where(closed | (depth == logits.shape[1]), torch.minimum(u, below), u)
+    at = torch.searchsorted(kept, u, right=True)
+    sure = closed | ((top_p >= 1) & (min_p <= 0) & (at < depth))
+    return ids.gather(1, at.clamp(max=depth - 1)).squeeze(1), sure[:, 0]
 
 
 def _logprobs(raw: Tensor, draws: Sequence[Draw], chosen: Sequence[int]) -> dict[int, tuple[float, Top]]:
