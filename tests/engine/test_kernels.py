@@ -25,6 +25,7 @@ from adapter_server.families.base import Adapter, Patch
 from test_site import OUTS, Case, close
 
 kernels = pytest.importorskip("adapter_server.engine.kernels", reason="Triton is not installed")
+lowrank = sys.modules["adapter_server.engine.kernels.lowrank"]
 
 CPU = torch.device("cpu")
 Form = kernels.Form
@@ -127,6 +128,14 @@ def test_low_rank_by_dtype(given: torch.dtype, held: torch.dtype) -> None:
     """Sums over several splits, ranks in several blocks, columns in several blocks: one rounding each."""
     error = proofs.low_rank_error(kernels, CPU, given, held)
     assert error < max(TOLERANCE[given], TOLERANCE[held])
+
+
+def test_which_program_has_a_block_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for programs in (lowrank.PROGRAMS, 1):
+        monkeypatch.setattr(lowrank, "PROGRAMS", programs)
+        found.append(proofs.low_rank_error(kernels, CPU, torch.float32, torch.float32))
+    assert found[0] == found[1] < TOLERANCE[torch.float32]
 
 
 @pytest.mark.parametrize("window", [None, 150])

@@ -34,6 +34,7 @@ from adapter_server.engine.kernels.launch import DTYPES, OPTIONS, compute_of, on
 FEW, MANY = 4, 64  # tokens of a tile; FEW is written out in the kernels
 RANKS, WIDE = 16, 128  # rows of A that one program holds, and columns of Bt
 SHRINK_WARPS, EXPAND_WARPS = 4, 1  # of tiles of FEW
+PROGRAMS = 2048  # of shrink; beyond, each takes several blocks of A's rows: `width` may be another adapter's
 MOST_SPLITS, LEAST_SPAN = 16, 256  # of the sum over x's columns
 MANY_SPLITS, MANY_RANKS, DEPTH, MANY_WARPS = 4, 32, 64, 4
 HEAD, MEMBER = 4, 3  # fields: addresses of A, rows of A, addresses of mul and add; per member Bt's, first row, rank
@@ -103,7 +104,8 @@ def _few(
 ) -> None:
     count, pairs, span = run.stop - run.start, len(tiles.tokens), span_of(outputs.inp)
     splits = triton.cdiv(outputs.inp, span)
-    _shrink_few[count, tiles.width // RANKS, splits](
+    blocks = min(tiles.width // RANKS, triton.cdiv(PROGRAMS, count * splits))
+    _shrink_few[count, blocks, splits](
         x, tiles.scratch, tiles.tokens, tiles.places, table, x.stride(0), table.stride(0), outputs.at, outputs.inp,
         pairs, tiles.width, run.start, HELD=DTYPES[held], TOKENS=run.tokens, RANKS=RANKS, SPAN=span,
         num_warps=max(SHRINK_WARPS, span // 128), **OPTIONS,
@@ -145,30 +147,32 @@ def _shrink_few(
     x, parts, tokens, places, table, x_row, table_row, at, inp, pairs, width, start,
     HELD: tl.constexpr, TOKENS: tl.constexpr, RANKS: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
-    """parts [splits, pairs, width] = x[tokens][:, split] @ A[:, split].T for a tile, a block of A's rows, a split."""
+    """parts [splits, pairs, width] = x[tokens][:, split] @ A[:, split].T for a tile, blocks of A's rows, a split."""
     place = places + (start + tl.program_id(0)) * 4
     first, count = tl.load(place + 1), tl.load(place + 2)
     field = table + tl.load(place).to(tl.int64) * table_row + at
     rows = tl.load(field + 1).to(tl.int32)
     begin, split = tl.program_id(1) * RANKS, tl.program_id(2)
     if (count > 0) & (begin < rows):
-        r, k = begin + tl.arange(0, RANKS), split * SPAN + tl.arange(0, SPAN)
-        mask = (r < rows)[:, None] & (k < inp)[None, :]
-        a = tl.load(_pointer(field, HELD) + r[:, None].to(tl.int64) * inp + k[None, :], mask=mask, other=0.0)
-        x0 = _row(x, tokens, first, 0, count, x_row, k, k < inp)  # all loads first, so that they wait together
-        if TOKENS > 1:
-            x1 = _row(x, tokens, first, 1, count, x_row, k, k < inp)
-        if TOKENS > 2:
-            x2 = _row(x, tokens, first, 2, count, x_row, k, k < inp)
-            x3 = _row(x, tokens, first, 3, count, x_row, k, k < inp)
-        wide = a.to(tl.float32)
-        to = parts + (split * pairs + first).to(tl.int64) * width + r
-        tl.store(to, _dots(wide, x0, HELD), mask=r < rows)
-        if TOKENS > 1:
-            tl.store(to + width, _dots(wide, x1, HELD), mask=(r < rows) & (count > 1))
-        if TOKENS > 2:
-            tl.store(to + 2 * width, _dots(wide, x2, HELD), mask=(r < rows) & (count > 2))
-            tl.store(to + 3 * width, _dots(wide, x3, HELD), mask=(r < rows) & (count > 3))
+        A, k = _pointer(field, HELD), split * SPAN + tl.arange(0, SPAN)
+        for low in range(begin, rows, tl.num_programs(1) * RANKS):
+            r = low + tl.arange(0, RANKS)
+            mask = (r < rows)[:, None] & (k < inp)[None, :]
+            a = tl.load(A + r[:, None].to(tl.int64) * inp + k[None, :], mask=mask, other=0.0)
+            x0 = _row(x, tokens, first, 0, count, x_row, k, k < inp)  # all loads first, so that they wait together
+            if TOKENS > 1:
+                x1 = _row(x, tokens, first, 1, count, x_row, k, k < inp)
+            if TOKENS > 2:
+                x2 = _row(x, tokens, first, 2, count, x_row, k, k < inp)
+                x3 = _row(x, tokens, first, 3, count, x_row, k, k < inp)
+            wide = a.to(tl.float32)
+            to = parts + (split * pairs + first).to(tl.int64) * width + r
+            tl.store(to, _dots(wide, x0, HELD), mask=r < rows)
+            if TOKENS > 1:
+                tl.store(to + width, _dots(wide, x1, HELD), mask=(r < rows) & (count > 1))
+            if TOKENS > 2:
+                tl.store(to + 2 * width, _dots(wide, x2, HELD), mask=(r < rows) & (count > 2))
+                tl.store(to + 3 * width, _dots(wide, x3, HELD), mask=(r < rows) & (count > 3))
 
 
 @triton.jit
@@ -220,16 +224,18 @@ def _expand_few(
             mask = (r < rank)[:, None] & inside[None, :]
             more = tl.load(Bt + r[:, None].to(tl.int64) * out + (begin + c)[None, :], mask=mask, other=0.0)
             source, live, wide = parts + above + r, r < rank, more.to(tl.float32)
-            s0 = _small(source, weights, first, 0, count, pairs, width, live, splits, HELD, SPLITS)
-            total0 += tl.sum(wide * s0[:, None], 0)
+            p0 = _parts(source, first, 0, count, pairs, width, live, splits, SPLITS)
             if TOKENS > 1:
-                s1 = _small(source, weights, first, 1, count, pairs, width, live, splits, HELD, SPLITS)
-                total1 += tl.sum(wide * s1[:, None], 0)
+                p1 = _parts(source, first, 1, count, pairs, width, live, splits, SPLITS)
             if TOKENS > 2:
-                s2 = _small(source, weights, first, 2, count, pairs, width, live, splits, HELD, SPLITS)
-                s3 = _small(source, weights, first, 3, count, pairs, width, live, splits, HELD, SPLITS)
-                total2 += tl.sum(wide * s2[:, None], 0)
-                total3 += tl.sum(wide * s3[:, None], 0)
+                p2 = _parts(source, first, 2, count, pairs, width, live, splits, SPLITS)
+                p3 = _parts(source, first, 3, count, pairs, width, live, splits, SPLITS)
+            total0 += tl.sum(wide * _small(p0, weights, first, 0, count, HELD)[:, None], 0)
+            if TOKENS > 1:
+                total1 += tl.sum(wide * _small(p1, weights, first, 1, count, HELD)[:, None], 0)
+            if TOKENS > 2:
+                total2 += tl.sum(wide * _small(p2, weights, first, 2, count, HELD)[:, None], 0)
+                total3 += tl.sum(wide * _small(p3, weights, first, 3, count, HELD)[:, None], 0)
         _add(y, y0, mul, add, total0, tokens, weights, first, 0, count, y_row, to + c, inside)
         if TOKENS > 1:
             _add(y, y1, mul, add, total1, tokens, weights, first, 1, count, y_row, to + c, inside)
@@ -261,13 +267,18 @@ def _vector(field, own, columns, inside, HELD: tl.constexpr):
 
 
 @triton.jit
-def _small(source, weights, first, i, count, pairs, width, live, splits, HELD: tl.constexpr, SPLITS: tl.constexpr):
-    """w · A x of the tile's i-th token, its partial sums added up and rounded as the adapter is held."""
+def _parts(source, first, i, count, pairs, width, live, splits, SPLITS: tl.constexpr):
+    """The partial sums [splits, ranks] of the tile's i-th token; zeros where the tile has none."""
     split = tl.arange(0, SPLITS)
     at = source[None, :] + (split * pairs + first + i)[:, None].to(tl.int64) * width
-    each = tl.load(at, mask=live[None, :] & (split < splits)[:, None] & (i < count), other=0.0)
+    return tl.load(at, mask=live[None, :] & (split < splits)[:, None] & (i < count), other=0.0)
+
+
+@triton.jit
+def _small(parts, weights, first, i, count, HELD: tl.constexpr):
+    """w · A x of the tile's i-th token, rounded as the adapter is held."""
     weight = tl.load(weights + first + i, mask=i < count, other=0.0)
-    return (tl.sum(each, 0) * weight).to(HELD).to(tl.float32)
+    return (tl.sum(parts, 0) * weight).to(HELD).to(tl.float32)
 
 
 @triton.jit
