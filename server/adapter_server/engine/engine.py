@@ -109,8 +109,8 @@ class Engine:
         self.graphs = self._graphs(length)
         self.info = _info(module, self.model, name, length)
         self.guides = Guides(tokenizer, self.info.vocab, self.info.eos, config.max_grammar_bytes)
-        lock = torch.Tensor.pin_memory if self.model.device.type == "cuda" else None
-        self.pool = Pool(self.model, store, config.adapter_bytes, Host(config.host_bytes, lock))
+        locked = _page_locked if self.model.device.type == "cuda" else None
+        self.pool = Pool(self.model, store, config.adapter_bytes, Host(config.host_bytes, locked))
         self.pool.on_evict = self._evicted
         self.scheduler = Scheduler(self.kv, config.max_rows, config.max_step_tokens, self._admit, self._starved)
         self.profile = None if config.profile is None else Profile(config.profile)
@@ -720,6 +720,10 @@ def _crashed(error: Exception) -> RequestFailed:
     failure = RequestFailed(f"the step that ran this request failed ({type(error).__name__}); see the server's log")
     failure.__cause__ = error
     return failure
+
+
+def _page_locked(size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
 
 def _adapter_dtype(module: PreTrainedModel, config: EngineConfig) -> torch.dtype:
