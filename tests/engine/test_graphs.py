@@ -1,6 +1,6 @@
 """Captured steps on the CPU: the same sheets, keys and launches ahead, with the forward run again for a replay.
 
-Attention and the choice of a token are their kernels' lines of torch here; the low rank is interpreted.
+`captured.py` says what stands in for the kernels.
 """
 
 from __future__ import annotations
@@ -8,69 +8,22 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+pytest.importorskip("triton", reason="Triton is not installed")
+
 import rig
 import zoo
-from adapter_server.core import Request
-from adapter_server.engine import Engine, forms, graphs, proofs
-from adapter_server.engine.graphs import Graphs, bucket
+from adapter_server.engine import Engine, capture
+from adapter_server.engine.capture import Captures, bucket
+from adapter_server.engine.graphs import Graphs
+from captured import as_on_cuda, ask, right, served  # noqa: F401 - a fixture
 
-kernels = pytest.importorskip("adapter_server.engine.kernels", reason="Triton is not installed")
-NAMES = (
-    ("lora", "velora", "dora", "prefix", "alora") if "alora" in zoo.ADAPTERS else ("lora", "velora", "dora", "prefix")
-)
-
-
-def seen(q: Tensor, keys: Tensor, values: Tensor, pages: Tensor, page: int, length: int, form: object) -> Tensor:
-    """q [heads, dim] over the first `length` positions of a row's pages → [heads, dim_v]."""
-    at = torch.arange(length)
-    places = pages[at // page].long() * page + at % page
-    k, v = (t[places].repeat_interleave(q.shape[0] // t.shape[1], 1) for t in (keys, values))
-    return proofs._attention(q, k, v, form)  # type: ignore[arg-type]
-
-
-def paged_decode(out: Tensor, q: Tensor, keys: Tensor, values: Tensor, rows: Any, form: object) -> None:
-    for i, token in enumerate(rows.tokens.tolist()):
-        out[token] = seen(q[:, token], keys, values, rows.table[i], rows.page, int(rows.lengths[i]), form)
-
-
-def paged_prefill(out: Tensor, q: Tensor, keys: Tensor, values: Tensor, chunks: Any, form: object) -> None:
-    for row, first, count, past in chunks.tiles.tolist():
-        for i in range(count):
-            pages = chunks.table[row]
-            out[first + i] = seen(q[:, first + i], keys, values, pages, chunks.page, past + i + 1, form)
-
-
-def pick(logits: Tensor) -> tuple[Tensor, Tensor]:
-    best, ids = logits.float().max(-1)
-    return ids, best
-
-
-@pytest.fixture(autouse=True)
-def _as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    nouns = {name: getattr(kernels, name) for name in ("Rows", "Form", "Chunks", "QUERIES")}
-    said = SimpleNamespace(paged_decode=paged_decode, paged_prefill=paged_prefill, pick=pick, **nouns)
-    monkeypatch.setattr(forms, "usable", lambda device: True)
-    monkeypatch.setattr(forms, "_low_rank_agrees", lambda *_: True)  # test_kernels.py holds it
-    monkeypatch.setattr(forms, "attending", lambda *_, **__: said)
-
-
-def served(names: tuple[str, ...] = (), **settings: object) -> Engine:
-    return rig.engine("llama", names, kv_layout="pages", page_tokens=4, fuse=False, **settings)
-
-
-def ask(engine: Engine, name: str | None, i: int = 0, new: int = rig.NEW, **sampling: object) -> Request:
-    return rig.ask(engine, name, rig.PROMPTS[i], max_new_tokens=new, **{"logprobs": 0, **sampling})
-
-
-def right(name: str | None, i: int = 0, new: int = rig.NEW) -> list[int]:
-    return list(rig.peft_alone("llama", name, rig.PROMPTS[i], new)[0])
+pytestmark = pytest.mark.usefixtures("as_on_cuda")
+NAMES = ("lora", "velora", "dora", "prefix")
 
 
 def captured(engine: Engine) -> Graphs:
@@ -197,12 +150,12 @@ def test_a_step_that_cannot_be_captured_runs_without(
     def refuses(*_: object) -> None:
         raise RuntimeError("no capture here")
 
-    monkeypatch.setattr(graphs.Graphs, "_capture", refuses)
+    monkeypatch.setattr(Captures, "_capture", refuses)
     engine = served()
     with caplog.at_level(logging.WARNING):
         [answer] = rig.run(engine, [ask(engine, None)])
     assert answer.ids == right(None)
-    assert len([r for r in caplog.records if "no capture here" in r.getMessage()]) == 1
+    assert len([r for r in caplog.records if "no capture here" in r.getMessage()]) == 2  # prompts, and single tokens
     engine.close()
 
 
@@ -236,5 +189,5 @@ def test_the_table_of_addresses_may_grow(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize(("count", "found"), [(1, 1), (3, 4), (33, 48), (256, 256), (257, 512)])
 def test_buckets(count: int, found: int) -> None:
-    assert bucket(count, graphs.ROWS, None) == found
+    assert bucket(count, capture.ROWS, None) == found
     assert bucket(count, (4,), 64) == (4 if count <= 4 else 64)

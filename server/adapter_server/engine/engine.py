@@ -32,6 +32,7 @@ from adapter_server.engine.peft_lane import prepare
 from adapter_server.engine.placed import Placed, Prefix
 from adapter_server.engine.pool import Pool
 from adapter_server.engine.profile import Profile, part
+from adapter_server.engine.prompts import Prompts
 from adapter_server.engine.routing import Routing, Step, route
 from adapter_server.engine.sampling import Chosen, Draw, choose, rate
 from adapter_server.engine.scheduler import Row, Scheduler, Slice
@@ -106,7 +107,7 @@ class Engine:
             torch.set_num_threads(threads)
         self.model = prepare(module, config.pack_weights, _adapter_dtype(module, config), config.kernels, config.fuse)
         self.kv, length = self._kv()
-        self.graphs = self._graphs(length)
+        self.graphs, self.prompts = self._graphs(length)
         self.info = _info(module, self.model, name, length)
         self.guides = Guides(tokenizer, self.info.vocab, self.info.eos, config.max_grammar_bytes)
         locked = _page_locked if self.model.device.type == "cuda" else None
@@ -154,12 +155,17 @@ class Engine:
             )
         return page_pool, length
 
-    def _graphs(self, length: int) -> Graphs | None:
+    def _graphs(self, length: int) -> tuple[Graphs | None, Prompts | None]:
         """Captured steps, where attention and the low rank have kernels, and a key does not depend on the row's end."""
-        captures = self.config.graphs and isinstance(self.kv, PagePool) and self.kv.kernels is not None
-        if not captures or not isinstance(self.kv, PagePool) or not self.model.stable_rope:
-            return None
-        return Graphs(self.model, self.kv, self.config.max_rows, length)
+        model, kv, config = self.model, self.kv, self.config
+        captures = config.graphs and isinstance(kv, PagePool) and kv.kernels is not None
+        if not captures or not isinstance(kv, PagePool) or not model.stable_rope:
+            return None, None
+        memory = torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None
+        return (
+            Graphs(model, kv, config.max_rows, length, memory),
+            Prompts(model, kv, config.max_rows, length, config.max_step_tokens, memory),
+        )
 
     # Requests
 
@@ -424,8 +430,9 @@ class Engine:
 
     def _evicted(self, placed: Placed) -> None:
         self._routings.clear()  # its rows hold what they ran on
-        if self.graphs is not None:
-            self.graphs.forget(placed)
+        for captured in (self.graphs, self.prompts):
+            if captured is not None:
+                captured.forget(placed)
         self.auto.forget()
         self.kv.drop(placed.adapter.spec.key)
         for prefix in placed.prefixes.values():
@@ -498,11 +505,10 @@ class Engine:
         """One forward; the slices in packed order, and the logits of those that sample."""
         with part("route"):
             slices, routing = self._routed(slices)
-        if self.graphs is not None and self.graphs.fit(slices, routing):
-            with part("forward"):
-                flight = self.graphs.launch(slices, routing)
-            if flight is not None:
-                return slices, flight.logits[: len(slices)]
+        with part("forward"):
+            logits = self._captured(slices, routing)
+        if logits is not None:
+            return slices, logits if len(logits) else None
         chunks: list[Chunk] = []
         ids: list[int] = []
         positions: list[int] = []
@@ -528,6 +534,15 @@ class Engine:
         if rates:
             return slices, _sampled(slices, logits)
         return slices, logits if keep else None
+
+    def _captured(self, slices: list[Slice], routing: Routing) -> Tensor | None:
+        """The logits of the rows that sample, by a captured step; None where none holds this."""
+        if self.graphs is None or self.prompts is None:
+            return None
+        if self.graphs.fit(slices, routing):
+            flight = self.graphs.launch(slices, routing)
+            return None if flight is None else flight.logits[: len(slices)]
+        return self.prompts.launch(slices, routing) if self.prompts.fit(slices, routing) else None
 
     def _routed(self, slices: list[Slice]) -> tuple[list[Slice], Routing]:
         """The slices adapter by adapter, and their routing: an earlier step's, while the same rows do the same."""

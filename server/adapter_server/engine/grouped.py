@@ -148,13 +148,14 @@ class Grouped:
         )
         return outputs
 
-    def listed(self, routing: Routing) -> Listed:
-        """The step's pairs in tiles; made once a routing, shared by all groups."""
-        if "listed" not in routing.shared:
-            segments = [s for s in routing.segments if not _is_large(s)]
+    def listed(self, routing: Routing, everything: bool = False) -> Listed:
+        """The step's pairs in tiles; made once a routing, shared by all groups. `everything`: of large segments too."""
+        name = "listed" if everything else "listed, small"
+        if name not in routing.shared:
+            segments = [s for s in routing.segments if everything or not _is_large(s)]
             some = [s for s in segments if any(_is_small(patch) for patch in s.placed.groups.values())]
-            routing.shared["listed"] = self._listed(some)
-        found: Listed = routing.shared["listed"]
+            routing.shared[name] = self._listed(some)
+        found: Listed = routing.shared[name]
         return found
 
     def _listed(self, segments: Sequence[Segment]) -> Listed:

@@ -102,6 +102,7 @@ class Model:
         calls, self._axes = self._look()
         self.groups = self._install(group_by_input(calls), pack)
         self._group_of = {path: group for group in self.groups for path in group.paths}
+        self.head_index = next((group.index for group in self.groups if group.head), None)
         self.stable_rope = not _rope_by_row(self._modules)
         self.rope_border = _rope_border(module.config.get_text_config())
         self.loading = _stream(self.device)

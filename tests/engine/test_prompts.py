@@ -1,0 +1,70 @@
+"""Captured steps that read prompts, on the CPU; `captured.py` says what stands in for the kernels."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+import rig
+from adapter_server.engine import Engine
+from adapter_server.engine.prompts import Prompts
+from captured import as_on_cuda, ask, right, served  # noqa: F401 - a fixture
+
+pytestmark = pytest.mark.usefixtures("as_on_cuda")
+
+
+def prompts(engine: Engine) -> Prompts:
+    assert engine.prompts is not None
+    return engine.prompts
+
+
+def check(engine: Engine, asked: list[tuple[str | None, int]], new: int = 3) -> None:
+    answers = rig.run(engine, [ask(engine, name, i, new) for name, i in asked], stagger=1)
+    for (name, i), answer in zip(asked, answers, strict=True):
+        assert answer.ids == right(name, i, new), (name, i)
+
+
+def test_chunks_of_prompts_beside_rows_that_decode() -> None:
+    """A budget of 16 tokens cuts the longest prompt; rows join at every step; nothing is left of any."""
+    engine = served(max_step_tokens=16)
+    check(engine, [(None, i) for i in (0, 3, 1, 2, 4)], rig.NEW)
+    assert {key.tokens for key in prompts(engine).captured} == {32}
+    assert engine.kv.used == 0
+    engine.close()
+
+
+def test_long_and_short_rows_of_any_adapters_are_one_graph() -> None:
+    engine = served(("lora", "velora"))
+    check(engine, [("lora", 3), (None, 1), ("velora", 2)])
+    known = {key for key in prompts(engine).captured if key.low_rank}
+    assert known
+    check(engine, [("velora", 3), (None, 1), ("lora", 2)])
+    assert {key for key in prompts(engine).captured if key.low_rank} == known
+    engine.close()
+
+
+def test_a_prefix_stands_before_the_prompt() -> None:
+    engine = served(("prefix",))
+    check(engine, [("prefix", 3), (None, 0)])
+    assert prompts(engine).captured
+    engine.close()
+
+
+def test_a_snapshot_reads_its_own_weights() -> None:
+    engine = served(("lora",))
+    [answer] = rig.run(engine, [ask(engine, "lora", 3, 3, mode="merged")])
+    assert answer.ids == right("lora", 3, 3)
+    assert any(key.whole is not None for key in prompts(engine).captured)
+    engine.close()
+
+
+def test_what_no_sheet_holds_runs_without() -> None:
+    """The prompt's own logprobs, and embeddings of an adapter's own."""
+    engine = served(("lora_embed",))
+    [answer] = rig.run(engine, [ask(engine, None, 0, 2, prompt_logprobs=1)])
+    assert answer.ids == right(None, 0, 2)
+    assert len(answer.prompt) == len(rig.PROMPTS[0]) - 1
+    check(engine, [("lora_embed", 0)])
+    assert not prompts(engine).captured
+    engine.close()
