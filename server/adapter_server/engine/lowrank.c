@@ -1,4 +1,6 @@
-/* The low-rank products of a step's segments at one site group, in one call, float32:
+/* What adapters add on the CPU: low ranks, and sparse products at the end.
+ *
+ * The low-rank products of a step's segments at one site group, in one call, float32:
  *
  *     y[t, columns of m] += w[t] * Bt_m^T (A_m x[t])        for every token t of every segment, every member m
  *
@@ -144,4 +146,26 @@ void lowrank_add(float *y, i64 width, const float *x, i64 in, const i64 *segment
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
         for (i64 i = 0; i < n; i++)
             alone(segments + i * stride, y, width, x, in, outs, members, scratch + offsets[i]);
+}
+
+/* The sparse products: y[t, i] = Σ values[k] x[t, columns[k]] over the numbers k of row i, starts[i] … starts[i+1] − 1.
+ *
+ * LANES tokens at a time are laid side by side, scratch [blocks, in, LANES], so that a number is read once for all of
+ * them. What stands in the lanes past the last token is nobody's.
+ */
+void sparse_times(float *y, i64 rows, const float *x, i64 in, i64 tokens, const int32_t *starts, const int32_t *columns,
+                  const float *values, float *scratch, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (i64 from = 0; from < tokens; from += LANES) {
+        const i64 count = least(LANES, tokens - from);
+        float *lanes = scratch + from * in;
+        for (i64 t = 0; t < count; t++)
+            for (i64 k = 0; k < in; k++) lanes[k * LANES + t] = x[(from + t) * in + k];
+        for (i64 i = 0; i < rows; i++) {
+            vector sum = {0};
+            for (int32_t k = starts[i]; k < starts[i + 1]; k++)
+                sum += values[k] * *(const vector *)(lanes + columns[k] * (i64)LANES);
+            for (i64 t = 0; t < count; t++) y[(from + t) * rows + i] = sum[t];
+        }
+    }
 }

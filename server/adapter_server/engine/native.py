@@ -1,7 +1,8 @@
-"""The low-rank products of a group's segments in one call of C, where a C compiler is at hand; None elsewhere.
+"""The low-rank products of a group's segments in one call of C, where a C compiler is at hand; None elsewhere. And the
+sparse ones, an adapter's at one Linear each.
 
 `lowrank.c` is built once per machine into the user's cache and linked to the OpenMP that torch itself runs on, so that
-both share one set of threads. Its reference, and what runs without it, is `lowrank.Banked`.
+both share one set of threads. The references, and what runs without it, are `lowrank.Banked` and `deltas.Sparse`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +26,7 @@ from torch import Tensor
 
 from adapter_server.engine.lowrank import Adder, PackedRow, by_adapter
 from adapter_server.engine.routing import Routing, Segment
+from adapter_server.families.deltas import Delta, Sparse, Spectral
 
 if TYPE_CHECKING:
     from adapter_server.engine.placed import Placed
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
 
 SOURCE = Path(__file__).with_name("lowrank.c")
 BLOCK = 16  # tokens that one thread takes at a time
+MOST_LANES = 16  # numbers in a vector of any processor
 COUNT, RANKS = 1, 4  # in a segment's row of the table
 SERIAL = 250_000  # multiplications; below, waking a second thread costs more than it saves
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-c")
@@ -57,7 +61,11 @@ def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
         *(pointer, number, pointer, number, pointer, number, pointer, number, pointer, pointer),
         ctypes.c_int,
     )
-    found.lowrank_add.restype = None
+    found.sparse_times.argtypes = (
+        *(pointer, number, pointer, number, number, pointer, pointer, pointer, pointer),
+        ctypes.c_int,
+    )
+    found.lowrank_add.restype = found.sparse_times.restype = None
     return found
 
 
@@ -142,6 +150,37 @@ def _blocks(segment: Segment, addresses: tuple[int, ...]) -> list[tuple[int, ...
         (start + i, min(BLOCK, segment.count - i), weights and weights + 4 * i, *addresses)
         for i in range(0, segment.count, BLOCK)
     ]
+
+
+def laid(delta: Delta) -> Delta:
+    """The same change of a weight in the form that is fastest here."""
+    if isinstance(delta, Spectral):
+        return Spectral(laid(delta.S))
+    fits = isinstance(delta, Sparse) and delta.values.device.type == "cpu" and delta.values.dtype == torch.float32
+    kernel = library() if fits else None
+    return delta if kernel is None or not isinstance(delta, Sparse) else NativeSparse.of(delta, kernel)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NativeSparse(Sparse):
+    """`Sparse` by the kernel."""
+
+    kernel: ctypes.CDLL
+
+    @classmethod
+    def of(cls, sparse: Sparse, kernel: ctypes.CDLL) -> NativeSparse:
+        return cls(sparse.starts, sparse.columns, sparse.values, sparse.inp, kernel)
+
+    def apply(self, x: Tensor) -> Tensor:
+        x, rows = x.float().contiguous(), len(self.starts) - 1
+        y, scratch = torch.empty(len(x), rows), torch.empty(len(x) + MOST_LANES, self.inp)
+        threads = 1 if len(x) * len(self.values) < SERIAL else torch.get_num_threads()
+        self.kernel.sparse_times(
+            *(y.data_ptr(), rows, x.data_ptr(), self.inp, len(x)),
+            *(t.data_ptr() for t in (self.starts, self.columns, self.values, scratch)),
+            threads,
+        )
+        return y
 
 
 def _array(values: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
