@@ -156,9 +156,11 @@ def laid(delta: Delta) -> Delta:
     """The same change of a weight in the form that is fastest here."""
     if isinstance(delta, Spectral):
         return Spectral(laid(delta.S))
-    fits = isinstance(delta, Sparse) and delta.values.device.type == "cpu" and delta.values.dtype == torch.float32
-    kernel = library() if fits else None
-    return delta if kernel is None or not isinstance(delta, Sparse) else NativeSparse.of(delta, kernel)
+    if not isinstance(delta, Sparse) or delta.values.device.type != "cpu" or delta.values.dtype != torch.float32:
+        return delta
+    if (kernel := library()) is None:
+        return delta
+    return NativeSparse(delta.starts, delta.columns, delta.values, delta.inp, kernel)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -166,10 +168,6 @@ class NativeSparse(Sparse):
     """`Sparse` by the kernel."""
 
     kernel: ctypes.CDLL
-
-    @classmethod
-    def of(cls, sparse: Sparse, kernel: ctypes.CDLL) -> NativeSparse:
-        return cls(sparse.starts, sparse.columns, sparse.values, sparse.inp, kernel)
 
     def apply(self, x: Tensor) -> Tensor:
         x, rows = x.float().contiguous(), len(self.starts) - 1

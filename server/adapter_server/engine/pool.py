@@ -36,7 +36,7 @@ from adapter_server.registry import guard
 from adapter_server.registry.store import Blob, Held, Store
 
 Key = tuple[str, str, bool]  # name, version, merged
-NICE = 10  # of a loader's thread, beside 0 of the engine's
+NICE = 5  # of the thread that folds, beside 0 of the engine's: a quarter of a processor that both want
 MOST_HELD = 64  # loads under way whose files are open: descriptors are few
 
 _DTYPES = {
@@ -90,7 +90,7 @@ class Pool:
         self._unloaded: set[tuple[str, str]] = set()  # to leave the host tier too, with the last such row
         self._ended: queue.SimpleQueue[Holding] = queue.SimpleQueue()
         self._parked: list[Holding] = []  # loaded once, and waiting for room
-        self._quick = ThreadPoolExecutor(1, "adapter-loader", _yield_to_steps)
+        self._quick = ThreadPoolExecutor(1, "adapter-loader")
         self._slow = ThreadPoolExecutor(1, "adapter-folder", _yield_to_steps)
 
     # What rows ask
@@ -413,7 +413,7 @@ class Pool:
 
 
 def _yield_to_steps() -> None:
-    """Loads run where steps leave the processors idle: this thread, and those that its products start, come after."""
+    """Folds take what steps leave of the processors: this thread, and those that its products start, come after."""
     if sys.platform == "linux":
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
 

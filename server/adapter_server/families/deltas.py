@@ -166,7 +166,8 @@ class Circulant(TensorFields):
         kernel = torch.fft.irfft(torch.complex(c, -d).permute(2, 1, 0), b)
         steps = torch.arange(b, device=kernel.device)
         at = (steps - steps[:, None]) % b  # [row, column]: which number of the first row
-        return kernel[:, :, at].transpose(1, 2).reshape(m * b, n * b)
+        delta: Tensor = kernel[:, :, at].transpose(1, 2).reshape(m * b, n * b)
+        return delta
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Self:
         """In float32 always, as a spectrum's."""
