@@ -22,7 +22,7 @@ class Integers(tuple[int, ...]):
 
 
 class Taker:
-    """Hands out each tensor of a file once, in float32. The tensors are an adapter's own to keep.
+    """Hands out each tensor of a file once, as a float32 copy that does not keep the file's buffer alive.
 
     `done` refuses leftovers by name.
     """
@@ -36,13 +36,13 @@ class Taker:
     def __call__(self, key: str) -> Tensor:
         if key not in self._left:
             raise AdapterRefused(f"the file holds no tensor '{key}', which its config calls for")
-        return self._left.pop(key).to("cpu", torch.float32)
+        return self._left.pop(key).to("cpu", torch.float32, copy=True)
 
     def integers(self, key: str, below: int) -> Tensor:
         """A tensor of indices in 0..below-1, int64."""
         if key not in self._left:
             raise AdapterRefused(f"the file holds no tensor '{key}', which its config calls for")
-        found = self._left.pop(key).to("cpu", torch.int64)
+        found = self._left.pop(key).to("cpu", torch.int64, copy=True)
         if found.numel() and not 0 <= int(found.min()) <= int(found.max()) < below:
             raise AdapterRefused(f"tensor '{key}' holds indices outside 0..{below - 1}")
         return found
