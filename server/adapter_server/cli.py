@@ -45,7 +45,7 @@ UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 MAY_BE_0 = ("max_model_len", "threads", "port")
 HELP = {
     "dtype": "Number format of the base; auto: float32 on the CPU, the checkpoint's own elsewhere",
-    "quantize": "Hold the base's Linears in fewer bits, by bitsandbytes: nf4, fp4 or int8",
+    "quantize": "Hold the base's Linears in fewer bits: nf4, fp4 or int8 by bitsandbytes, or cpu-int8",
     "adapter_dtype": "What adapters are held and added in: float32, as PEFT does, or the base's own, half the memory",
     "device": "auto, cpu, cuda, or one of several such as cuda:1",
     "max_model_len": "Tokens of context per request; 0: the base's own, or what --kv-bytes has room for",

@@ -22,7 +22,7 @@ class EngineConfig:
     """How the base is held and rows are run."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    quantize: Literal["none", "nf4", "fp4", "int8"] = "none"  # the base's Linears, by bitsandbytes
+    quantize: Literal["none", "nf4", "fp4", "int8", "cpu-int8"] = "none"  # the base's Linears
     adapter_dtype: Literal["float32", "base"] = "float32"  # float32: PEFT's own rule over bases in fewer bits
     device: str = "auto"  # "auto", "cpu", "cuda", "cuda:1"
     max_model_len: int = 0  # tokens of context per row; 0: the base's own, or what leaves --kv-bytes room for 16 rows

@@ -106,6 +106,24 @@ def test_a_moment_of_others_takes_nothing() -> None:
     engine.close()
 
 
+def test_a_snapshot_stays_while_its_adapter_has_few_rows_and_carries_none() -> None:
+    """Its rows run unmerged beside the others, which is cheaper: it loses nothing by that, and is there when they are
+    alone again.
+    """
+    engine = forced(DEAR)
+    flow(engine, "lora", lambda: bool(snapshots(engine)))
+    for _ in range(4):
+        given = [
+            rig.ask(engine, name, rig.PROMPTS[0], "auto") for name in ("lora", "ia3", "lora", "dora", "ia3", "ia3")
+        ]
+        assert {a.end.mode for a in rig.run(engine, given) if a.end is not None} == {"unmerged"}
+    assert snapshots(engine) == ["lora"]
+    [answer] = rig.run(engine, [rig.ask(engine, "lora", rig.PROMPTS[1], "auto")])
+    assert answer.end is not None
+    assert answer.end.mode == "merged"
+    engine.close()
+
+
 @pytest.mark.parametrize(
     ("seconds", "settings"), [(LIKE, {}), (DEAR, {"auto_merge": False}), (DEAR, {"adapter_bytes": 60_000})]
 )

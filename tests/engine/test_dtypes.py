@@ -81,7 +81,7 @@ def test_adapters_are_as_near_to_the_truth_as_pefts(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_adapters_in_the_bases_own_dtype(dtype: torch.dtype) -> None:
     """`--adapter-dtype base`: half the bytes; PEFT with `autocast_adapter_dtype=False` is the judge."""
-    names: tuple[str | None, ...] = ("lora", "rslora", "ia3", None)
+    names: tuple[str | None, ...] = ("lora", "rslora", "ia3", "fourierft", "c3a", None)
     whole, half = engine(dtype), engine(dtype, adapter_dtype="base")
     far = off(answers(half, names), names, dtype, autocast=False)
     assert max(far.values()) < TOLERANCE[dtype], far

@@ -18,11 +18,11 @@ def places(n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 DELTAS: dict[str, Delta] = {
     "sparse": Sparse.of(*places(20), (OUT, IN)),
     "empty": Sparse.of(*places(0), (OUT, IN)),
-    "spectral": Spectral.of(*places(20), (OUT, IN)),
+    "spectral": Spectral(Sparse.of(*places(20), (OUT, IN))),
     "rows": Rows(torch.tensor([1, 6]), torch.randn(2, IN), OUT),
     "kronecker": Kronecker(torch.randn(2, 3), torch.randn(4, 4)),
-    "circulant": Circulant(torch.randn(2, 3, 4)),
-    "circulant of odd blocks": Circulant(torch.randn(3, 4, 3)),
+    "circulant": Circulant.of(torch.randn(2, 3, 4)),
+    "circulant of odd blocks": Circulant.of(torch.randn(3, 4, 3)),
 }
 
 
@@ -31,6 +31,22 @@ DELTAS: dict[str, Delta] = {
 def test_a_delta_is_its_matrix(name: str, tokens: int) -> None:
     delta, x = DELTAS[name], torch.randn(tokens, IN)
     assert torch.allclose(delta.apply(x), x @ delta.dense().T, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", DELTAS)
+def test_a_matrix_lies_where_its_numbers_do(name: str) -> None:
+    """A module beside it may have weights of its own: then all of its group are folded on the device."""
+    assert DELTAS[name].to(torch.device("meta"), torch.float32).dense().is_meta
+
+
+@pytest.mark.parametrize("name", DELTAS)
+def test_products_are_of_float32(name: str) -> None:
+    """Rounded once, where they are added; what acts on the whole weight is not rounded before."""
+    x = torch.randn(3, IN).half()
+    half = DELTAS[name].to(torch.device("cpu"), torch.float16)
+    assert half.apply(x).dtype == half.dense().dtype == torch.float32
+    if name.startswith(("spectral", "circulant")):
+        assert torch.equal(half.dense(), DELTAS[name].dense())
 
 
 def test_places_that_come_twice_count_twice() -> None:
@@ -42,7 +58,8 @@ def test_places_that_come_twice_count_twice() -> None:
 def test_spectral_is_the_inverse_transform() -> None:
     rows, columns, values = places(9)
     S = torch.zeros(OUT, IN).index_put((rows, columns), values, accumulate=True)
-    assert torch.allclose(Spectral.of(rows, columns, values, (OUT, IN)).dense(), torch.fft.ifft2(S).real, atol=1e-6)
+    dense = Spectral(Sparse.of(rows, columns, values, (OUT, IN))).dense()
+    assert torch.allclose(dense, torch.fft.ifft2(S).real, atol=1e-6)
 
 
 @pytest.mark.parametrize("blocks", [1, 3])

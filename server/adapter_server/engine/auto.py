@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from adapter_server.core import Mode, Spec
-from adapter_server.engine.costs import Costs, Kind, Ledger
+from adapter_server.engine.costs import WORTH, Costs, Kind, Ledger
 from adapter_server.engine.pool import Holding, Pool
 from adapter_server.engine.scheduler import Row, Slice
 
@@ -135,20 +135,33 @@ class Auto:
         if self.holding is not None and self._settled(self.holding, now) is None:
             return
         running = self._running
-        top = self._top(running, now) if self.holding is None else self.target
-        if top is not None and (self.ledger is None or not self.ledger.credit):
+        top = self._top(running, now)
+        if self.holding is None and top is not None and (self.ledger is None or not self.ledger.credit):
             self.target, self.ledger = top, self.ledger if top == self.target else None
         if self.target is None or not running:
             return
         self.ledger = self.ledger or Ledger(self._size(self.target) / self._folded_per_s + self._row_s / 2)
         own = sum(_is_for(row, self.target) for row in running)
-        gain = self._gain(running, self.target, now) if top == self.target else OUSTED
+        gain = self._gain(running, self.target, now)
+        if top not in (None, self.target) and (self.holding is None or self._pays(running, top, own, now)):
+            gain = OUSTED
+        elif self.holding is not None and not self._carries(running):
+            own = 0
         self.ledger.add(gain, own, len(running) - own, seconds)
         if self.holding is None and self.ledger.wanted:
             self._fold(self.target, now)
         elif self.holding is not None and not self.ledger.wanted:
             self.pool.evict(self.holding)
             self._reset()
+
+    def _carries(self, running: Sequence[Row]) -> bool:
+        """Whether a row runs on the snapshot. None may lose by one that none runs on: it only takes room."""
+        return any(self.holding is not None and row.whole is self.holding.placed for row in running)
+
+    def _pays(self, running: Sequence[Row], spec: Spec, own: int, now: float) -> bool:
+        """Whether another adapter, with more rows than the one that has a snapshot, would be known to gain by it."""
+        theirs, gain = sum(_is_for(row, spec) for row in running), self._gain(running, spec, now)
+        return theirs > own and (theirs == len(running) if gain is None else gain >= WORTH)
 
     def _settled(self, holding: Holding, now: float) -> Holding | None:
         """The snapshot once it is there. None while it is made, and where it came to nothing."""

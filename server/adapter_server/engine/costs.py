@@ -19,7 +19,7 @@ OUTLIER = 2.0  # times what is known: a step that took longer waited for somethi
 NEAR = 2.0  # how far, as a ratio of rows, a curve is followed beyond what was seen
 FORGET_S = 600.0  # after which a figure that no step renewed is of another day
 WORTH = 0.03  # of a step's time: what a snapshot must save before one is made
-HOPED = 0.05  # what it may save as long as nobody knows
+HOPED = 0.1  # what it may save as long as nobody knows
 IDLE = 0.03  # of the time: what a snapshot that nobody uses is charged
 
 

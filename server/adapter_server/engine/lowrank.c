@@ -1,10 +1,13 @@
-/* The low-rank products of a step's segments at one site group, in one call, float32:
+/* What adapters add on the CPU: low ranks, and sparse products at the end.
+ *
+ * The low-rank products of a step's segments at one site group, in one call, float32:
  *
  *     y[t, columns of m] += w[t] * Bt_m^T (A_m x[t])        for every token t of every segment, every member m
  *
  * A segment is `count` neighbouring tokens of one adapter; its tensors are read where they stand, once per TILE tokens.
- * Rows of A and columns of y are shared out among the threads, and each number is computed whole by one of them in one
- * order, so that the result depends neither on how many there are nor on what else is in the step.
+ * Segments are shared out among the threads, or of fewer segments than threads the rows of A and columns of y. Each
+ * number is computed whole by one thread in one order, so that the result depends neither on how many there are nor on
+ * what else is in the step.
  *
  * Build: cc -O3 -march=native -fopenmp (native.py). Layout of `segments`, int64 per segment:
  *     start, count, weights, A, R, then per member: Bt, rank           pointers as integers, 0 for none
@@ -28,6 +31,13 @@ static inline float *at(i64 pointer) { return (float *)(intptr_t)pointer; }
 
 static inline i64 least(i64 a, i64 b) { return a < b ? a : b; }
 
+/* The sum of a vector's numbers, halves upon halves. */
+static inline float across(vector v) {
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) v[i] += v[i + half];
+    return v[0];
+}
+
 /* s[c][r] for `rows` rows of A and `tokens` of x: both constants where this is called. */
 static inline __attribute__((always_inline)) void dots(const float *a, const float *x, i64 in, float *s, i64 ranks,
                                                        const int rows, const int tokens) {
@@ -39,8 +49,7 @@ static inline __attribute__((always_inline)) void dots(const float *a, const flo
                 sum[r][c] += *(const vector *)(a + r * in + k) * *(const vector *)(x + c * in + k);
     for (int r = 0; r < rows; r++)
         for (int c = 0; c < tokens; c++) {
-            float total = 0;
-            for (int i = 0; i < LANES; i++) total += sum[r][c][i];
+            float total = across(sum[r][c]);
             for (i64 j = k; j < in; j++) total += a[r * in + j] * x[c * in + j];
             s[c * ranks + r] = total;
         }
@@ -51,8 +60,10 @@ static void shrink(const i64 *seg, const float *x, i64 in, float *s, i64 r) {
     const i64 rows = least(TILE, seg[RANKS] - r), count = seg[COUNT];
     const float *a = at(seg[A]) + r * in, *from = x + seg[START] * in;
     i64 c = 0;
-    if (rows == TILE)
+    if (rows == TILE) {
         for (; c + TILE <= count; c += TILE) dots(a, from + c * in, in, s + c * seg[RANKS] + r, seg[RANKS], TILE, TILE);
+        for (; c + 2 <= count; c += 2) dots(a, from + c * in, in, s + c * seg[RANKS] + r, seg[RANKS], TILE, 2);
+    }
     for (; c < count; c++) {
         if (rows == TILE)
             dots(a, from + c * in, in, s + c * seg[RANKS] + r, seg[RANKS], TILE, 1);
@@ -97,29 +108,64 @@ static void expand(const i64 *seg, const float *s, const float *bt, i64 rank, i6
     for (; c < count; c++) combine(s + c * ranks, ranks, bt, rank, out, to + c * width, width, 1);
 }
 
-/* scratch holds the shrunk tokens: offsets[i] is where segment i's begin. most is the largest R of all segments. */
-void lowrank_add(float *y, i64 width, const float *x, i64 in, const i64 *segments, i64 n, const i64 *outs, i64 members,
-                 i64 most, float *scratch, const i64 *offsets, int threads) {
-    const i64 stride = MEMBERS + 2 * members;
+/* Of one segment, by one thread: no other is waited for between the two products. */
+static void alone(const i64 *seg, float *y, i64 width, const float *x, i64 in, const i64 *outs, i64 members, float *s) {
+    for (i64 r = 0; r < seg[RANKS]; r += TILE) shrink(seg, x, in, s, r);
+    const i64 *member = seg + MEMBERS;
+    for (i64 m = 0; m < members; y += outs[m], s += member[1], member += 2, m++)
+        for (i64 from = 0; member[0] && from < outs[m]; from += CHUNK)
+            expand(seg, s, at(member[0]), member[1], outs[m], y, width, from);
+}
+
+/* Of one segment, by all threads. */
+static void shared(const i64 *seg, float *y, i64 width, const float *x, i64 in, const i64 *outs, i64 members, float *s,
+                   int threads) {
 #pragma omp parallel num_threads(threads)
     {
-#pragma omp for collapse(2) schedule(dynamic, 2)
-        for (i64 i = 0; i < n; i++)
-            for (i64 r = 0; r < most; r += TILE)
-                if (r < segments[i * stride + RANKS]) shrink(segments + i * stride, x, in, scratch + offsets[i], r);
-        i64 column = 0;
+#pragma omp for schedule(dynamic, 2)
+        for (i64 r = 0; r < seg[RANKS]; r += TILE) shrink(seg, x, in, s, r);
+        i64 column = 0, row = 0;
         for (i64 m = 0; m < members; m++) {
-#pragma omp for collapse(2) schedule(dynamic, 4) nowait
-            for (i64 i = 0; i < n; i++)
-                for (i64 from = 0; from < outs[m]; from += CHUNK) {
-                    const i64 *seg = segments + i * stride, *member = seg + MEMBERS;
-                    i64 row = 0;
-                    for (i64 before = 0; before < m; before++) row += member[2 * before + 1];
-                    if (member[2 * m])
-                        expand(seg, scratch + offsets[i] + row, at(member[2 * m]), member[2 * m + 1], outs[m],
-                               y + column, width, from);
-                }
-            column += outs[m];
+            const i64 *member = seg + MEMBERS + 2 * m;
+#pragma omp for schedule(dynamic, 4) nowait
+            for (i64 from = 0; from < outs[m]; from += CHUNK)
+                if (member[0]) expand(seg, s + row, at(member[0]), member[1], outs[m], y + column, width, from);
+            column += outs[m], row += member[1];
+        }
+    }
+}
+
+/* scratch holds the shrunk tokens: offsets[i] is where segment i's begin. */
+void lowrank_add(float *y, i64 width, const float *x, i64 in, const i64 *segments, i64 n, const i64 *outs, i64 members,
+                 float *scratch, const i64 *offsets, int threads) {
+    const i64 stride = MEMBERS + 2 * members;
+    if (n < threads)
+        for (i64 i = 0; i < n; i++)
+            shared(segments + i * stride, y, width, x, in, outs, members, scratch + offsets[i], threads);
+    else
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+        for (i64 i = 0; i < n; i++)
+            alone(segments + i * stride, y, width, x, in, outs, members, scratch + offsets[i]);
+}
+
+/* The sparse products: y[t, i] = Σ values[k] x[t, columns[k]] over the numbers k of row i, starts[i] … starts[i+1] − 1.
+ *
+ * LANES tokens at a time are laid side by side, scratch [blocks, in, LANES], so that a number is read once for all of
+ * them. What stands in the lanes past the last token is nobody's.
+ */
+void sparse_times(float *y, i64 rows, const float *x, i64 in, i64 tokens, const int32_t *starts, const int32_t *columns,
+                  const float *values, float *scratch, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (i64 from = 0; from < tokens; from += LANES) {
+        const i64 count = least(LANES, tokens - from);
+        float *lanes = scratch + from * in;
+        for (i64 t = 0; t < count; t++)
+            for (i64 k = 0; k < in; k++) lanes[k * LANES + t] = x[(from + t) * in + k];
+        for (i64 i = 0; i < rows; i++) {
+            vector sum = {0};
+            for (int32_t k = starts[i]; k < starts[i + 1]; k++)
+                sum += values[k] * *(const vector *)(lanes + columns[k] * (i64)LANES);
+            for (i64 t = 0; t < count; t++) y[(from + t) * rows + i] = sum[t];
         }
     }
 }

@@ -21,6 +21,7 @@ from transformers.utils import is_bitsandbytes_available
 from adapter_server.engine import few, forms
 from adapter_server.engine.attention import NAME, Probe, set_probe
 from adapter_server.engine.fused import fuse
+from adapter_server.engine.int8 import hold_in_int8
 from adapter_server.engine.kv import LayerShape, bytes_per_token
 from adapter_server.engine.modules import AttentionSite, ModuleSite, Tap
 from adapter_server.engine.placed import Dtypes, Placed, Prefix, Product
@@ -39,7 +40,10 @@ def load(source: str | Path, dtype: str, device: torch.device, quantize: str = "
     """The base from a hub id or a local folder. "auto": float32 on the CPU, the checkpoint's own dtype elsewhere."""
     wanted: Any = DTYPES.get(dtype, torch.float32 if device.type == "cpu" else "auto")
     extra: dict[str, Any] = {}
-    if quantize != "none":
+    int8_here = quantize == "cpu-int8"
+    if int8_here and device.type != "cpu":
+        raise BaseNotSupported("--quantize cpu-int8 is for the CPU: choose nf4, fp4 or int8 on another device")
+    if quantize != "none" and not int8_here:
         extra = {"quantization_config": _bitsandbytes(quantize, wanted), "device_map": {"": device}}
     try:
         config = AutoConfig.from_pretrained(source)
@@ -47,7 +51,8 @@ def load(source: str | Path, dtype: str, device: torch.device, quantize: str = "
         model = kind.from_pretrained(source, config=config, dtype=wanted, **extra)
     except (OSError, ValueError) as error:
         raise BaseNotSupported(f"{source}: {error}") from error
-    return _plain(model) if extra else model.to(device).eval()
+    model = _plain(model) if extra else model.to(device).eval()
+    return hold_in_int8(model) if int8_here else model
 
 
 def _plain(model: PreTrainedModel) -> PreTrainedModel:

@@ -1,7 +1,8 @@
-"""The low-rank products of a group's segments in one call of C, where a C compiler is at hand; None elsewhere.
+"""The low-rank products of a group's segments in one call of C, where a C compiler is at hand; None elsewhere. And the
+sparse ones, an adapter's at one Linear each.
 
 `lowrank.c` is built once per machine into the user's cache and linked to the OpenMP that torch itself runs on, so that
-both share one set of threads. Its reference, and what runs without it, is `lowrank.Banked`.
+both share one set of threads. The references, and what runs without it, are `lowrank.Banked` and `deltas.Sparse`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,12 +26,16 @@ from torch import Tensor
 
 from adapter_server.engine.lowrank import Adder, PackedRow, by_adapter
 from adapter_server.engine.routing import Routing, Segment
+from adapter_server.families.deltas import Delta, Sparse, Spectral
 
 if TYPE_CHECKING:
     from adapter_server.engine.placed import Placed
     from adapter_server.engine.site import LinearGroup
 
 SOURCE = Path(__file__).with_name("lowrank.c")
+BLOCK = 16  # tokens that one thread takes at a time
+MOST_LANES = 16  # numbers in a vector of any processor
+COUNT, RANKS = 1, 4  # in a segment's row of the table
 SERIAL = 250_000  # multiplications; below, waking a second thread costs more than it saves
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-c")
 
@@ -43,9 +49,24 @@ def library() -> ctypes.CDLL | None:
         return None
     try:
         ctypes.CDLL(str(openmp), mode=ctypes.RTLD_GLOBAL)
-        return ctypes.CDLL(str(_built(compiler)))
+        return _declared(ctypes.CDLL(str(_built(compiler))))
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
+    """The library with the types of its arguments, so that plain integers can be given for pointers."""
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    found.lowrank_add.argtypes = (
+        *(pointer, number, pointer, number, pointer, number, pointer, number, pointer, pointer),
+        ctypes.c_int,
+    )
+    found.sparse_times.argtypes = (
+        *(pointer, number, pointer, number, number, pointer, pointer, pointer, pointer),
+        ctypes.c_int,
+    )
+    found.lowrank_add.restype = found.sparse_times.restype = None
+    return found
 
 
 def _built(compiler: str) -> Path:
@@ -96,49 +117,68 @@ class Native:
 
 
 class NativeSmall:
-    """The segments of a routing at one group: one call a step."""
+    """The segments of a routing at one group: one call a step. Long ones go in as blocks, each for one thread."""
 
-    narrow = False
     vectors: frozenset[Placed] = frozenset()
 
     def beside(self, routing: Routing) -> None:
         """Its products have the same cores."""
 
     def __init__(self, kernel: ctypes.CDLL, group: LinearGroup, segments: Sequence[Segment]) -> None:
+        self.narrow = group.base_dtype == group.dtype
         patches = [segment.placed.groups[group.index] for segment in segments]
-        ranks = [patch.addresses[1] for patch in patches]
-        ends = list(itertools.accumulate(s.count * rank for s, rank in zip(segments, ranks, strict=True)))
-        table: list[int] = []
-        for segment, patch in zip(segments, patches, strict=True):
-            start = segment.tokens.start if isinstance(segment.tokens, slice) else 0
-            table += (start, segment.count, 0 if segment.weights is None else segment.weights.data_ptr())
-            table += patch.addresses
+        blocks = [b for s, patch in zip(segments, patches, strict=True) for b in _blocks(s, patch.addresses)]
+        ends = list(itertools.accumulate(block[COUNT] * block[RANKS] for block in blocks))
+        work = sum(s.count * patch.numbers for s, patch in zip(segments, patches, strict=True))
+        threads = 1 if work < SERIAL else torch.get_num_threads()
         self._alive = segments  # the table points into their tensors
         self._scratch = torch.empty(ends[-1])
-        self._table, self._outs = _array(table), _array(group.outs)
-        self._offsets = _array([0, *ends[:-1]])
-        self._call = kernel.lowrank_add
-        work = sum(s.count * patch.numbers for s, patch in zip(segments, patches, strict=True))
-        self._threads = 1 if work < SERIAL else torch.get_num_threads()
-        self._width, self._inp, self._counts = sum(group.outs), group.inp, (len(segments), len(group.outs), max(ranks))
+        table, outs = _array([value for block in blocks for value in block]), _array(group.outs)
+        after = (table, len(blocks), outs, len(group.outs), self._scratch.data_ptr(), _array([0, *ends[:-1]]), threads)
+        self._call, self._width, self._inp, self._after = kernel.lowrank_add, sum(group.outs), group.inp, after
 
     def add(self, y: Tensor, x: Tensor) -> None:
         """y [T, outs] += w · B (A x), both contiguous float32."""
-        n, members, most = self._counts
-        self._call(
-            ctypes.c_void_p(y.data_ptr()),
-            ctypes.c_int64(self._width),
-            ctypes.c_void_p(x.data_ptr()),
-            ctypes.c_int64(self._inp),
-            self._table,
-            ctypes.c_int64(n),
-            self._outs,
-            ctypes.c_int64(members),
-            ctypes.c_int64(most),
-            ctypes.c_void_p(self._scratch.data_ptr()),
-            self._offsets,
-            ctypes.c_int(self._threads),
+        self._call(y.data_ptr(), self._width, x.data_ptr(), self._inp, *self._after)
+
+
+def _blocks(segment: Segment, addresses: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """A segment's rows in the kernel's table."""
+    start = segment.tokens.start if isinstance(segment.tokens, slice) else 0
+    weights = 0 if segment.weights is None else segment.weights.data_ptr()
+    return [
+        (start + i, min(BLOCK, segment.count - i), weights and weights + 4 * i, *addresses)
+        for i in range(0, segment.count, BLOCK)
+    ]
+
+
+def laid(delta: Delta) -> Delta:
+    """The same change of a weight in the form that is fastest here."""
+    if isinstance(delta, Spectral):
+        return Spectral(laid(delta.S))
+    if not isinstance(delta, Sparse) or delta.values.device.type != "cpu" or delta.values.dtype != torch.float32:
+        return delta
+    if (kernel := library()) is None:
+        return delta
+    return NativeSparse(delta.starts, delta.columns, delta.values, delta.inp, kernel)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NativeSparse(Sparse):
+    """`Sparse` by the kernel."""
+
+    kernel: ctypes.CDLL
+
+    def apply(self, x: Tensor) -> Tensor:
+        x, rows = x.float().contiguous(), len(self.starts) - 1
+        y, scratch = torch.empty(len(x), rows), torch.empty(len(x) + MOST_LANES, self.inp)
+        threads = 1 if len(x) * len(self.values) < SERIAL else torch.get_num_threads()
+        self.kernel.sparse_times(
+            *(y.data_ptr(), rows, x.data_ptr(), self.inp, len(x)),
+            *(t.data_ptr() for t in (self.starts, self.columns, self.values, scratch)),
+            threads,
         )
+        return y
 
 
 def _array(values: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:

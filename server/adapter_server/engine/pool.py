@@ -10,7 +10,10 @@ evicted from the device stays in the host tier as long as that has room; what is
 from __future__ import annotations
 
 import math
+import os
 import queue
+import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,6 +36,7 @@ from adapter_server.registry import guard
 from adapter_server.registry.store import Blob, Held, Store
 
 Key = tuple[str, str, bool]  # name, version, merged
+NICE = 5  # of the thread that folds, beside 0 of the engine's: a quarter of a processor that both want
 MOST_HELD = 64  # loads under way whose files are open: descriptors are few
 
 _DTYPES = {
@@ -87,7 +91,7 @@ class Pool:
         self._ended: queue.SimpleQueue[Holding] = queue.SimpleQueue()
         self._parked: list[Holding] = []  # loaded once, and waiting for room
         self._quick = ThreadPoolExecutor(1, "adapter-loader")
-        self._slow = ThreadPoolExecutor(1, "adapter-folder")
+        self._slow = ThreadPoolExecutor(1, "adapter-folder", _yield_to_steps)
 
     # What rows ask
 
@@ -406,6 +410,12 @@ class Pool:
         self._slow.shutdown(cancel_futures=True)
         for holding in self._all():
             _close(holding)
+
+
+def _yield_to_steps() -> None:
+    """Folds take what steps leave of the processors: this thread, and those that its products start, come after."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
 
 
 def compile_adapter(spec: Spec, store: Store, base: Base, files: Held | None = None) -> Adapter:

@@ -7,7 +7,7 @@ A `Site` replaces a module's `forward` (never the module) and holds no adapter. 
     y = y + mul ⊙ y + add          gathered vectors: DoRA, IA3, biases      (x ← in_scale ⊙ x before, IA3 feed-forward)
     y = y + w · B (A x)            low rank, `lowrank.py`; on CUDA in one pass with the vectors of who is alone
     y[segment] += w · ΔW x         sparse, spectral, Kronecker, circulant changes; mirrored outputs of the base
-    y[segment] += w · W (x R − x)  turned inputs: one product for all that turn theirs
+    y[segment] += w · (W x R − W x)  turned inputs: one product for all that turn theirs
     y[segment] = x · W'ᵀ + b'      replaced weights: saved modules, merged snapshots
     y[segment] = f(y[segment], r)  bottleneck adapters, r the residual stream, which a `Tap` has noted
 """
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from adapter_server.engine import native
 from adapter_server.engine.lowrank import Adder, LowRank, add_large
 from adapter_server.engine.modules import stream
 from adapter_server.engine.placed import FLOAT32, Dtypes, GroupPatch, Placed, Product, Separate, Turned, joined_biases
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from adapter_server.engine.kernels import More
 
 Part = TypeVar("Part", Delta, Mirror, Turned)
+Added = tuple[Segment, slice, Tensor]  # what is added at a segment's tokens and a member's columns
+FEW_TURNED = 64  # turned inputs of all members together
 
 
 @dataclass(slots=True, eq=False)
@@ -51,7 +54,7 @@ class Plan:
     large: Sequence[Segment] = ()
     deltas: Sequence[tuple[Segment, slice, Delta]] = ()
     mirrors: Sequence[tuple[Segment, slice, Mirror]] = ()
-    turns: Mapping[int, Sequence[tuple[Segment, Turned]]] = field(default_factory=dict)  # by member
+    turns: Sequence[tuple[Segment, Turned]] = ()
     replaced: Sequence[tuple[Segment, Product]] = ()
     blocks: Sequence[tuple[Segment, BlockPatch]] = ()
     beside: Beside | None = None  # instead of `small`, where the reader adds it
@@ -152,8 +155,9 @@ class LinearGroup:
         y = self.base(narrow if plan.in_scale is None else (x * routing.by_token(plan.in_scale)).to(narrow.dtype))
         y = y.to(self.dtype)
         plain = self.base(narrow).to(self.dtype) if routing.composed and plan.in_scale is not None else y
-        added = [(s, at, mirror.apply(plain[s.tokens, at])) for s, at, mirror in plan.mirrors]
+        added: list[Added] = [(s, at, mirror.apply(plain[s.tokens, at])) for s, at, mirror in plan.mirrors]
         added += [(s, at, delta.apply(x[s.tokens])) for s, at, delta in plan.deltas]
+        added += self._turned(x, plain, plan.turns) if plan.turns else []
         after = [(segment, _after_block(plain, stream(block.reads), segment, block)) for segment, block in plan.blocks]
         if plan.mul is not None:
             y.addcmul_(plain, routing.by_token(plan.mul))
@@ -165,21 +169,32 @@ class LinearGroup:
             add_large(y, x, segment, self)
         for segment, columns, part in added:
             add_to(y[:, columns], segment, part if segment.weights is None else part * segment.weights)
-        for member, turns in plan.turns.items():
-            self._turn(y[:, self.columns[member]], x, self.base.weight[self.columns[member]], turns)
         for segment, product in plan.replaced:
             self._replace(y, narrow, segment, product)
         for segment, delta in after:
             add_to(y, segment, delta)
         return y.to(narrow.dtype)
 
-    def _turn(self, y: Tensor, x: Tensor, W: Tensor, turns: Sequence[tuple[Segment, Turned]]) -> None:
-        """One product with the member's weight for all adapters that turn its input."""
-        each = [(s, t, x[s.tokens]) for s, t in turns]
-        moved = F.linear(torch.cat([t.turn.apply(part) - part for _, t, part in each]).to(W.dtype), W).to(y.dtype)
-        for (segment, turned, _), part in zip(each, torch.split(moved, [s.count for s, *_ in each]), strict=True):
-            part = part if turned.scale is None else part * turned.scale
-            add_to(y, segment, part if segment.weights is None else part * segment.weights)
+    def _turned(self, x: Tensor, plain: Tensor, turns: Sequence[tuple[Segment, Turned]]) -> list[Added]:
+        """What turned inputs change: W (x R) − W x. A few go through the group's own product, each for one member's
+        columns, which costs less than a product of the member's; many do not.
+        """
+        moved = [turned.turn.apply(x[segment.tokens]).to(self.base_dtype) for segment, turned in turns]
+        if len(self.outs) == 1 or sum(map(len, moved)) <= FEW_TURNED:
+            products = torch.split(self.base(torch.cat(moved)), [len(part) for part in moved])
+            outputs = [y[:, self.columns[t.member]] for y, (_, t) in zip(products, turns, strict=True)]
+        else:
+            outputs = [self._of_member(part, t.member) for part, (_, t) in zip(moved, turns, strict=True)]
+        added: list[Added] = []
+        for (segment, turned), y in zip(turns, outputs, strict=True):
+            columns = self.columns[turned.member]
+            part = y.to(self.dtype) - plain[segment.tokens, columns]
+            added.append((segment, columns, part if turned.scale is None else part * turned.scale))
+        return added
+
+    def _of_member(self, x: Tensor, member: int) -> Tensor:
+        columns, bias = self.columns[member], self.base.bias
+        return F.linear(x, self.base.weight[columns], None if bias is None else bias[columns])
 
     def _replace(self, y: Tensor, x: Tensor, segment: Segment, product: Product) -> None:
         part = product(x[segment.tokens])
@@ -208,20 +223,13 @@ class LinearGroup:
             large=large,
             deltas=[(s, *delta) for s, patch in here for delta in patch.deltas],
             mirrors=[(s, *mirror) for s, patch in here for mirror in patch.mirrors],
-            turns=self._turns(here),
+            turns=[(s, turned) for s, patch in here for turned in patch.turns],
             replaced=replaced,
             blocks=[(s, patch.block) for s, patch in here if patch.block is not None],
         )
         if plan.narrow and len(small) == 1:
             plan.beside = small[0].beside(routing)
         return plan
-
-    def _turns(self, here: Sequence[tuple[Segment, GroupPatch]]) -> dict[int, list[tuple[Segment, Turned]]]:
-        found: dict[int, list[tuple[Segment, Turned]]] = {}
-        for segment, patch in here:
-            for turned in patch.turns:
-                found.setdefault(turned.member, []).append((segment, turned))
-        return found
 
     def span(self, run: range) -> slice:
         """Where the outputs of neighbouring members stand."""
@@ -261,7 +269,7 @@ class LinearGroup:
                 [None if p is None else self._add(b, p) for b, p in zip(self.biases, mine, strict=True)]
             ),
             shift=next((self._cast(p.in_scale - 1) for p in mine if p and p.in_scale is not None), None),
-            deltas=tuple((at, self._moved(p.delta)) for at, p in members if p.delta is not None),
+            deltas=tuple((at, native.laid(self._moved(p.delta))) for at, p in members if p.delta is not None),
             mirrors=tuple((at, self._moved(p.mirror)) for at, p in members if p.mirror is not None),
             turns=tuple(
                 self._moved(Turned(m, p.turn, _scale(p))) for m, p in enumerate(mine) if p and p.turn is not None

@@ -24,7 +24,7 @@ class C3A(Wrapping):
         return {"c3a_kernel": (at.parts(at.out, size, "block_size"), at.parts(at.inp, size, "block_size"), size)}
 
     def patch(self, at: Wrapped, read: Reader, common: Any) -> Patch:
-        return Patch(delta=Circulant(read("c3a_kernel") / at.inp))
+        return Patch(delta=Circulant.of(read("c3a_kernel") / at.inp))
 
 
 FAMILY: Family = C3A()

@@ -26,13 +26,16 @@ DENSE = 4  # a matrix is held as sparse when no more than one in so many of its 
 
 
 class Delta(Protocol):
-    """ΔW [out, in], never written out but for a fold."""
+    """ΔW [out, in], never written out but for a fold.
+
+    Its products are of float32 whatever it is held in, to be rounded once, where they are added.
+    """
 
     def apply(self, x: Tensor) -> Tensor:
-        """x [T, in] → ΔW x [T, out]."""
+        """x [T, in] → ΔW x [T, out], float32."""
 
     def dense(self) -> Tensor:
-        """ΔW [out, in], float32."""
+        """ΔW [out, in], float32, on the device that it is held on."""
 
     def tensors(self) -> Iterator[Tensor]: ...
 
@@ -79,7 +82,7 @@ class Sparse(TensorFields):
         return cls(starts, columns[order].int(), values[order].contiguous(), shape[1])
 
     def apply(self, x: Tensor) -> Tensor:
-        return self._times(x.float()).to(x.dtype)
+        return self._times(x.float())
 
     def _times(self, x: Tensor) -> Tensor:
         shape = len(self.starts) - 1, self.inp
@@ -88,24 +91,32 @@ class Sparse(TensorFields):
         return out
 
     def dense(self) -> Tensor:
-        rows = torch.repeat_interleave(torch.arange(len(self.starts) - 1), self.starts.diff().long().cpu())
-        zeros = torch.zeros(len(self.starts) - 1, self.inp)
-        return zeros.index_put((rows, self.columns.long().cpu()), self.values.float().cpu(), accumulate=True)
+        out, device = len(self.starts) - 1, self.values.device
+        counts = self.starts.diff().long()
+        rows = torch.arange(out, device=device).repeat_interleave(counts, output_size=len(self.values))
+        zeros = torch.zeros(out, self.inp, device=device)
+        return zeros.index_put((rows, self.columns.long()), self.values.float(), accumulate=True)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Spectral(Sparse):
-    """ΔW = Re ifft2(S), S the sparse matrix: the input transformed, S, the output transformed back."""
+class Spectral(TensorFields):
+    """ΔW = Re ifft2(S), S a sparse matrix: the input transformed, S, the output transformed back."""
+
+    S: Delta
 
     def apply(self, x: Tensor) -> Tensor:
         waves = torch.fft.ifft(x.float())
-        y = torch.complex(self._times(waves.real), self._times(waves.imag))
-        out: Tensor = torch.fft.ifft(y).real.to(x.dtype)
+        real, imaginary = self.S.apply(torch.cat([waves.real, waves.imag])).chunk(2)
+        out: Tensor = torch.fft.ifft(torch.complex(real, imaginary)).real
         return out
 
     def dense(self) -> Tensor:
-        delta: Tensor = torch.fft.ifft2(Sparse.dense(self)).real
+        delta: Tensor = torch.fft.ifft2(self.S.dense()).real
         return delta
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Self:
+        """In float32 always: each number of S acts on all of ΔW, so that its rounding does."""
+        return TensorFields.to(self, device, torch.float32)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -116,8 +127,8 @@ class Kronecker(TensorFields):
     right: Tensor  # [o2, i2]
 
     def apply(self, x: Tensor) -> Tensor:
-        pairs = x.view(-1, self.left.shape[1], self.right.shape[1])  # [T, i1, i2]
-        return (self.left @ F.linear(pairs, self.right)).flatten(1)
+        pairs = x.float().view(-1, self.left.shape[1], self.right.shape[1])  # [T, i1, i2]
+        return (self.left.float() @ F.linear(pairs, self.right.float())).flatten(1)
 
     def dense(self) -> Tensor:
         return torch.kron(self.left.float(), self.right.float())
@@ -125,21 +136,42 @@ class Kronecker(TensorFields):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Circulant(TensorFields):
-    """Blocks [b, b] of ΔW, each row the one above moved on by one: a product of Fourier transforms."""
+    """Blocks [b, b] of ΔW, each row the one above moved on by one: a product of Fourier transforms.
 
-    kernel: Tensor  # [out/b, in/b, b], a block's first row
+    The kernels' spectra are held, per frequency as the real matrix of a complex product: [c d; −d c].
+    """
+
+    spectrum: Tensor  # [b/2 + 1, 2 · in/b, 2 · out/b]
+    size: int  # b
+
+    @classmethod
+    def of(cls, kernel: Tensor) -> Circulant:
+        """kernel [out/b, in/b, b]: a block's first row."""
+        waves = torch.fft.rfft(kernel.float()).conj().permute(2, 1, 0)
+        c, d = waves.real, waves.imag
+        upper, lower = torch.cat([c, d], 2), torch.cat([-d, c], 2)
+        return cls(torch.cat([upper, lower], 1).contiguous(), kernel.shape[2])
 
     def apply(self, x: Tensor) -> Tensor:
-        _, n, b = self.kernel.shape
-        spectrum = torch.fft.rfft(x.float().view(-1, n, b))
-        y = torch.einsum("tnf,mnf->tmf", spectrum, torch.fft.rfft(self.kernel.float()).conj())
-        out: Tensor = torch.fft.irfft(y, b).flatten(1).to(x.dtype)
+        f, n, m = self.spectrum.shape
+        waves = torch.view_as_real(torch.fft.rfft(x.float().view(len(x), -1, self.size)))  # [T, in/b, f, 2]
+        y = torch.bmm(waves.permute(2, 0, 3, 1).reshape(f, -1, n), self.spectrum)
+        y = y.view(f, len(x), 2, m // 2).permute(1, 3, 0, 2).contiguous()  # [T, out/b, f, 2]
+        out: Tensor = torch.fft.irfft(torch.view_as_complex(y), self.size).flatten(1)
         return out
 
     def dense(self) -> Tensor:
-        m, n, b = self.kernel.shape
-        at = (torch.arange(b) - torch.arange(b)[:, None]) % b  # [row, column]: which number of the first row
-        return self.kernel.float()[:, :, at].transpose(1, 2).reshape(m * b, n * b)
+        n, m, b = self.spectrum.shape[1] // 2, self.spectrum.shape[2] // 2, self.size
+        c, d = self.spectrum[:, :n, :m], self.spectrum[:, :n, m:]
+        kernel = torch.fft.irfft(torch.complex(c, -d).permute(2, 1, 0), b)
+        steps = torch.arange(b, device=kernel.device)
+        at = (steps - steps[:, None]) % b  # [row, column]: which number of the first row
+        delta: Tensor = kernel[:, :, at].transpose(1, 2).reshape(m * b, n * b)
+        return delta
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Self:
+        """In float32 always, as a spectrum's."""
+        return TensorFields.to(self, device, torch.float32)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -151,11 +183,12 @@ class Rows(TensorFields):
     out: int
 
     def apply(self, x: Tensor) -> Tensor:
-        return x.new_zeros(len(x), self.out).index_copy_(1, self.index, F.linear(x, self.values))
+        y = F.linear(x.float(), self.values.float())
+        return y.new_zeros(len(x), self.out).index_copy_(1, self.index, y)
 
     def dense(self) -> Tensor:
-        zeros = torch.zeros(self.out, self.values.shape[1])
-        return zeros.index_copy(0, self.index.cpu(), self.values.float().cpu())
+        zeros = torch.zeros(self.out, self.values.shape[1], device=self.values.device)
+        return zeros.index_copy(0, self.index, self.values.float())
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from adapter_server.errors import AdapterRefused
 from adapter_server.families.base import Family, Patch
-from adapter_server.families.deltas import Spectral
+from adapter_server.families.deltas import Sparse, Spectral
 from adapter_server.families.options import as_number, integer
 from adapter_server.families.parts import Expected
 from adapter_server.families.vera import seed
@@ -35,7 +35,7 @@ class FourierFT(Wrapping):
     def patch(self, at: Wrapped, read: Reader, common: Any) -> Patch:
         scaling = as_number(at.config.get("scaling", 150.0), "scaling")
         values = scaling * read("fourierft_spectrum")
-        return Patch(delta=Spectral.of(*places(at, len(values)), values, (at.out, at.inp)))
+        return Patch(delta=Spectral(Sparse.of(*places(at, len(values)), values, (at.out, at.inp))))
 
 
 def frequencies(at: Wrapped, default: int) -> int:

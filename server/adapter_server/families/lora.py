@@ -52,7 +52,7 @@ from adapter_server.families.parts import (
     take_copies,
     trained_biases,
 )
-from adapter_server.families.targets import by_pattern, saved_modules, targeted
+from adapter_server.families.targets import by_pattern, remembered, saved_modules, targeted
 from adapter_server.families.trainable_tokens import ROWS, token_indices, with_rows
 
 MAX_SCALING = 1e4
@@ -180,6 +180,7 @@ class Lora:
         return Adapter(spec, patches, invocation=plan.invocation)
 
 
+@remembered
 def resolve(config: Config, shapes: Shapes, names: frozenset[str]) -> Plan:
     """Checks the config and resolves its names against the base."""
     check_known(config, SERVED | HARMLESS | REFUSED.keys())

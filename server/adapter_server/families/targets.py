@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import re2
 
@@ -13,10 +14,34 @@ from adapter_server.families.base import Shapes
 from adapter_server.families.options import Config, as_integer, name_list, names
 
 Match = Callable[[str], bool]
+Resolved = TypeVar("Resolved")
+Resolve = Callable[[Config, Shapes, frozenset[str]], Resolved]
+REMEMBERED = 8  # configs
 
 _FIRST_INDEX = re.compile(r".*?\.[^.]*\.(\d+)\.")  # ours, on the base's own names: Python's engine is safe here
 _OPTIONS = re2.Options()
 _OPTIONS.log_errors = False
+
+
+def remembered(resolve: Resolve[Resolved]) -> Resolve[Resolved]:
+    """Resolves a config against a base and a file's names once: adapters of one making differ in their numbers alone,
+    and each is asked about twice, for what it must hold and when it is read. What it gives must not be written to.
+    """
+    known: dict[tuple[str, frozenset[str]], tuple[Shapes, Resolved]] = {}
+
+    @functools.wraps(resolve)
+    def once(config: Config, shapes: Shapes, names: frozenset[str]) -> Resolved:
+        key = repr(config), names
+        over, found = known.get(key, (None, None))
+        if over is shapes and found is not None:
+            return found
+        made = resolve(config, shapes, names)
+        if len(known) >= REMEMBERED:
+            known.clear()
+        known[key] = shapes, made
+        return made
+
+    return once
 
 
 def pattern(text: str, key: str) -> Any:
@@ -42,6 +67,8 @@ def targeted(config: Config, shapes: Shapes) -> list[str]:
 def saved_modules(config: Config, shapes: Shapes) -> list[str]:
     """Paths of all parameter-owning modules in `modules_to_save` (PEFT `utils/other.py`, `_set_trainable`)."""
     ends = tuple(name_list(config, "modules_to_save"))
+    if not ends:
+        return []
     return [path for path in shapes.modules if any(root.endswith(ends) for root in _roots(path))]
 
 

@@ -308,11 +308,31 @@ def _listed(what: str, names: list[str]) -> str:
 
 
 def check_finite(data: Buffer, header: Header) -> None:
-    """No NaN and no infinity in any tensor: an exponent of all ones is looked for in the bits."""
+    """No NaN and no infinity in any tensor: an exponent of all ones is looked for in the bits.
+
+    The tensors lie end to end: neighbours of one dtype are looked at as one, and by name only where one is at fault.
+    """
     scratch = {"<u4": np.empty(1 << 18, "<u4"), "<u2": np.empty(1 << 18, "<u2")}
-    for name, span in header.items():
-        if span.dtype in FLOATS and not _finite(data, span, scratch[DTYPES[span.dtype].word]):
-            _refuse(WEIGHTS, f"tensor {show(name)} holds NaN or infinity: the training went wrong, save a sound step")
+    floats = [(name, span) for name, span in header.items() if span.dtype in FLOATS]
+    for run in _runs([span for _, span in floats]):
+        if _finite(data, run, scratch[DTYPES[run.dtype].word]):
+            continue
+        inside = [(name, span) for name, span in floats if run.begin <= span.begin and span.end <= run.end]
+        at_fault = (n for n, span in inside if not _finite(data, span, scratch[DTYPES[span.dtype].word]))
+        name = next(at_fault)
+        _refuse(WEIGHTS, f"tensor {show(name)} holds NaN or infinity: the training went wrong, save a sound step")
+
+
+def _runs(spans: Iterable[Span]) -> list[Span]:
+    """Neighbours of one dtype as one flat span each."""
+    runs: list[Span] = []
+    for span in sorted(spans, key=lambda s: (s.begin, s.end)):
+        last = runs[-1] if runs else None
+        if last is not None and (last.dtype, last.end) == (span.dtype, span.begin):
+            runs.pop()
+            span = Span(span.dtype, (last.shape[0] + math.prod(span.shape),), last.begin, span.end)
+        runs.append(Span(span.dtype, (math.prod(span.shape),), span.begin, span.end))
+    return runs
 
 
 def _finite(data: Buffer, span: Span, scratch: npt.NDArray[Any]) -> bool:
