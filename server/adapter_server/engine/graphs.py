@@ -1,7 +1,7 @@
 """Steps in which every row gets one token, as captured graphs.
 
 A graph is of a bucket of rows, of tiles (of the low rank), and of context; rows beyond the step's own are padding,
-which writes to a page of nobody's. It ends in each row's likeliest token, `out`, which the next step takes as its input:
+which writes to a page of nobody's. It ends in each row's likeliest token, `out`, which the next step takes as input:
 
     sheet ──> ids, or of the step before: out[source] ──> forward ──> logits ──> out
 
