@@ -122,7 +122,8 @@ def packed_attention(
 
 def attend(step: Step, kv: KvStep, layer: int, query: Tensor, width: int, scores: Scores) -> Tensor:
     """query [1, heads, T, dim] over the pool, which has the new keys → [1, T, heads, width of a value]."""
-    out = query.new_empty(1, query.shape[2], query.shape[1], width)
+    fresh = query.new_empty if kv.chunks is None else query.new_zeros  # tiles leave out tokens of padding
+    out = fresh(1, query.shape[2], query.shape[1], width)
     for chunk, places in kv.prefills:
         span = slice(chunk.start, chunk.start + chunk.count)
         k, v = kv.context(layer, places)
