@@ -108,7 +108,7 @@ class Token(NamedTuple):
     """
 
     request_id: str
-    index: int
+    index: int  # type: ignore[assignment]  # a field, not a tuple's search
     id: int
     logprob: float | None = None
     top: Top = ()

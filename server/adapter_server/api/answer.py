@@ -29,7 +29,7 @@ LOWEST_LOGPROB = -9999.0  # stands for minus infinity, which JSON lacks
 class Piece(NamedTuple):
     """What one token added to the text; the text held back at the end comes without a token."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # a field, not a tuple's search
     text: str
     token: Token | None = None
 

@@ -19,9 +19,9 @@ class Protocol(H11Protocol):
 
         async def run(scope: Scope, receive: Receive, send: Send) -> None:
             scope["write"] = self._write
-            await app(scope, receive, send)  # type: ignore[arg-type]
+            await app(scope, receive, send)
 
-        self.app = run  # type: ignore[assignment]
+        self.app = run
 
     def _write(self, part: bytes) -> bool:
         """False before the head and after the end, for HEAD and for HTTP/1.0, and where the client reads too slowly."""

@@ -68,7 +68,7 @@ async def _sent(url: str, due_s: float, body: dict[str, Any], start: float) -> E
     to = urlsplit(url)
     await asyncio.sleep(max(0.0, start + due_s - time.perf_counter()))
     loop = asyncio.get_running_loop()
-    _, exchange = await loop.create_connection(lambda: Exchange(_request(to.netloc, body)), to.hostname, to.port)
+    _, exchange = await loop.create_connection(lambda: Exchange(_request(to.netloc, body)), str(to.hostname), to.port or 80)
     await exchange.ended
     return exchange
 

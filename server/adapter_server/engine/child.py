@@ -130,7 +130,8 @@ def _host(hosted: Hosted, inbox: Inbox) -> None:
     """Everything that comes, to the end of the engine."""
     hosted.over = lambda: inbox.put(OVER)
     hosted.start()
-    deeds = {"submit": hosted.take, "cancel": hosted.cancel, "call": hosted.operate, "leave": hosted.leave}
+    deeds: dict[str, Callable[..., object]] = {"submit": hosted.take, "cancel": hosted.cancel}
+    deeds |= {"call": hosted.operate, "leave": hosted.leave}
     while (message := inbox.get()) != OVER:
         name, *given = message or ("leave",)
         deeds[name](*given)
@@ -172,6 +173,7 @@ class _Wire(logging.handlers.QueueHandler):
 
     def __init__(self, line: Line) -> None:
         super().__init__(queue.SimpleQueue())
+        self.setFormatter(logging.Formatter("%(message)s"))
         self._line = line
 
     def enqueue(self, record: logging.LogRecord) -> None:

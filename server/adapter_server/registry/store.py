@@ -300,8 +300,10 @@ class Store:
         """
         with self._lock:
             folder = self._folders.get(fault.name)
-            state = folder and (folder.served if fault.reason is None else folder.state)
-            if folder is None or state is None or not state.digest.startswith(fault.version):
+            if folder is None:
+                return
+            state = folder.served if fault.reason is None else folder.state
+            if state is None or not state.digest.startswith(fault.version):
                 return
             if fault.reason is None:
                 folder.served = None
