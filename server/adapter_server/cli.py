@@ -220,7 +220,10 @@ def _serve(model: str, engine: EngineConfig, server: ServerConfig, announce: Cal
 
     check_host(server)
     configure_logs(server.log_level)
-    store, text, info, connect = (_apart if _is_apart(engine, server) else _within)(model, engine, server)
+    from adapter_server.engine.process import is_apart
+
+    apart = is_apart(server.engine_process, engine.device)
+    store, text, info, connect = (_apart if apart else _within)(model, engine, server)
     _publisher(store)
     import structlog
 
@@ -233,14 +236,6 @@ def _serve(model: str, engine: EngineConfig, server: ServerConfig, announce: Cal
 
 
 Ready = tuple["Store", "Text", "Info", "Connect"]
-
-
-def _is_apart(engine: EngineConfig, server: ServerConfig) -> bool:
-    """Whether the engine gets a process of its own."""
-    from adapter_server.engine.engine import device_of
-
-    chosen = server.engine_process
-    return chosen == "on" or (chosen == "auto" and device_of(engine.device).type == "cuda")
 
 
 def _within(model: str, engine: EngineConfig, server: ServerConfig) -> Ready:

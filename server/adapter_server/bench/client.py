@@ -40,13 +40,17 @@ class Reply:
         return self.times[-1] - self.due_s
 
     @property
-    def per_token_s(self) -> float:
-        return (self.times[-1] - self.times[0]) / (len(self.ids) - 1)
-
-    @property
     def gaps_s(self) -> list[float]:
         """Between tokens that came apart from each other."""
         return [after - before for before, after in zip(self.times, self.times[1:], strict=False)]
+
+
+def per_token_s(replies: Sequence[Reply]) -> list[float]:
+    """Of each reply the seconds between two tokens, on average, while all of them were under way; all, if never."""
+    first, last = max(reply.times[0] for reply in replies), min(reply.times[-1] for reply in replies)
+    inside = [[at for at in reply.times if first <= at <= last] for reply in replies]
+    kept = inside if all(len(times) > 1 for times in inside) else [reply.times for reply in replies]
+    return [(times[-1] - times[0]) / max(1, len(times) - 1) for times in kept]
 
 
 Due = tuple[float, dict[str, Any]]
@@ -68,7 +72,9 @@ async def _sent(url: str, due_s: float, body: dict[str, Any], start: float) -> E
     to = urlsplit(url)
     await asyncio.sleep(max(0.0, start + due_s - time.perf_counter()))
     loop = asyncio.get_running_loop()
-    _, exchange = await loop.create_connection(lambda: Exchange(_request(to.netloc, body)), str(to.hostname), to.port or 80)
+    _, exchange = await loop.create_connection(
+        lambda: Exchange(_request(to.netloc, body)), str(to.hostname), to.port or 80
+    )
     await exchange.ended
     return exchange
 

@@ -23,13 +23,13 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from logging import LogRecord
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from transformers.utils import logging as logging_of_libraries
 
 from adapter_server.config import PACKAGE, EngineConfig
 from adapter_server.core import Event, Finished, FinishReason, Request, Spec, Stats
-from adapter_server.engine.engine import Engine, Op, build
+from adapter_server.engine.engine import Engine, Op, build, device_of
 from adapter_server.engine.link import Done, Line, News, Order, Ready, Refused
 from adapter_server.engine.worker import Room
 from adapter_server.errors import Unavailable
@@ -38,6 +38,11 @@ from adapter_server.registry.store import Blob, Fault, Store
 
 LEAVE_S = 10.0  # for the engine's process to end once it may; then it is killed
 RETRY_S = 5.0
+
+
+def is_apart(chosen: Literal["auto", "on", "off"], device: str) -> bool:
+    """Whether the engine gets a process of its own: on the CPU its threads and HTTP's share the cores anyway."""
+    return chosen == "on" or (chosen == "auto" and device_of(device).type == "cuda")
 
 
 @dataclass(frozen=True, slots=True)
