@@ -18,6 +18,7 @@ import pytest
 
 import fake_engine
 import files
+import live
 from adapter_server.core import Event, Finished, Request, Sampling, Spec, Token
 from adapter_server.engine import EngineProcess, process
 from adapter_server.errors import (
@@ -261,12 +262,4 @@ def test_nothing_is_left_of_a_server_that_was_killed(tmp_path: Path) -> None:
         child = int(parent.stdout.readline())
         assert parent.stdout.readline() == "ready\n"
         parent.kill()
-    until(lambda: _is_gone(child))
-
-
-def _is_gone(pid: int) -> bool:
-    """Gone, or a zombie that nobody has reaped."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except FileNotFoundError:
-        return True
+    until(lambda: live.is_gone(child))
