@@ -62,6 +62,11 @@ def _never(part: bytes) -> bool:
 
 async def together(streams: Sequence[AsyncGenerator[Item, None]]) -> AsyncGenerator[tuple[int, Item], None]:
     """What each stream gives, with its number, as it comes. If one fails, or the reader leaves, all are closed."""
+    if len(streams) == 1:  # needs no task for each of its items
+        async with aclosing(streams[0]) as only:
+            async for item in only:
+                yield 0, item
+        return
     awaited = {asyncio.ensure_future(anext(stream)): number for number, stream in enumerate(streams)}
     try:
         while awaited:

@@ -30,6 +30,7 @@ from adapter_server.registry.store import Blob
 ORPHAN_S = 5.0  # for the rows of a server that is gone to end; then the process ends as it is
 STATS_SHARE = 0.05  # of the time, at most, goes into telling how things stand
 Inbox = queue.SimpleQueue[tuple[Any, ...] | None]  # None: the server is gone
+Waiting = tuple[int, Room]  # requests that were taken in, and what waits
 OVER = ("over",)
 
 
@@ -40,7 +41,7 @@ class Hosted(Worker):
         super().__init__(engine, self._keep)
         self._line = line
         self._events: list[Event] = []
-        self._told: tuple[int, Room] = (0, Room())
+        self._told: Waiting = (0, Room())
         self._told_stats, self._pictured_again = self.stats(), 0.0
         self.seen = 0
         self.over: Callable[[], None] = lambda: None
@@ -63,10 +64,13 @@ class Hosted(Worker):
         self.tell([], self.stats())
         self._say(Done(number, error if known else AdapterUnavailable(repr(error))))  # type: ignore[arg-type]
 
-    def tell(self, events: list[Event], stats: Stats | None = None) -> None:
-        seen = self.seen
-        self._told = seen, self.room()
+    def tell(self, events: list[Event], stats: Stats | None = None, waiting: Waiting | None = None) -> None:
+        self._told = waiting or self._waiting()
         self._say(News(events, stats, *self._told))
+
+    def _waiting(self) -> Waiting:
+        """In this order: a request that comes meanwhile is counted twice rather than not at all."""
+        return self.seen, self.room()
 
     def _say(self, message: News | Done) -> None:
         try:
@@ -89,9 +93,10 @@ class Hosted(Worker):
         super()._send(events)
         kept, self._events = self._events, []
         stats = self._fresh()
-        if kept or stats is not None or (self.seen, self.room()) != self._told:
+        now = self._waiting()
+        if kept or stats is not None or now != self._told:
             start = time.monotonic()
-            self.tell(kept, stats)
+            self.tell(kept, stats, now)
             if stats is not None:  # one of thousands of adapters takes its time, and is told less often
                 self._pictured_again = start + (time.monotonic() - start) / STATS_SHARE
 
