@@ -66,7 +66,7 @@ class Hosted(Worker):
 
     def tell(self, events: list[Event], stats: Stats | None = None, waiting: Waiting | None = None) -> None:
         self._told = waiting or self._waiting()
-        self._say(News(events, stats, *self._told))
+        self._say(News.of(events, stats, *self._told))
 
     def _waiting(self) -> Waiting:
         """In this order: a request that comes meanwhile is counted twice rather than not at all."""

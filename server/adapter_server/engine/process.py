@@ -218,15 +218,16 @@ class EngineProcess:
             _log(message)
 
     def _told(self, news: News) -> None:
+        events = news.events
         with self._lock:
             for _ in range(self._seen, news.seen):
                 self._unseen.popleft()
             self._seen, self._room = max(self._seen, news.seen), news.room
-            self._open.difference_update(event.request_id for event in news.events if isinstance(event, Finished))
+            self._open.difference_update(event.request_id for event in events if isinstance(event, Finished))
         if news.stats is not None:
             self._stats = news.stats
-        if news.events:
-            self.deliver(news.events)
+        if events:
+            self.deliver(events)
 
     def _lost(self) -> None:
         """The engine is gone: whoever waits is told."""
