@@ -252,6 +252,7 @@ def _apart(model: str, engine: EngineConfig, server: ServerConfig) -> Ready:
     _check_model(model)
     with err.status(f"loading {_plain(model)}"):
         from adapter_server.engine.process import EngineProcess, Shelf, build_over
+        from adapter_server.families import known
         from adapter_server.registry.guard import Base
         from adapter_server.registry.store import Store
         from adapter_server.text import Text
@@ -260,6 +261,7 @@ def _apart(model: str, engine: EngineConfig, server: ServerConfig) -> Ready:
         shelf = Shelf(root, (model, name or Path(model).name), server.max_adapter_bytes, server.strict_base)
         store = Store(root, shelf.reserved, max_bytes=shelf.max_bytes)
         worker = EngineProcess(partial(build_over, model, engine, shelf, name), engine, store)
+        known()  # as the other process does: the first request need not wait for it
         text = Text(model)
         ready = worker.ready()
         store.judge, store.strict_base = worker.judge, shelf.strict_base
