@@ -202,9 +202,10 @@ class Worker:
 
 def _explain(ended: list[Finished]) -> None:
     """What made requests fail inside goes to the log, once a step: an error's message is for callers."""
-    causes = {id(cause): cause for end in ended if end.error and (cause := end.error.__cause__)}
+    causes = {id(end.error.__cause__): end.error.__cause__ for end in ended if end.error is not None}
     for cause in causes.values():
-        log.error("a request failed inside", exc_info=cause)
+        if cause is not None and not isinstance(cause, AdapterServerError):
+            log.error("a request failed inside", exc_info=cause)
 
 
 class Pace:
