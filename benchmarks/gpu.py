@@ -28,6 +28,7 @@ from adapter_server.bench.drive import Setting
 from adapter_server.bench.peft_kinds import one_of_every_kind
 from adapter_server.bench.workloads import ATTENTION, LINEARS, Workload, any_base, with_loras
 from adapter_server.engine import Engine
+from adapter_server.engine.process import is_apart
 from adapter_server.errors import AdapterServerError, BaseNotSupported
 from adapter_server.registry.store import Store
 
@@ -116,7 +117,7 @@ def run_popularity(size: str, bases: Bases, bench: Bench) -> dict[str, Any]:
 
 
 def run_http(size: str, bases: Bases, bench: Bench) -> dict[str, Any]:
-    plan = popularity.Plan(rounds=ROUNDS, http=True)
+    plan = popularity.Plan(rounds=ROUNDS, http=True, apart=is_apart("auto", bases.setting.device))
     return popularity.measure(bases.loras(size, plan.rows, plan.rank), plan, bench)
 
 

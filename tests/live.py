@@ -160,6 +160,14 @@ def process(*words: object) -> Iterator[subprocess.Popen[str]]:
             running.kill()
 
 
+def is_gone(pid: int) -> bool:
+    """Gone, or a zombie that nobody has reaped."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
 def address_of(process: subprocess.Popen[str]) -> str:
     """Where `adapter-server demo` says that it listens."""
     assert process.stdout

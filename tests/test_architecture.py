@@ -40,7 +40,11 @@ DOORS = {  # library: the files (or folders) that may import it
     "bitsandbytes": ("families/quantised.py",),
     "llguidance": ("engine/guide.py",),
     "re2": ("families/targets.py",),
-    "threading": ("engine/worker.py", "engine/pool.py", "engine/routing.py", "registry/store.py"),
+    "threading": (
+        *("engine/worker.py", "engine/pool.py", "engine/routing.py", "registry/store.py"),
+        *("engine/link.py", "engine/process.py", "engine/child.py"),
+    ),
+    "multiprocessing": ("engine/link.py",),
     "concurrent": ("engine/", "api/"),
 }
 NO_TORCH = ("errors.py", "core.py", "config.py", "registry/")

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
@@ -31,6 +32,8 @@ from adapter_server.core import Event, Finished, Token
 from adapter_server.errors import AdapterRefused, AdapterServerError, InvalidRequest, RequestFailed
 
 if TYPE_CHECKING:
+    from adapter_server.api.app import Connect
+    from adapter_server.api.resolve import Info
     from adapter_server.engine import Engine, Worker
     from adapter_server.registry.guard import Expect
     from adapter_server.registry.publish import Publisher
@@ -70,6 +73,7 @@ HELP = {
     "host": "Address to listen on",
     "port": "Port to listen on; 0: any free one",
     "adapters": "Folder of adapters, one sub-folder each",
+    "engine_process": "Run the engine in a process of its own, so that HTTP takes no time of its steps; auto: on CUDA",
     "max_adapter_bytes": "Largest weights file of an adapter, such as 512M",
     "strict_base": "Refuse adapters whose config names another base; without it they are served with a warning",
     "max_uploads": "Uploads of adapters at once; others get 429",
@@ -216,21 +220,58 @@ def _serve(model: str, engine: EngineConfig, server: ServerConfig, announce: Cal
 
     check_host(server)
     configure_logs(server.log_level)
-    store, built, text = _build(model, engine, Path(server.adapters))
-    store.max_bytes, store.strict_base = server.max_adapter_bytes, server.strict_base
+    from adapter_server.engine.process import is_apart
+
+    apart = is_apart(server.engine_process, engine.device)
+    store, text, info, connect = (_apart if apart else _within)(model, engine, server)
     _publisher(store)
     import structlog
 
-    structlog.get_logger().info("lane", model=built.info.model, lane=built.info.lane, why=built.info.lane_why)
-    from adapter_server.engine import Worker
-
-    running = Server(
-        lambda deliver: Worker(built, deliver), store, text, built.info, server, lambda at: announce(store, at)
-    )
+    structlog.get_logger().info("lane", model=info.model, lane=info.lane, why=info.lane_why)
+    running = Server(connect, store, text, info, server, lambda at: announce(store, at))
     running.run()
     if running.failure:
         raise running.failure
     raise typer.Exit(running.exit_code)
+
+
+Ready = tuple["Store", "Text", "Info", "Connect"]
+
+
+def _within(model: str, engine: EngineConfig, server: ServerConfig) -> Ready:
+    """The engine on a thread of this process."""
+    from adapter_server.engine import Worker
+
+    store, built, text = _build(model, engine, Path(server.adapters))
+    store.max_bytes, store.strict_base = server.max_adapter_bytes, server.strict_base
+    return store, text, built.info, lambda deliver: Worker(built, deliver)
+
+
+def _apart(model: str, engine: EngineConfig, server: ServerConfig) -> Ready:
+    """The engine in a process of its own."""
+    _check_model(model)
+    with err.status(f"loading {_plain(model)}"):
+        from adapter_server.engine.process import EngineProcess, Shelf, build_over
+        from adapter_server.families import known
+        from adapter_server.registry.guard import Base
+        from adapter_server.registry.store import Store
+        from adapter_server.text import Text
+
+        name, root = _called(model), Path(server.adapters)
+        shelf = Shelf(root, (model, name or Path(model).name), server.max_adapter_bytes, server.strict_base)
+        store = Store(root, shelf.reserved, max_bytes=shelf.max_bytes)
+        worker = EngineProcess(partial(build_over, model, engine, shelf, name), engine, store)
+        known()  # as the other process does: the first request need not wait for it
+        text = Text(model)
+        ready = worker.ready()
+        store.judge, store.strict_base = worker.judge, shelf.strict_base
+        store.base = Base((model, ready.info.model), ready.commit)
+        return store, text, ready.info, worker.connect
+
+
+def _called(model: str) -> str | None:
+    """What the base goes by; None: by its folder or its id."""
+    return DEMO_NAME if Path(model) == DEMO_BASE else None
 
 
 def _build(model: str, config: EngineConfig, adapters: Path) -> tuple[Store, Engine, Text]:
@@ -239,17 +280,17 @@ def _build(model: str, config: EngineConfig, adapters: Path) -> tuple[Store, Eng
     _quiet()
     with err.status(f"loading {_plain(model)}"):
         from adapter_server.engine import build
+        from adapter_server.engine.process import commit_of
         from adapter_server.registry.guard import Base
         from adapter_server.registry.store import Store
         from adapter_server.text import Text
 
         text = Text(model)
-        name = DEMO_NAME if Path(model) == DEMO_BASE else None
+        name = _called(model)
         store = Store(adapters, reserved=(model, name or Path(model).name))
         built = build(model, config, store, name)
         store.judge = built.pool.judge
-        commit = getattr(built.model.module.config, "_commit_hash", None)  # of a base from a hub
-        store.base = Base((model, built.info.model), commit)
+        store.base = Base((model, built.info.model), commit_of(built))
         return store, built, text
 
 

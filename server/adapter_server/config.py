@@ -53,6 +53,7 @@ class ServerConfig:
     host: str = "127.0.0.1"
     port: int = 8000
     adapters: str = "./adapters"
+    engine_process: Literal["auto", "on", "off"] = "auto"  # the engine in a process of its own; auto: on CUDA
     max_adapter_bytes: int = 4 * GIB  # of one adapter's weights
     strict_base: bool = False  # refuse adapters that name another base
     max_uploads: int = 2  # at once; each may take max_adapter_bytes of memory and of temporary disk

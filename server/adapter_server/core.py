@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from adapter_server.errors import AdapterServerError
 
@@ -101,15 +101,14 @@ class Request:
         return len(self.members) == 1 and self.members[0].weight == 1 and self.sampling.seed is None
 
 
-@dataclass(frozen=True, slots=True)
-class Token:
+class Token(NamedTuple):
     """One emitted token of a request; `index` counts from 0. `logprob` and `top` are of the raw logits.
 
     The first carries those of the prompt's second token and all after it, where they were asked for, and the mode.
     """
 
     request_id: str
-    index: int
+    index: int  # type: ignore[assignment]  # a field, not a tuple's search
     id: int
     logprob: float | None = None
     top: Top = ()

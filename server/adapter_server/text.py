@@ -7,6 +7,7 @@ Stream    a Decoder that also watches for stop strings: one per running request
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ from transformers import AutoTokenizer
 
 from adapter_server.errors import BaseNotSupported, InvalidRequest
 
-Decode = Callable[[Sequence[int]], str]
+Decode = Callable[[Sequence[int]], str]  # the text of some ids
 
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 CONTEXT_TOKENS = 6  # of the prompt: enough for a decoder to know whether a space precedes the first new word
 LONGEST_TAIL = 3  # tokens that may hold a character's first bytes: a fourth byte would complete it
+WIDTHS = 1 << 18  # tokens whose own width is remembered: more than most vocabularies have
 LONGEST_WAIT = 8  # pending tokens, after which the text is broken bytes rather than an unfinished character
 
 
@@ -36,7 +38,9 @@ class Text:
         self.bos_id: int | None = tokenizer.bos_token_id
         self.special_ids: frozenset[int] = frozenset(tokenizer.all_special_ids)
         self.longest_token: int = max((len(token) for token in tokenizer.get_vocab()), default=1)
-        self._decode: Decode = _fast(backend) if backend is not None else _plain(tokenizer)
+        decode = _fast(backend) if backend is not None else _plain(tokenizer)
+        self._decode: Decode = decode
+        self._width = lru_cache(WIDTHS)(lambda id: len(decode((id,))))
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, with what the base expects around it (such as a first token)."""
@@ -84,7 +88,7 @@ class Text:
 
     def stream(self, prompt: Sequence[int] = (), stop: Iterable[str] = (), hidden: Collection[int] = ()) -> Stream:
         """For one answer to `prompt`; `hidden` ids (end tokens) have no text."""
-        decoder = Decoder(self._decode, prompt[-CONTEXT_TOKENS:], self.special_ids.union(hidden))
+        decoder = Decoder(self._decode, prompt[-CONTEXT_TOKENS:], self.special_ids.union(hidden), self._width)
         return Stream(decoder, tuple(stop))
 
 
@@ -102,13 +106,18 @@ class Decoder:
     """Turns ids into text one at a time. What is not yet a whole character stays pending.
 
     window   [ context | pending ]      context: its text is out; kept because a token's text depends on its left
+
+    `width` is how many characters a token has alone, which is asked of every one.
     """
 
-    __slots__ = ("_context", "_decode", "_hidden", "_pending", "_shown")
+    __slots__ = ("_context", "_decode", "_hidden", "_pending", "_shown", "_width")
 
-    def __init__(self, decode: Decode, context: Sequence[int] = (), hidden: Collection[int] = ()) -> None:
+    def __init__(
+        self, decode: Decode, context: Sequence[int], hidden: Collection[int], width: Callable[[int], int]
+    ) -> None:
         self._decode = decode
         self._hidden = hidden
+        self._width = width
         self._context = self._whole(context)
         self._pending: list[int] = []
         self._shown = len(decode(self._context))  # characters of the window that are out
@@ -144,7 +153,8 @@ class Decoder:
         piece = text[self._shown :]
         if count:
             self._context, self._pending = self._pending[:count], self._pending[count:]
-        self._shown = len(self._decode(self._context))
+        alone = len(self._context) == 1
+        self._shown = self._width(self._context[0]) if alone else len(self._decode(self._context))
         return piece
 
 

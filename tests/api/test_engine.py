@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -13,7 +14,6 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -23,6 +23,7 @@ import openai
 import pytest
 
 import files
+import layouts
 import tiny
 from adapter_server.api.server import Server
 from adapter_server.config import EngineConfig, ServerConfig
@@ -42,19 +43,13 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def http(root: Path) -> Iterator[httpx.Client]:
-    store = Store(root / "adapters", settle_s=0.1)
-    engine = build(root / "tiny", EngineConfig(max_rows=16, kv_bytes=64 << 20), store)
-    ready: SimpleQueue[str] = SimpleQueue()
-    config = replace(ServerConfig(), port=0)
-    server = Server(lambda deliver: Worker(engine, deliver), store, Text(root / "tiny"), engine.info, config, ready.put)
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    with httpx.Client(base_url=ready.get(timeout=20), timeout=30) as client:
-        yield client
-        server.should_exit = True
-        thread.join(20)
+@pytest.fixture(scope="module", params=layouts.LAYOUTS)
+def http(root: Path, request: pytest.FixtureRequest) -> Iterator[httpx.Client]:
+    adapters = shutil.copytree(root / "adapters", root / f"adapters-{request.param}")
+    config = EngineConfig(max_rows=16, kv_bytes=64 << 20)
+    with layouts.running(request.param, root / "tiny", adapters, config) as running:
+        running.http.headers["x-adapters"] = str(adapters)
+        yield running.http
 
 
 def ask(http: httpx.Client, adapter: str | None, prompt: str = "red cat>", **fields: Any) -> dict[str, Any]:
@@ -122,7 +117,7 @@ def ended(http: httpx.Client, outcome: str) -> float:
 
 
 def test_every_answer_is_wholly_of_one_version(http: httpx.Client, root: Path) -> None:
-    folder, staged = root / "adapters" / "swap", root / "staged"
+    folder, staged = Path(http.headers["x-adapters"], "swap"), root / "staged"
     tiny.save_lora(folder, 10)
     said: dict[str, set[tuple[int, ...]]] = {}
 

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import json
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from queue import SimpleQueue
 
 import httpx
 import pytest
 
+import layouts
 import tiny
-from adapter_server.api.server import Server
 from adapter_server.config import EngineConfig, ServerConfig
-from adapter_server.engine import Worker, build
 from adapter_server.registry import guard, versions
 from adapter_server.registry.store import Store
-from adapter_server.text import Text
 
 KEEP, EVERY_S, TOKENS = 3, 0.2, 16
 
@@ -39,22 +35,14 @@ class Heard:
 
 
 @contextmanager
-def running(folder: Path) -> Iterator[tuple[str, Store]]:
+def running(folder: Path, layout: layouts.Layout) -> Iterator[tuple[str, Store]]:
     """A server over a tiny base, and where it is."""
     tiny.save_base(folder / "tiny")
-    store = Store(folder / "adapters", settle_s=0.1)
-    engine = build(folder / "tiny", EngineConfig(max_rows=16, kv_bytes=64 << 20), store)
-    store.judge = engine.pool.judge
-    ready: SimpleQueue[str] = SimpleQueue()
-    config = ServerConfig(port=0, keep_versions=KEEP)
-    server = Server(
-        lambda deliver: Worker(engine, deliver), store, Text(folder / "tiny"), engine.info, config, ready.put
-    )
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    yield ready.get(timeout=20), store
-    server.should_exit = True
-    thread.join(20)
+    config = EngineConfig(max_rows=16, kv_bytes=64 << 20)
+    with layouts.running(
+        layout, folder / "tiny", folder / "adapters", config, ServerConfig(keep_versions=KEEP)
+    ) as served:
+        yield served.address, served.store
 
 
 def publish(http: httpx.Client, folder: Path, seed: int) -> str:
@@ -90,10 +78,12 @@ def take(response: httpx.Response, heard: Heard) -> None:
     heard.said.setdefault(response.headers.get("x-adapter-version", ""), set()).add(tuple(ids))
 
 
-def replaced(folder: Path, clients: int, seconds: float) -> tuple[Heard, Heard, list[str], Store]:
+def replaced(
+    folder: Path, layout: layouts.Layout, clients: int, seconds: float
+) -> tuple[Heard, Heard, list[str], Store]:
     """(heard in quiet, heard while versions are published, the versions, the registry)."""
     quiet, busy = Heard(), Heard()
-    with running(folder) as (address, store), httpx.Client(base_url=address, timeout=30) as http:
+    with running(folder, layout) as (address, store), httpx.Client(base_url=address, timeout=30) as http:
         made = [publish(http, folder, 0)]
         with ThreadPoolExecutor(clients) as pool:
             list(pool.map(lambda _: listen(address, time.monotonic() + seconds / 2, quiet), range(clients)))
@@ -119,13 +109,15 @@ def check(heard: Heard, made: list[str], store: Store) -> None:
     assert len(left) <= KEEP + 2  # those in use at the last publish
 
 
-def test_every_answer_is_wholly_of_one_version(tmp_path: Path) -> None:
-    _, busy, made, store = replaced(tmp_path, clients=4, seconds=2.5)
+@pytest.mark.parametrize("layout", layouts.LAYOUTS)
+def test_every_answer_is_wholly_of_one_version(tmp_path: Path, layout: layouts.Layout) -> None:
+    _, busy, made, store = replaced(tmp_path, layout, clients=4, seconds=2.5)
     check(busy, made, store)
 
 
 @pytest.mark.soak
-def test_a_minute_of_new_versions_holds_nobody_up(tmp_path: Path) -> None:
-    quiet, busy, made, store = replaced(tmp_path, clients=16, seconds=60)
+@pytest.mark.parametrize("layout", layouts.LAYOUTS)
+def test_a_minute_of_new_versions_holds_nobody_up(tmp_path: Path, layout: layouts.Layout) -> None:
+    quiet, busy, made, store = replaced(tmp_path, layout, clients=16, seconds=60)
     check(busy, made, store)
     assert busy.p99() <= 1.5 * quiet.p99(), (busy.p99(), quiet.p99())

@@ -14,7 +14,7 @@ import rig
 from adapter_server.core import Event, Finished, Token
 from adapter_server.engine import Worker
 from adapter_server.engine.worker import Pace
-from adapter_server.errors import NotMergeable, PromptTooLong, QueueFull, Unavailable
+from adapter_server.errors import NotMergeable, PromptTooLong, QueueFull, RequestFailed, Unavailable
 
 
 class Mail:
@@ -150,3 +150,19 @@ def test_when_the_loop_dies_everybody_is_told(worker: Worker, mail: Mail, monkey
     with pytest.raises(Unavailable):
         worker.submit(rig.ask(worker.engine, None, (5,)))
     assert not worker.alive
+
+
+def test_what_made_rows_fail_is_told_in_the_log_once(
+    worker: Worker, mail: Mail, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(worker.engine.model, "forward", lambda *_: 1 / 0)
+        for id in ("a", "b"):
+            worker.submit(rig.ask(worker.engine, None, (5,), id=id))
+        for answer in mail.wait(["a", "b"]):
+            assert isinstance(answer.end.error, RequestFailed)
+    assert "ZeroDivisionError" in caplog.text
+    caplog.clear()
+    worker.submit(rig.ask(worker.engine, None, (5,), id="long", max_new_tokens=1000))
+    mail.wait(["long"])
+    assert caplog.text == ""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 from fastapi import Request
 
@@ -26,11 +26,10 @@ LONG_TEXT = 1 << 14  # characters, from which encoding leaves the event loop
 LOWEST_LOGPROB = -9999.0  # stands for minus infinity, which JSON lacks
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """What one token added to the text; the text held back at the end comes without a token."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # a field, not a tuple's search
     text: str
     token: Token | None = None
 

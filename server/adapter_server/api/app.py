@@ -29,7 +29,8 @@ from adapter_server.registry.store import Changes, Store
 from adapter_server.registry.watch import watch
 from adapter_server.text import Text
 
-Connect = Callable[[Callable[[list[Event]], None]], Worker]
+Deliver = Callable[[list[Event]], None]
+Connect = Callable[[Deliver], Worker]
 LORAXS = ("/", "/generate_stream")  # paths that nobody but LoRAX's clients ask
 PULSE_S = 0.2  # how often the engine is felt for life
 probes = APIRouter()  # for whoever keeps the process running, without a key

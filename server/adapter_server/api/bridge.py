@@ -45,25 +45,28 @@ class Usage:
 class Channel:
     """The events of one request, on the event loop."""
 
-    __slots__ = ("_queue", "caller", "request", "timer", "unread")
+    __slots__ = ("_events", "_reader", "caller", "request", "timer", "unread")
 
     def __init__(self, request: Request, caller: Caller, timer: asyncio.TimerHandle | None) -> None:
-        self._queue: asyncio.Queue[Token | Finished] = asyncio.Queue()
+        self._events: list[Token | Finished] = []
+        self._reader: asyncio.Future[None] | None = None
         self.request = request
         self.caller = caller
         self.timer = timer
         self.unread = 0  # tokens, and alternatives to them, that nobody has taken yet
 
     def put(self, event: Token | Finished) -> None:
-        self._queue.put_nowait(event)
+        self._events.append(event)
         self.unread += 1 + len(event.top) if isinstance(event, Token) else 0
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
 
     async def next(self) -> list[Token | Finished]:
-        """Waits for one event, and takes what else is there."""
-        events = [await self._queue.get()]
-        while not self._queue.empty():
-            events.append(self._queue.get_nowait())
-        self.unread = 0
+        """Waits for one event, and takes what else is there. For one reader."""
+        if not self._events:
+            self._reader = asyncio.get_running_loop().create_future()
+            await self._reader
+        events, self._events, self.unread = self._events, [], 0
         return events
 
 

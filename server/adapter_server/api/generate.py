@@ -14,7 +14,7 @@ from adapter_server.api.described import GENERATED, STREAMED
 from adapter_server.api.refusals import error_shape
 from adapter_server.api.schemas import GenerateBody, document, parse
 from adapter_server.api.service import note, service_of
-from adapter_server.api.sse import EventStream, data, reply
+from adapter_server.api.sse import EventStream, data, quote, reply
 from adapter_server.core import Token
 from adapter_server.errors import AdapterServerError
 
@@ -51,12 +51,21 @@ async def _events(answer: Answer) -> AsyncIterator[bytes]:
         async with aclosing(answer.steps()) as steps:
             prompt = _prompt_logprobs(answer)
             async for pieces in steps:
-                yield b"".join(data(_event(answer, piece) | prompt) for piece in pieces)
+                if prompt or answer.body.logprobs:
+                    yield b"".join(data(_event(answer, piece) | prompt) for piece in pieces)
+                else:
+                    yield b"".join(_plain(answer, piece) for piece in pieces)
                 prompt = {} if pieces else prompt
     except AdapterServerError as error:
         yield data(error_shape(error))
         return
     yield data(_summary(answer))
+
+
+def _plain(answer: Answer, piece: Piece) -> bytes:
+    """The event of most tokens, put together by hand: it is written for every one."""
+    ids = f',"token_ids":[{piece.token.id if piece.token else ""}]' if answer.body.return_token_ids else ""
+    return f'data: {{"index":{piece.index},"text":{quote(piece.text)}{ids}}}\n\n'.encode()
 
 
 def _event(answer: Answer, piece: Piece) -> dict[str, Any]:

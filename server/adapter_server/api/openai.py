@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -19,7 +19,7 @@ from adapter_server.api.openai_bodies import ChatBody, CompletionBody, adapter_o
 from adapter_server.api.refusals import shape, speak
 from adapter_server.api.schemas import GenerateBody, document, parse
 from adapter_server.api.service import Service, note, service_of
-from adapter_server.api.sse import DONE, EventStream, data, reply, together
+from adapter_server.api.sse import DONE, EventStream, data, dumps, reply, together
 from adapter_server.core import Token
 from adapter_server.errors import AdapterNotFound, AdapterServerError, InvalidRequest, NotMergeable, PromptTooLong
 
@@ -355,9 +355,11 @@ class Call:
     def steps(self) -> AsyncGenerator[tuple[int, list[Piece]], None]:
         return together([choice.steps() for choice in self.choices])
 
-    def chunk(self, part: Json, with_usage: bool) -> bytes:
-        usage = {"usage": None} if with_usage else {}
-        return data({**self.head, "object": self.form.part, "choices": [part], **usage})
+    def frame(self, with_usage: bool) -> Callable[[Json], bytes]:
+        """How a part becomes a chunk: what stands around it is the same every time."""
+        before = f'data: {dumps({**self.head, "object": self.form.part})[:-1]},"choices":['
+        after = "]" + (',"usage":null' if with_usage else "") + "}\n\n"
+        return lambda part: f"{before}{dumps(part)}{after}".encode()
 
     def usage(self) -> Json:
         firsts = [choice.answer for choice in self.choices[:: self.per_prompt]]
@@ -382,14 +384,15 @@ async def _whole(call: Call) -> Json:
 
 
 async def _events(call: Call, with_usage: bool) -> AsyncIterator[bytes]:
+    chunk = call.frame(with_usage)
     try:
         async with aclosing(call.steps()) as steps:
             for choice in call.choices:
                 if opening := choice.opening():
-                    yield call.chunk(opening, with_usage)
+                    yield chunk(opening)
             async for number, step in steps:
                 parts = call.choices[number].parts(step)
-                yield b"".join(call.chunk(part, with_usage) for part in parts)
+                yield b"".join(map(chunk, parts))
     except AdapterServerError as error:
         yield data(worded(error)[1])
         return

@@ -14,6 +14,7 @@ import structlog
 import uvicorn
 
 from adapter_server.api.app import Connect, create_app
+from adapter_server.api.protocol import Protocol
 from adapter_server.api.resolve import Info
 from adapter_server.api.service import Service
 from adapter_server.config import ServerConfig
@@ -45,7 +46,7 @@ class Server(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 server_header=False,
-                http="h11",  # the parser that takes a limit
+                http=Protocol,
                 h11_max_incomplete_event_size=config.max_header_bytes,
                 timeout_graceful_shutdown=SLOW_READER_S,
                 timeout_keep_alive=KEEP_ALIVE_S,

@@ -16,6 +16,10 @@ DONE = b"data: [DONE]\n\n"
 dumps: Callable[[Any], str] = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
 
 
+quote: Callable[[str], str] = json.encoder.encode_basestring  # as `dumps` writes a text
+Write = Callable[[bytes], bool]  # a part of the answer, at once; False where it must be sent the ordinary way
+
+
 def data(content: dict[str, Any]) -> bytes:
     """One event."""
     return f"data: {dumps(content)}\n\n".encode()
@@ -27,7 +31,10 @@ def reply(content: Any) -> Response:
 
 
 class EventStream(Response):
-    """Server-Sent Events. The iterator is closed however the answer ends."""
+    """Server-Sent Events. The iterator is closed however the answer ends.
+
+    Parts go straight to the connection (`protocol.py`) where it takes them, past all layers that only pass them on.
+    """
 
     media_type = "text/event-stream"
 
@@ -38,15 +45,28 @@ class EventStream(Response):
         self._chunks = chunks
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        write: Write = scope.get("write", _never)
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         async with aclosing(self._chunks) as chunks:  # type: ignore[type-var]
             async for chunk in chunks:
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                if chunk and not write(chunk):
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _never(part: bytes) -> bool:
+    """The way of servers that offer no other."""
+    del part
+    return False
 
 
 async def together(streams: Sequence[AsyncGenerator[Item, None]]) -> AsyncGenerator[tuple[int, Item], None]:
     """What each stream gives, with its number, as it comes. If one fails, or the reader leaves, all are closed."""
+    if len(streams) == 1:  # needs no task for each of its items
+        async with aclosing(streams[0]) as only:
+            async for item in only:
+                yield 0, item
+        return
     awaited = {asyncio.ensure_future(anext(stream)): number for number, stream in enumerate(streams)}
     try:
         while awaited:

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from adapter_server.bench.drive import Ask, Checker, Run, Setting, Tokens, drive, gap, ready
-from adapter_server.bench.http import serve
+from adapter_server.bench.http import serve, within
 from adapter_server.bench.workloads import Workload
 from adapter_server.engine import Engine
 
@@ -74,7 +74,7 @@ def over_http(
     def keep(asks: Sequence[Ask], answers: Sequence[Tokens]) -> None:
         later.append((asks, answers))
 
-    figures = serve(engine, workload, lambda client: rounds(client.drive, asked, new, count, keep, console))
+    figures = serve(within(engine), workload, lambda client: rounds(client.drive, asked, new, count, keep, console))
     for asks, answers in later:
         checker.check(asks, answers)
     return figures

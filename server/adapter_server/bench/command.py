@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -28,6 +28,10 @@ OutFlag = Annotated[
     Path | None, typer.Option("--out", help="Folder for the result and the plot", show_default="the temporary folder")
 ]
 DeviceFlag = Annotated[str, typer.Option("--device", help="cpu, cuda, or one of several such as cuda:1")]
+ProcessFlag = Annotated[
+    Literal["auto", "on", "off"],
+    typer.Option("--engine-process", help="Over HTTP, the engine in a process of its own; auto: on CUDA"),
+]
 ProfileFlag = Annotated[str | None, typer.Option("--profile", help="Write a trace of 64 steps here")]
 Draw = Callable[[Any, Mapping[str, Any]], None]
 

@@ -6,12 +6,13 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from adapter_server.bench.workloads import IN_PLACE, Workload, base_dtype, llama
 from adapter_server.config import GIB, EngineConfig
@@ -91,6 +92,12 @@ def base_of(workload: Workload, setting: Setting) -> Any:
     if workload.size in IN_PLACE:
         return llama(workload.shape, workload.seed, setting.device, setting.dtype)
     return load(workload.model, str(setting.dtype).removeprefix("torch."), torch.device(setting.device))
+
+
+def engine_of(workload: Workload, setting: Setting, limits: Mapping[str, Any]) -> Engine:
+    """The same engine, for a process of its own."""
+    disable_progress_bar()
+    return made(workload, setting, **limits)[0]
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,7 +33,7 @@ from adapter_server.bench.command import (
     model,
 )
 from adapter_server.bench.drive import Ask, Checker, Tokens, made
-from adapter_server.bench.http import serve
+from adapter_server.bench.http import serve, within
 from adapter_server.bench.play import Arrival, Deed, Stage, check, figures, learn, live, medians
 from adapter_server.bench.workloads import Workload, many_loras, prompts
 from adapter_server.engine import Engine
@@ -200,7 +200,7 @@ def measure(workload: Workload, plan: Plan, bench: Bench) -> dict[str, Any]:
         if plan.http:
             with bench.opened(workload, **limits) as second:
                 more["http"], other = serve(
-                    second, workload, lambda client: _both(client, second, workload, plan, bench)
+                    within(second), workload, lambda client: _both(client, second, workload, plan, bench)
                 )
             checked.checked += other.checked
             checked.alone += other.alone

@@ -1,32 +1,35 @@
-"""A benchmark over HTTP: a real server in this process, the client in another."""
+"""A benchmark over HTTP: a real server in this process, the client in another, the engine here or in a third."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
 
+from adapter_server.api.app import Connect
+from adapter_server.api.resolve import Info
 from adapter_server.api.server import Server, configure_logs
-from adapter_server.bench.client import Reply
-from adapter_server.bench.drive import Ask, Run, Tokens
+from adapter_server.bench.client import Reply, per_token_s
+from adapter_server.bench.drive import Ask, Run, Setting, Tokens, engine_of
 from adapter_server.bench.play import Arrival, Deed, by_clock
 from adapter_server.bench.workloads import Workload
-from adapter_server.config import PACKAGE, ServerConfig
-from adapter_server.engine import Engine, Worker
+from adapter_server.config import PACKAGE, EngineConfig, ServerConfig
+from adapter_server.engine import Engine, EngineProcess, Worker
 from adapter_server.engine.engine import Op
 from adapter_server.errors import RequestFailed
 from adapter_server.registry import guard
+from adapter_server.registry.store import Store
 from adapter_server.text import Text
 
 START_S = 60.0
@@ -40,14 +43,14 @@ class Client:
         self._process, self._http = process, http
 
     def drive(self, asks: Sequence[Ask], new: int) -> Run:
-        """As `drive.drive`; a row's time per token stands for its steps."""
+        """As `drive.drive`; a row's time per token, while all are under way, stands for its steps."""
         start = time.perf_counter()
         self._send([Arrival(0.0, ask, new) for ask in asks])
         replies = self._read()
         return Run(
             answers=[tuple(reply.ids) for reply in replies],
             first_s=[reply.ttft_s for reply in replies],
-            steps=[statistics.median(reply.per_token_s for reply in replies)],
+            steps=per_token_s(replies),
             total_s=time.perf_counter() - start,
         )
 
@@ -113,22 +116,33 @@ def _client(url: str) -> Iterator[Client]:
             process.kill()
 
 
-def serve(engine: Engine, workload: Workload, work: Callable[[Client], Result]) -> Result:
-    """Do some work against a server over this engine, which is closed with it."""
+Behind = tuple[Connect, Info, Store]  # what a server stands before
+
+
+def within(engine: Engine) -> Behind:
+    """An engine on a thread of this process, which is closed with the server."""
+    return partial(Worker, engine), engine.info, engine.pool.store
+
+
+def apart(workload: Workload, setting: Setting, **limits: Any) -> Behind:
+    """An engine in a process of its own, which ends with the server."""
+    store = Store(workload.adapters, settle_s=0)
+    process = EngineProcess(partial(engine_of, workload, setting, limits), EngineConfig(**limits), store)
+    store.judge = process.judge
+    return process.connect, process.ready().info, store
+
+
+def serve(behind: Behind, workload: Workload, work: Callable[[Client], Result]) -> Result:
+    """Do some work against a server over this engine."""
     configure_logs("error")
-    return asyncio.run(_serve(engine, workload, work))
+    return asyncio.run(_serve(behind, workload, work))
 
 
-async def _serve(engine: Engine, workload: Workload, work: Callable[[Client], Result]) -> Result:
+async def _serve(behind: Behind, workload: Workload, work: Callable[[Client], Result]) -> Result:
     address: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-    server = Server(
-        lambda deliver: Worker(engine, deliver),
-        engine.pool.store,
-        Text(workload.model),
-        engine.info,
-        ServerConfig(port=0, adapters=str(workload.adapters)),
-        address.set_result,
-    )
+    connect, info, store = behind
+    config = ServerConfig(port=0, adapters=str(workload.adapters))
+    server = Server(connect, store, Text(workload.model), info, config, address.set_result)
     running = asyncio.create_task(server.serve())
     try:
         with _client(await asyncio.wait_for(address, START_S)) as client:

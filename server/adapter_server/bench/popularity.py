@@ -4,7 +4,8 @@
     uniform     16 adapters, two rows each    skewed   16 adapters, the k-th with probability ∝ k^−1.5
 
 tokens/s are end to end, prompts included. Over HTTP it also says what HTTP, events and metrics take of a step: the
-base alone, 64 streams, by an engine in this process and by a server, in turn.
+base alone, 64 streams, by an engine in this process and by a server, in turn. Behind the server the engine may have a
+process of its own (`--engine-process`), as `serve` gives it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from adapter_server.bench.command import (
     DeviceFlag,
     HttpFlag,
     OutFlag,
+    ProcessFlag,
     ProfileFlag,
     QuickFlag,
     RoundsFlag,
@@ -31,9 +33,10 @@ from adapter_server.bench.command import (
     finish,
     model,
 )
-from adapter_server.bench.drive import Ask, drive
-from adapter_server.bench.http import Client, serve
+from adapter_server.bench.drive import Ask, Run, drive
+from adapter_server.bench.http import Client, apart, serve, within
 from adapter_server.bench.workloads import Popularity, Workload, choose, many_loras, prompts
+from adapter_server.engine.process import is_apart
 
 LAWS: tuple[Popularity, ...] = ("identical", "distinct", "uniform", "skewed")
 BASE = "base"
@@ -52,6 +55,7 @@ class Plan:
     rounds: int = 3
     streams: int = 64  # over HTTP, of the base alone
     http: bool = False
+    apart: bool = False  # there, the engine in a process of its own
 
 
 QUICK: dict[str, Any] = {"rows": 4, "adapters": 2, "rank": 4, "prompt": 8, "new": 4, "rounds": 1, "streams": 4}
@@ -118,21 +122,32 @@ def added_aim_ms(adapter_bytes: int, bandwidth: float) -> float:
 
 
 def http_share(workload: Workload, plan: Plan, bench: Bench) -> dict[str, Any]:
-    """Of a step over HTTP, what the engine does not spend: two engines, one of them behind a server, in turn."""
+    """Of a step over HTTP, what the engine does not spend: two engines, one of them behind a server, in turn.
+
+    A step lasts as long as it does on average, while all streams run.
+    """
     asks = [Ask(prompt) for prompt in prompts(plan.streams, 8, workload.shape.vocab)]
     limits = {"max_model_len": 8 + plan.new, "max_rows": plan.streams}
-    with bench.opened(workload, **limits) as inside, bench.opened(workload, **limits) as behind:
+    with bench.opened(workload, **limits) as inside:
 
         def rounds(client: Client) -> list[tuple[float, float]]:
             pairs = [
-                (drive(inside, asks, plan.new).ms_per_token, client.drive(asks, plan.new).ms_per_token)
+                (_mean_ms(drive(inside, asks, plan.new)), _mean_ms(client.drive(asks, plan.new)))
                 for _ in range(plan.rounds + 1)
             ]
             return pairs[1:]
 
-        pairs = serve(behind, workload, rounds)
+        if plan.apart:
+            pairs = serve(apart(workload, bench.setting, **limits), workload, rounds)
+        else:
+            with bench.opened(workload, **limits) as behind:
+                pairs = serve(within(behind), workload, rounds)
     shares = [1 - alone / over for alone, over in pairs]
-    return {"streams": plan.streams, "share": statistics.median(shares), "rounds": pairs}
+    return {"streams": plan.streams, "apart": plan.apart, "share": statistics.median(shares), "rounds": pairs}
+
+
+def _mean_ms(run: Run) -> float:
+    return 1e3 * statistics.fmean(run.steps)
 
 
 def tables(result: Mapping[str, Any]) -> list[Table]:
@@ -169,13 +184,15 @@ def popularity(
     rounds: RoundsFlag = 3,
     quick: QuickFlag = False,
     http: HttpFlag = False,
+    engine_process: ProcessFlag = "auto",
     device: DeviceFlag = "cpu",
     profile: ProfileFlag = None,
     out: OutFlag = None,
 ) -> None:
     """32 rows that share adapters or each have their own, beside the base alone."""
     bench = begin(device, profile, quick)
-    plan = Plan(**QUICK, http=http) if quick else Plan(rounds=rounds, http=http)
+    layout = {"http": http, "apart": is_apart(engine_process, device)}
+    plan = Plan(**QUICK, **layout) if quick else Plan(rounds=rounds, **layout)
     with many_loras(size, plan.rows, plan.rank, device=bench.setting.device) as workload:
         result = measure(workload, plan, bench)
     finish(result, tables(result), draw, out, bench)

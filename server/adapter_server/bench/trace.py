@@ -36,7 +36,7 @@ from adapter_server.bench.command import (
     model,
 )
 from adapter_server.bench.drive import Ask, Checker
-from adapter_server.bench.http import serve
+from adapter_server.bench.http import serve, within
 from adapter_server.bench.play import Arrival, Stage, check, figures, learn, live, medians
 from adapter_server.bench.workloads import ATTENTION, Trace, Workload, calls, link, many_loras, prompts
 from adapter_server.engine import Engine
@@ -219,7 +219,7 @@ def _by_http(
                 checker.differing += own.differing
                 return found
 
-            return serve(engine, workload, work)
+            return serve(within(engine), workload, work)
 
     return play
 

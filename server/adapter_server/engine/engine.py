@@ -80,15 +80,15 @@ def build(model: str | Path, config: EngineConfig, store: Store, name: str | Non
     Raises BaseNotSupported, PlugInBroken.
     """
     known()  # a broken plug-in is told of before minutes of loading
-    device = torch.device(_device(config.device))
+    device = device_of(config.device)
     name = name or (Path(model).resolve().name if Path(model).exists() else str(model))
     return Engine(load(model, config.dtype, device, config.quantize), config, store, name, tokenizer=model)
 
 
-def _device(wanted: str) -> str:
-    if wanted != "auto":
-        return wanted
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def device_of(wanted: str) -> torch.device:
+    """auto: CUDA where there is one."""
+    chosen = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(chosen if wanted == "auto" else wanted)
 
 
 class Engine:

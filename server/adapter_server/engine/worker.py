@@ -1,14 +1,20 @@
-"""The thread that owns the engine. Messages go in, batches of events come out, one batch a step."""
+"""The thread that owns the engine. Messages go in, batches of events come out, one batch a step.
+
+Worker   the thread      Room   what may wait, by the settings      Pace   tokens a second
+"""
 
 from __future__ import annotations
 
+import logging
 import queue
 import sys
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import dataclass
 
+from adapter_server.config import EngineConfig
 from adapter_server.core import Event, Finished, FinishReason, Request, Spec, Stats
 from adapter_server.engine.engine import Engine, Op
 from adapter_server.errors import AdapterServerError, QueueFull, Unavailable
@@ -18,6 +24,24 @@ LONGEST_WAIT_S = 60.0  # that a refused caller is told to wait
 HALF_LIFE_S = 30.0  # of what is known about the pace
 SWITCH_S = 0.0005  # after which another thread that wants the interpreter gets it: a step asks for it hundreds of times
 STATS_S = 0.05  # how old the picture of a busy engine may be
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What waits for a place: requests, the tokens that they may take, and the seconds that one takes now."""
+
+    requests: int = 0
+    tokens: int = 0
+    pace_s: float = 0.0
+
+    def check(self, request: Request, config: EngineConfig) -> None:
+        """Whether one more may wait: raises QueueFull. An empty queue takes a request of any size."""
+        many = self.requests >= config.max_waiting
+        if many or (self.requests and self.tokens + request.cost > config.max_waiting_tokens):
+            what = f"{self.requests} requests" if many else f"requests of {self.tokens:,} tokens"
+            wait = min(LONGEST_WAIT_S, max(1.0, self.pace_s * self.tokens))
+            raise QueueFull(f"{what} are waiting, which is the limit; retry later", retry_after=wait)
 
 
 class Worker:
@@ -47,33 +71,33 @@ class Worker:
 
     def stop(self, drain_s: float = 0.0) -> None:
         """Take nothing new, let rows run for at most `drain_s` seconds, cancel the rest, end the thread."""
-        self._stop_at = time.monotonic() + drain_s
-        self._inbox.put(list)
+        self.leave(drain_s)
         if self._thread.is_alive():
             self._thread.join()
         self.engine.close()
+
+    def leave(self, drain_s: float = 0.0) -> None:
+        """The same, without waiting for the end."""
+        self._stop_at = time.monotonic() + drain_s
+        self._inbox.put(list)
 
     def submit(self, request: Request) -> None:
         """Queue a request. Raises QueueFull or Unavailable at once; other refusals come as `Finished`."""
         if self._stop_at is not None or not self.alive:
             raise Unavailable("the server is going down; try another or later", retry_after=5)
         with self._lock:
-            self._check_room(request)
+            self.room().check(request, self.engine.config)
             self._queued += 1
             self._open[request.id] = request
             self._cost += request.cost
         self._inbox.put(lambda: self._submit(request))
 
-    def _check_room(self, request: Request) -> None:
-        """Whether it may wait. An empty queue takes a request of any size."""
-        config, scheduler = self.engine.config, self.engine.scheduler
+    def room(self) -> Room:
+        """What waits at this moment."""
+        scheduler = self.engine.scheduler
         waiting = self._queued + len(scheduler.waiting) + len(self.engine.forming)
         tokens = self._cost - sum(row.request.cost for row in tuple(scheduler.running))
-        many = waiting >= config.max_waiting
-        if many or (waiting and tokens + request.cost > config.max_waiting_tokens):
-            what = f"{waiting} requests" if many else f"requests of {tokens:,} tokens"
-            wait = min(LONGEST_WAIT_S, max(1.0, self._pace.seconds(tokens)))
-            raise QueueFull(f"{what} are waiting, which is the limit; retry later", retry_after=wait)
+        return Room(waiting, tokens, self._pace.seconds(1))
 
     def _submit(self, request: Request) -> list[Event]:
         with self._lock:
@@ -163,6 +187,7 @@ class Worker:
     def _send(self, events: list[Event]) -> None:
         ended = [event for event in events if isinstance(event, Finished)]
         if ended:
+            _explain(ended)
             self._pace.add(sum(self._closed(end) for end in ended), time.monotonic())
         if events:
             self.deliver(events)
@@ -173,6 +198,14 @@ class Worker:
             request = self._open.pop(end.request_id, None)
             self._cost -= request.cost if request else 0
         return len(request.prompt) + end.completion_tokens if request and end.completion_tokens else 0
+
+
+def _explain(ended: list[Finished]) -> None:
+    """What made requests fail inside goes to the log, once a step: an error's message is for callers."""
+    causes = {id(end.error.__cause__): end.error.__cause__ for end in ended if end.error is not None}
+    for cause in causes.values():
+        if cause is not None and not isinstance(cause, AdapterServerError):
+            log.error("a request failed inside", exc_info=cause)
 
 
 class Pace:

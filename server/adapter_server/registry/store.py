@@ -96,6 +96,14 @@ class Held:
 Judge = Callable[[Spec, Blob], None]  # refuses what does not fit the base; set by whoever has one
 
 
+class Fault(NamedTuple):
+    """What a reader found of a version: why its files are refused, or None where they are gone."""
+
+    name: str
+    version: str
+    reason: str | None
+
+
 @dataclass(slots=True, eq=False)
 class _State:
     """A folder as one signature showed it. Everything but the signature is found out when it is needed."""
@@ -129,6 +137,7 @@ class Store:
         self.settle_s = settle_s
         self.max_bytes = max_bytes
         self.judge: Judge = lambda spec, blob: None
+        self.on_fault: Callable[[Fault], None] = self.take  # where a reader tells what it found
         self.base = guard.Base()  # what adapters should name as theirs; set by whoever has one
         self.strict_base = False  # whether one that names another is refused, or served with a warning
         self._reserved = tuple(reserved)
@@ -271,11 +280,7 @@ class Store:
         return self._gone(spec)
 
     def _gone(self, spec: Spec) -> VersionGone:
-        """Whoever reads a version does not hold it: one that is gone from the disk is answered no more."""
-        with self._lock:
-            folder = self._folders.get(spec.name)
-            if folder and folder.served and folder.served.digest.startswith(spec.version):
-                folder.served = None
+        self.on_fault(Fault(*spec.key, None))
         message = f"adapter {spec.name}@{spec.version} is no longer on disk, it was replaced or removed: ask again"
         return VersionGone(message, param="adapter")
 
@@ -284,16 +289,26 @@ class Store:
             header = guard.parse_header(weights, max_bytes=self.max_bytes)
             guard.check_finite(weights, header)
         except AdapterRefused as refused:
-            self._remember(spec, refused.message)
+            self.on_fault(Fault(*spec.key, refused.message))
             raise _refusal(spec.name, refused.message) from refused
         return Blob(weights, header)
 
-    def _remember(self, spec: Spec, reason: str) -> None:
-        """The next request for these same files is refused without reading them again."""
+    def take(self, fault: Fault) -> None:
+        """The next request for these same files is refused without reading them again.
+
+        Whoever reads a version does not hold it: one that is gone from the disk is answered no more.
+        """
         with self._lock:
-            folder = self._folders.get(spec.name)
-            if folder and folder.state.digest.startswith(spec.version):
-                folder.state.reason = reason
+            folder = self._folders.get(fault.name)
+            if folder is None:
+                return
+            state = folder.served if fault.reason is None else folder.state
+            if state is None or not state.digest.startswith(fault.version):
+                return
+            if fault.reason is None:
+                folder.served = None
+            else:
+                state.reason = fault.reason
 
     # Looking at the disk
 
