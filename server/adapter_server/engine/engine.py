@@ -505,9 +505,7 @@ class Engine:
         """One forward; the slices in packed order, and the logits of those that sample."""
         with part("route"):
             slices, routing = self._routed(slices)
-        with part("forward"):
-            logits = self._captured(slices, routing)
-        if logits is not None:
+        if (logits := self._captured(slices, routing)) is not None:
             return slices, logits if len(logits) else None
         chunks: list[Chunk] = []
         ids: list[int] = []
@@ -539,10 +537,11 @@ class Engine:
         """The logits of the rows that sample, by a captured step; None where none holds this."""
         if self.graphs is None or self.prompts is None:
             return None
-        if self.graphs.fit(slices, routing):
-            flight = self.graphs.launch(slices, routing)
-            return None if flight is None else flight.logits[: len(slices)]
-        return self.prompts.launch(slices, routing) if self.prompts.fit(slices, routing) else None
+        with part("forward"):
+            if self.graphs.fit(slices, routing):
+                flight = self.graphs.launch(slices, routing)
+                return None if flight is None else flight.logits[: len(slices)]
+            return self.prompts.launch(slices, routing) if self.prompts.fit(slices, routing) else None
 
     def _routed(self, slices: list[Slice]) -> tuple[list[Slice], Routing]:
         """The slices adapter by adapter, and their routing: an earlier step's, while the same rows do the same."""
