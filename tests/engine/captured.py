@@ -52,7 +52,9 @@ def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def served(names: tuple[str, ...] = (), **settings: object) -> Engine:
-    return rig.engine("llama", names, kv_layout="pages", page_tokens=4, fuse=False, **settings)
+    return rig.engine(
+        "llama", names, **{"kv_layout": "pages", "page_tokens": 4, "fuse": False, "max_rows": 8, **settings}
+    )
 
 
 def ask(engine: Engine, name: str | None, i: int = 0, new: int = rig.NEW, **sampling: object) -> Request:
