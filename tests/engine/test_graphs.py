@@ -5,9 +5,13 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import logging
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +24,7 @@ import zoo
 from adapter_server.engine import Engine, capture
 from adapter_server.engine.capture import Captures, bucket
 from adapter_server.engine.graphs import Graphs
+from adapter_server.engine.routing import Step
 from captured import as_on_cuda, ask, right, served  # noqa: F401 - a fixture
 
 pytestmark = pytest.mark.usefixtures("as_on_cuda")
@@ -176,6 +181,37 @@ def test_a_step_that_fails_ends_its_rows_and_no_other(monkeypatch: pytest.Monkey
     [answer] = rig.run(engine, [ask(engine, None)])
     assert answer.ids == right(None)
     assert engine.kv.used == 0
+    engine.close()
+
+
+def _last(runs: list[Any]) -> None:
+    runs[-1]()
+
+
+def test_a_captured_step_holds_what_its_launches_know_by_address_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CUDA graph keeps no tensor alive: the memory of the small products, and the table, must outlive the capture."""
+    recorded = Captures._recorded
+
+    def as_a_graph(self: Captures[Any], step: Step, key: object) -> tuple[object, Tensor]:
+        seen.extend(weakref.ref(small.tiles.scratch) for plan in step.routing.plans.values() for small in plan.small)
+        run, logits = recorded(self, step, key)
+        runs.append(run)
+        return functools.partial(_last, runs), logits
+
+    seen: list[weakref.ref[Tensor]] = []
+    runs: list[Any] = []
+    monkeypatch.setattr(Captures, "_recorded", as_a_graph)
+    engine = served(("lora",))
+    rig.run(engine, [ask(engine, "lora", 0, 3)])
+    runs.clear()
+    gc.collect()
+    assert seen
+    assert all(ref() is not None for ref in seen)
+    assert all(
+        known.table is engine.model.lowrank.table.rows
+        for known in captured(engine).captured.values()
+        if known.table is not None
+    )
     engine.close()
 
 

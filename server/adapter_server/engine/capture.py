@@ -53,6 +53,7 @@ class Sheet:
         }
         self.arrays = {name: view.numpy() for name, view in self.views.items()} if device.type == "cpu" else {}
         self.leases: list[tuple[Lease, int] | None] = [None] * fields["table"][1][0]  # whose pages the table's rows are
+        self.sent: torch.cuda.Event | None = None  # when the device has what was written
 
     def __getitem__(self, name: str) -> Tensor:
         return self.views[name]
@@ -105,11 +106,16 @@ K = TypeVar("K", bound=Key)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Captured:
-    """A step that can be run again. `logits` [rows, vocab] are its own until the next one runs."""
+    """A step that can be run again. `logits` [rows, vocab] are its own until the next one runs.
+
+    It holds all that the recorded launches know by address alone: `step`, with the memory of its small products, and
+    `table`, the adapters' addresses.
+    """
 
     run: Callable[[], None]
     logits: Tensor
-    table: Tensor | None  # the adapters' addresses that it reads
+    step: Step
+    table: Tensor | None
 
 
 class Captures(ABC, Generic[K]):
@@ -167,8 +173,19 @@ class Captures(ABC, Generic[K]):
         return LowRankKey(listed.width, self.scaled, self.groups)
 
     def next_host(self) -> Sheet:
+        """The sheet to write to: the one that was sent longer ago, once it has arrived."""
         self.turn ^= 1
-        return self.hosts[self.turn]
+        host = self.hosts[self.turn]
+        if host.sent is not None:
+            host.sent.synchronize()
+        return host
+
+    def send(self, host: Sheet) -> None:
+        """What was written to the device, without waiting."""
+        self.sheet.bytes.copy_(host.bytes, non_blocking=True)
+        if self.locked:
+            host.sent = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            host.sent.record()
 
     def find(self, key: K, may_capture: bool) -> Captured | None:
         """The graph for a key; None where there is none and none may be captured, or where that does not work: then
@@ -200,7 +217,7 @@ class Captures(ABC, Generic[K]):
         self.sheet.bytes.copy_(self.hosts[0].bytes)
         form, step = self.model.lowrank, self.step(key)
         table = form.table.rows if isinstance(form, Grouped) and key.low_rank is not None else None
-        self.captured[key] = captured = Captured(*self._recorded(step, key), table)
+        self.captured[key] = captured = Captured(*self._recorded(step, key), step, table)
         return captured
 
     def _recorded(self, step: Step, key: K) -> tuple[Callable[[], None], Tensor]:

@@ -103,7 +103,7 @@ class Graphs(Captures[GraphKey]):
         if listed is not None:
             host.write_pairs(listed.tokens, listed.weights)
             host.write_tiles(0, key.tiles, listed.places)
-        self.sheet.bytes.copy_(host.bytes, non_blocking=True)
+        self.send(host)
         known.run()
         return self._flight(slices, known)
 

@@ -91,7 +91,7 @@ class Prompts(Captures[PromptKey]):
             host.write_pairs(listed.tokens, listed.weights)
             host.write_tiles(0, key.many, many)
             host.write_tiles(key.many, key.many + key.few, few)
-        self.sheet.bytes.copy_(host.bytes, non_blocking=True)
+        self.send(host)
         known.run()
         return known.logits[: sum(s.last for s in slices)]
 
