@@ -290,7 +290,8 @@ class Engine:
         with part("events"):
             going = [(s, c) for s, c in zip(flight.slices, chosen, strict=True) if s.row.lease is not None]
             events = self._advance([s for s, _ in going], [c for _, c in going])
-        self.auto.ran(flight.slices, now - before)
+        if going:  # else the engine may have been idle since
+            self.auto.ran(flight.slices, now - before)
         return events
 
     def _following(self, flight: Flight) -> Flight | None:
