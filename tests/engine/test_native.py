@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import pytest
 import torch
 
@@ -41,3 +43,25 @@ def test_what_has_no_faster_form_stays_as_it_is() -> None:
     rows, half = Rows(torch.tensor([1]), torch.randn(1, IN), OUT), few(5).to(torch.device("cpu"), torch.bfloat16)
     assert native.laid(rows) is rows
     assert native.laid(half) is half
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize(("out", "inp"), [(8, 64), (10, 37), (3, 5), (513, 300)])
+def test_products_with_few_rows(out: int, inp: int, tokens: int) -> None:
+    """Rows of the weight and columns that fill no tile; a row's numbers are its own whoever stands beside it."""
+    x, weight, bias = torch.randn(tokens, inp), torch.randn(out, inp), torch.randn(out)
+    few = native.NativeFew(kernel(), most=4)
+    y = few(x, weight, bias)
+    if tokens > 4:
+        assert y is None
+        return
+    assert y is not None
+    assert torch.allclose(y, x @ weight.T + bias, atol=1e-4)
+    assert torch.allclose(few(x[:1], weight, None), x[:1] @ weight.T, atol=1e-4)  # type: ignore[arg-type]
+
+
+def kernel() -> ctypes.CDLL:
+    found = native.library()
+    if found is None:
+        pytest.skip("no C compiler")
+    return found

@@ -1,15 +1,17 @@
-"""Products with few rows: by the kernel or by the library, as timed at start over the base's own weights.
+"""Products with few rows: by a kernel or by the library, as timed at start over the base's own weights.
 
-    rows 1 … 4 | 5 … 16 | 17 … 32 | more        timed at 1, 8 and 32; beyond, the library always
+    CUDA    rows 1 … 4 | 5 … 16 | 17 … 32        Triton's, timed at 1, 8 and 32, as graphs, so that no launch counts
+    CPU     rows 1 | 2                           C's, for weights of LEAST_BYTES at least
 
-Weights of one shape run in turn, so that a cache does not hold them, as graphs, so that no launch is timed.
+Beyond, the library always. Weights of one shape run in turn, so that a cache does not hold them.
 """
 
 from __future__ import annotations
 
 import logging
+import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -18,10 +20,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from adapter_server.engine import native
 from adapter_server.engine.placed import Product
 from adapter_server.engine.proofs import TOLERANCE
 
 if TYPE_CHECKING:
+    import ctypes
+
     from adapter_server.engine.kernels import Tiling
 
 log = logging.getLogger(__name__)
@@ -29,6 +34,8 @@ log = logging.getLogger(__name__)
 TIMED = {4: 1, 16: 8, 32: 32}  # up to so many rows: the rows that are timed
 WORTH = 0.97  # of the library's time: below that the kernel is taken
 ROUNDS, MOST_WEIGHTS = 5, 16
+NATIVE = (1, 2)  # rows: the most for which C's may run
+LEAST_BYTES = 1 << 20  # of a weight: below, nothing waits for memory
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,12 +54,43 @@ class FewRows:
         return y
 
 
-def choose(kernels: ModuleType, products: Sequence[Product]) -> None:
-    """Give each product the faster form for its shape."""
+def choose_native(kernel: ctypes.CDLL, products: Sequence[Product]) -> None:
+    """The same on the CPU in float32."""
+    large = [p for p in products if p.weight.nbytes >= LEAST_BYTES and p.weight.dtype == torch.float32]
+    for shape, some in _alike([p for p in large if p.weight.is_contiguous()]):
+        for most in NATIVE:
+            few = native.NativeFew(kernel, most)
+            x = torch.randn(most, shape[1])
+            ours = _cpu_seconds(lambda p, x=x, few=few: few(x, p.weight, p.bias), some)  # type: ignore[misc]
+            if ours > WORTH * _cpu_seconds(lambda p, x=x: p(x), some):  # type: ignore[misc]
+                break
+            for product in some:
+                product.few = few
+
+
+@torch.inference_mode()
+def _cpu_seconds(run: Callable[[Product], object], products: Sequence[Product]) -> float:
+    """Of the fastest of some rounds over some products."""
+    times = []
+    for _ in range(ROUNDS):
+        start = time.perf_counter()
+        for product in products[:MOST_WEIGHTS]:
+            run(product)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _alike(products: Sequence[Product]) -> Iterable[tuple[torch.Size, list[Product]]]:
+    """By shape and dtype."""
     alike: dict[tuple[torch.Size, torch.dtype], list[Product]] = defaultdict(list)
     for product in products:
         alike[product.weight.shape, product.weight.dtype].append(product)
-    for (shape, _), some in alike.items():
+    return ((shape, some) for (shape, _), some in alike.items())
+
+
+def choose(kernels: ModuleType, products: Sequence[Product]) -> None:
+    """Give each product the faster form for its shape."""
+    for shape, some in _alike(products):
         weights = [product.weight for product in some[:MOST_WEIGHTS]]
         tilings = {limit: _fastest(kernels, weights, rows) for limit, rows in TIMED.items()}
         if any(tilings.values()):

@@ -1,4 +1,4 @@
-/* What adapters add on the CPU: low ranks, and sparse products at the end.
+/* What adapters add on the CPU: low ranks, and sparse products; at the end, the base's products with few rows.
  *
  * The low-rank products of a step's segments at one site group, in one call, float32:
  *
@@ -167,5 +167,25 @@ void sparse_times(float *y, i64 rows, const float *x, i64 in, i64 tokens, const 
                 sum += values[k] * *(const vector *)(lanes + columns[k] * (i64)LANES);
             for (i64 t = 0; t < count; t++) y[(from + t) * rows + i] = sum[t];
         }
+    }
+}
+
+/* A product with few rows: y[t, i] = w[i] · x[t] + bias[i]. No more than one read of w [out, in] for TILE tokens. */
+void few_rows(float *y, const float *x, i64 in, const float *w, const float *bias, i64 out, i64 tokens, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (i64 r = 0; r < out; r += TILE) {
+        const i64 rows = least(TILE, out - r);
+        i64 c = 0;
+        if (rows == TILE)
+            for (; c + TILE <= tokens; c += TILE) dots(w + r * in, x + c * in, in, y + c * out + r, out, TILE, TILE);
+        for (; c < tokens; c++) {
+            if (rows == TILE)
+                dots(w + r * in, x + c * in, in, y + c * out + r, out, TILE, 1);
+            else
+                for (i64 i = 0; i < rows; i++) dots(w + (r + i) * in, x + c * in, in, y + c * out + r + i, out, 1, 1);
+        }
+        if (bias)
+            for (c = 0; c < tokens; c++)
+                for (i64 i = 0; i < rows; i++) y[c * out + r + i] += bias[r + i];
     }
 }

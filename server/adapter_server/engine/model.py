@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import is_bitsandbytes_available
 
-from adapter_server.engine import few, forms
+from adapter_server.engine import few, forms, native
 from adapter_server.engine.attention import NAME, Probe, set_probe
 from adapter_server.engine.fused import fuse
 from adapter_server.engine.int8 import hold_in_int8
@@ -111,16 +111,21 @@ class Model:
         self.stable_rope = not _rope_by_row(self._modules)
         self.rope_border = _rope_border(module.config.get_text_config())
         self.loading = _stream(self.device)
+        self._choose_few(kernels and fuse)
         self.fused = self._fused(kernels and fuse)
 
     def _fused(self, wanted: bool) -> Sequence[str]:
-        """What runs in fewer launches; products with few rows get the form that is faster here."""
+        """What runs in fewer launches."""
         found = forms.kernels() if wanted and forms.usable(self.device) else None
-        if found is None:
-            return ()
-        if self.device.type == "cuda":
-            few.choose(found, [group.base for group in self.groups if isinstance(group.base, Product)])
-        return fuse(found, self.module, self._group_of, self.seen, self.dtype)
+        return () if found is None else fuse(found, self.module, self._group_of, self.seen, self.dtype)
+
+    def _choose_few(self, wanted: bool) -> None:
+        """Products with few rows get the form that is faster here."""
+        products = [group.base for group in self.groups if isinstance(group.base, Product)]
+        if self.device.type == "cuda" and wanted and (found := forms.kernels()) is not None:
+            few.choose(found, products)
+        elif self.device.type == "cpu" and (library := native.library()) is not None:
+            few.choose_native(library, products)
 
     @property
     def _dtypes(self) -> Dtypes:

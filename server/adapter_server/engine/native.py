@@ -1,5 +1,5 @@
 """The low-rank products of a group's segments in one call of C, where a C compiler is at hand; None elsewhere. And the
-sparse ones, an adapter's at one Linear each.
+sparse ones, an adapter's at one Linear each, and the base's own with few rows.
 
 `lowrank.c` is built once per machine into the user's cache and linked to the OpenMP that torch itself runs on, so that
 both share one set of threads. The references, and what runs without it, are `lowrank.Banked` and `deltas.Sparse`.
@@ -65,7 +65,8 @@ def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
         *(pointer, number, pointer, number, number, pointer, pointer, pointer, pointer),
         ctypes.c_int,
     )
-    found.lowrank_add.restype = found.sparse_times.restype = None
+    found.few_rows.argtypes = (pointer, pointer, number, pointer, pointer, number, number, ctypes.c_int)
+    found.lowrank_add.restype = found.sparse_times.restype = found.few_rows.restype = None
     return found
 
 
@@ -178,6 +179,25 @@ class NativeSparse(Sparse):
             *(t.data_ptr() for t in (self.starts, self.columns, self.values, scratch)),
             threads,
         )
+        return y
+
+
+@dataclass(frozen=True, eq=False)
+class NativeFew:
+    """What a `Product` asks first: the kernel, for at most so many rows."""
+
+    kernel: ctypes.CDLL
+    most: int
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        """x [T, in] → x · Wᵀ + b [T, out]; None where rows are too many."""
+        if len(x) > self.most:
+            return None
+        x, (out, inp) = x.contiguous(), weight.shape
+        y = torch.empty(len(x), out)
+        threads = 1 if len(x) * weight.numel() < SERIAL else torch.get_num_threads()
+        after = (0 if bias is None else bias.data_ptr(), out, len(x), threads)
+        self.kernel.few_rows(y.data_ptr(), x.data_ptr(), inp, weight.data_ptr(), *after)
         return y
 
 
