@@ -65,3 +65,30 @@ def test_no_kernel_is_left_out_on_this_device(device: torch.device, caplog: pyte
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             engine("gemma2", (), device, dtype).close()
     assert not [record.getMessage() for record in caplog.records]
+
+
+LOW_RANK = ("lora", "rslora", "velora", "dora")  # what a captured step holds
+
+
+def test_captured_steps_are_those_launched_one_by_one(device: torch.device) -> None:
+    """Graphs, fused modules and kernels on and off, every mix of them in float32: the same tokens as PEFT alone."""
+    asked = [(name, prompt) for name in (None, *LOW_RANK) for prompt in rig.PROMPTS[:3]]
+    for graphs, fuse in ((True, True), (True, False), (False, True), (False, False)):
+        served = engine("llama", LOW_RANK, device, torch.float32, graphs=graphs, fuse=fuse)
+        requests = [rig.ask(served, name, prompt, logprobs=0) for name, prompt in asked]
+        for (name, prompt), answer in zip(asked, rig.run(served, requests, timeout_s=120), strict=True):
+            assert tuple(answer.ids) == rig.peft_alone("llama", name, prompt)[0], (name, graphs, fuse)
+        assert (served.graphs is not None and bool(served.graphs.captured)) == graphs
+        assert bool(served.model.fused) == fuse
+        served.close()
+
+
+def test_adapters_that_come_and_go_leave_captured_steps_right(device: torch.device) -> None:
+    """Memory that a graph knows by address alone is not given to others: loads between steps would overwrite it."""
+    served = engine("llama", LOW_RANK, device, torch.float32, adapter_bytes=1 << 18, host_bytes=0)
+    for turn in range(40):
+        name = LOW_RANK[turn % len(LOW_RANK)]
+        torch.full((1 << 16,), torch.nan, device=device)  # what was freed is somebody else's now
+        [answer] = rig.run(served, [rig.ask(served, name, rig.PROMPTS[0], logprobs=0)], timeout_s=60)
+        assert tuple(answer.ids) == rig.peft_alone("llama", name, rig.PROMPTS[0])[0], (turn, name)
+    served.close()
