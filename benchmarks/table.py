@@ -64,9 +64,10 @@ def rivals(sizes: Mapping[str, Result]) -> str:
     rows = [["tokens/s", *(_model(result) for result in results)]]
     rows += [[label, *(_speed(result, label) for result in results)] for label in labels]
     work = results[0]["workload"]
+    new = " and ".join(dict.fromkeys(f"{result['workload']['new']}" for result in results))
     about = (
         f"{work['rows']} rows, {work['adapters']} LoRA adapters r={work['rank']} on all linears ({work['rows']} where "
-        f"they are distinct), prompt {work['prompt']}, {work['new']} new tokens, {work['dtype']}; in brackets: how "
+        f"they are distinct), prompt {work['prompt']}, {new} new tokens, {work['dtype']}; in brackets: how "
         "many times faster `ours, uniform` is. " + " ".join(dict.fromkeys(_source(result) for result in results))
     )
     return f"{about}\n\n{_markdown(rows)}"
