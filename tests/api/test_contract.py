@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from schemathesis.checks import CHECKS, load_all_checks, not_a_server_error
 from schemathesis.generation import GenerationMode
+from schemathesis.specs.openapi import schemas  # noqa: F401 - before there is a thread that could parse beside it
 
 import live
 from adapter_server.api.app import create_app

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import queue
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -22,7 +21,6 @@ from adapter_server.errors import AdapterServerError, QueueFull, Unavailable
 IDLE_S = 0.05  # how long an idle loop sleeps when nothing wakes it; deadlines are seen this late at most
 LONGEST_WAIT_S = 60.0  # that a refused caller is told to wait
 HALF_LIFE_S = 30.0  # of what is known about the pace
-SWITCH_S = 0.0005  # after which another thread that wants the interpreter gets it: a step asks for it hundreds of times
 STATS_S = 0.05  # how old the picture of a busy engine may be
 log = logging.getLogger(__name__)
 
@@ -62,7 +60,6 @@ class Worker:
         engine.on_wake(lambda: self._inbox.put(list))
 
     def start(self) -> None:
-        sys.setswitchinterval(SWITCH_S)
         self._thread.start()
 
     @property
