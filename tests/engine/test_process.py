@@ -76,7 +76,10 @@ def _child_finds_the_tests() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[EngineProcess, Mail]]:
+    level = logging.getLogger().level  # the child takes it over, whatever another test has made of it
+    logging.getLogger().setLevel(logging.WARNING)
     made, mail = begun(tmp_path_factory.mktemp("adapters"), step_s=0.002)
+    logging.getLogger().setLevel(level)
     yield made, mail
     made.stop()
     assert not made.alive
