@@ -45,12 +45,15 @@ class Reply:
         return [after - before for before, after in zip(self.times, self.times[1:], strict=False)]
 
 
+TICK_S = 1e-6  # tokens that were read at once came no further apart than a clock shows
+
+
 def per_token_s(replies: Sequence[Reply]) -> list[float]:
     """Of each reply the seconds between two tokens, on average, while all of them were under way; all, if never."""
     first, last = max(reply.times[0] for reply in replies), min(reply.times[-1] for reply in replies)
     inside = [[at for at in reply.times if first <= at <= last] for reply in replies]
     kept = inside if all(len(times) > 1 for times in inside) else [reply.times for reply in replies]
-    return [(times[-1] - times[0]) / max(1, len(times) - 1) for times in kept]
+    return [max(TICK_S, (times[-1] - times[0]) / max(1, len(times) - 1)) for times in kept]
 
 
 Due = tuple[float, dict[str, Any]]
