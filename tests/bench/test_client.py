@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from adapter_server.bench.client import Reply, ask, per_token_s
+from adapter_server.bench.client import TICK_S, Reply, ask, per_token_s
 from adapter_server.errors import RequestFailed
 
 HEAD = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
@@ -68,3 +68,4 @@ def test_seconds_per_token_are_of_the_time_that_all_share() -> None:
     late = Reply(0.0, (1, 2, 3, 4), (10.0, 11.0, 12.0, 43.0))
     assert per_token_s([early, late]) == [1.0, 1.0]
     assert per_token_s([Reply(0.0, (1, 2), (0.0, 1.0)), Reply(0.0, (1, 2), (5.0, 7.0))]) == [1.0, 2.0]
+    assert per_token_s([Reply(0.0, (1, 2), (1.0, 1.0))]) == [TICK_S]  # read at once
