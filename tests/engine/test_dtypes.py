@@ -79,6 +79,14 @@ def test_adapters_are_as_near_to_the_truth_as_pefts(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_an_embedding_that_has_a_step_to_itself_stays_in_the_bases_format(dtype: torch.dtype) -> None:
+    served = engine(dtype)
+    [ours] = answers(served, ("lora_embed",))
+    assert (ours - alone("lora_embed", dtype, rig.PROMPTS[0])).abs().max().item() < TOLERANCE[dtype]
+    served.close()
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_adapters_in_the_bases_own_dtype(dtype: torch.dtype) -> None:
     """`--adapter-dtype base`: half the bytes; PEFT with `autocast_adapter_dtype=False` is the judge."""
     names: tuple[str | None, ...] = ("lora", "rslora", "ia3", "fourierft", "c3a", None)

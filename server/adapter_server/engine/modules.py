@@ -33,11 +33,17 @@ class ModuleSite:
         routing = step.routing
         here = [(s, patch) for s in routing.segments if (patch := s.placed.others.get(self.path))]
         if len(here) == 1 and here[0][0].count == routing.tokens and here[0][0].alone:
-            return here[0][1].apply(x, self.module, *more)
+            return self._rounded(here[0][1].apply(x, self.module, *more), x)
         y: Tensor | tuple[Tensor, ...] = self.base(x, *args, **kwargs)
         if not here:
             return y
         return self._routed(x, y, routing) if isinstance(y, tuple) else self._patched(x, y, here, more)
+
+    def _rounded(self, y: Tensor | tuple[Tensor, ...], x: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """In the base's format, which an adapter in more bits leaves: the input's or, where that is ids, the module's."""
+        if isinstance(y, tuple):
+            return y
+        return y.to(x.dtype if x.is_floating_point() else next(self.module.parameters()).dtype)
 
     def _patched(self, x: Tensor, y: Tensor, here: list[tuple[Segment, AnyPatch]], more: tuple[Tensor, ...]) -> Tensor:
         out = y.clone()
