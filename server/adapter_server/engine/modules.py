@@ -40,7 +40,7 @@ class ModuleSite:
         return self._routed(x, y, routing) if isinstance(y, tuple) else self._patched(x, y, here, more)
 
     def _rounded(self, y: Tensor | tuple[Tensor, ...], x: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """In the base's format, which an adapter in more bits leaves: the input's or, where that is ids, the module's."""
+        """In the base's format, which an adapter in more bits leaves: the input's, or of ids the module's own."""
         if isinstance(y, tuple):
             return y
         return y.to(x.dtype if x.is_floating_point() else next(self.module.parameters()).dtype)
