@@ -48,6 +48,17 @@ def test_long_and_short_rows_of_any_adapters_are_one_graph() -> None:
     engine.close()
 
 
+def test_few_rows_have_few_tiles() -> None:
+    """A launch reads as many as its graph says: more than the sheet has would be whatever stands behind them."""
+    engine = served(("lora",), max_rows=2, prefix_cache_bytes=0)
+    check(engine, [("lora", 0), ("lora", 3)])
+    ran = [known for key, known in prompts(engine).captured.items() if key.many and key.few]
+    tiles = [small.tiles for known in ran for plan in known.step.routing.plans.values() for small in plan.small]
+    assert tiles
+    assert all(each.runs[-1].stop == len(each.places) for each in tiles)
+    engine.close()
+
+
 def test_a_prefix_stands_before_the_prompt() -> None:
     engine = served(("prefix",))
     check(engine, [("prefix", 3), (None, 0)])

@@ -106,7 +106,7 @@ class Prompts(Captures[PromptKey]):
             return PromptKey(tokens, whole=whole(routing))
         many, few = (len(places) for places in _parted(listed, self._most_few))
         room = self._tiles_of(tokens)
-        few = bucket(few, FEW_TILES, self.rows)
+        few = min(self.rows, bucket(few, FEW_TILES, self.rows))  # the sheet has no more
         return PromptKey(tokens, room if many else 0, few, self.low_rank(routing, listed))
 
     def _fill(self, host: Sheet, slices: Sequence[Slice], key: PromptKey) -> None:
