@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
 import rig
 from adapter_server.engine import Engine
+from adapter_server.engine.capture import Captures, Sheet
 from adapter_server.engine.prompts import Prompts
 from captured import as_on_cuda, ask, right, served  # noqa: F401 - a fixture
 
@@ -56,6 +59,36 @@ def test_few_rows_have_few_tiles() -> None:
     tiles = [small.tiles for known in ran for plan in known.step.routing.plans.values() for small in plan.small]
     assert tiles
     assert all(each.runs[-1].stop == len(each.places) for each in tiles)
+    engine.close()
+
+
+class OnItsWay:
+    """What `Sheet.sent` is on CUDA: the device has the sheet once somebody has waited for it."""
+
+    arrived = False
+
+    def synchronize(self) -> None:
+        self.arrived = True
+
+
+def test_a_capture_writes_no_sheet_that_is_on_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits for a prompt's middle. Its sheet may be still to be read when the rest is captured."""
+
+    def send(self: Captures[Any], host: Sheet) -> None:
+        self.sheet.bytes.copy_(host.bytes)
+        host.sent = OnItsWay()  # type: ignore[assignment]
+
+    def pad(self: Prompts, host: Sheet, *spans: int) -> None:
+        assert not isinstance(host.sent, OnItsWay) or host.sent.arrived
+        written(self, host, *spans)
+
+    written = Prompts._pad
+    monkeypatch.setattr(Captures, "send", send)
+    monkeypatch.setattr(Prompts, "_pad", pad)
+    monkeypatch.setattr("adapter_server.engine.prompts.TOKENS", (4, 16))
+    engine = served(max_step_tokens=9)
+    check(engine, [(None, 3)])  # 9, 9 and 3 tokens
+    assert {key.tokens for key in prompts(engine).captured} == {4, 16}
     engine.close()
 
 

@@ -213,8 +213,9 @@ class Captures(ABC, Generic[K]):
         self.captured = {k: known for k, known in self.captured.items() if not self._is_stale(known)}
         while len(self.captured) >= MOST_KEPT:
             del self.captured[next(iter(self.captured))]
-        self.pad(self.hosts[0])
-        self.sheet.bytes.copy_(self.hosts[0].bytes)
+        host = self.next_host()  # a step that nobody waited for may be still to read the other
+        self.pad(host)
+        self.send(host)
         form, step = self.model.lowrank, self.step(key)
         table = form.table.rows if isinstance(form, Grouped) and key.low_rank is not None else None
         self.captured[key] = captured = Captured(*self._recorded(step, key), step, table)
