@@ -9,8 +9,10 @@ import functools
 import gc
 import logging
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +25,7 @@ import rig
 import zoo
 from adapter_server.engine import Engine, capture
 from adapter_server.engine.capture import Captures, bucket
-from adapter_server.engine.graphs import Graphs
+from adapter_server.engine.graphs import GraphKey, Graphs
 from adapter_server.engine.routing import Step
 from captured import as_on_cuda, ask, right, served  # noqa: F401 - a fixture
 
@@ -212,6 +214,67 @@ def test_a_captured_step_holds_what_its_launches_know_by_address_alone(monkeypat
         for known in captured(engine).captured.values()
         if known.table is not None
     )
+    engine.close()
+
+
+class Streams:
+    """As much of torch.cuda as a capture asks for. `ran`: (stream, whether it was captured) of each forward."""
+
+    CUDAGraph = functools.partial(SimpleNamespace, replay=None)
+
+    def __init__(self) -> None:
+        self.now, self.made, self.capturing, self.ran = "default", 0, False, list[tuple[str, bool]]()
+
+    def current_stream(self) -> SimpleNamespace:
+        return SimpleNamespace(wait_stream=lambda other: None)
+
+    def Stream(self, device: torch.device) -> SimpleNamespace:  # noqa: N802 - torch's name
+        self.made += 1
+        return SimpleNamespace(name=f"stream {self.made}", wait_stream=lambda other: None)
+
+    @contextmanager
+    def stream(self, stream: SimpleNamespace) -> Iterator[None]:
+        before, self.now = self.now, stream.name
+        try:
+            yield
+        finally:
+            self.now = before
+
+    @contextmanager
+    def graph(self, graph: object, pool: object, stream: SimpleNamespace, capture_error_mode: str) -> Iterator[None]:
+        """One that fails stays on its stream: torch's ends the capture first, which raises."""
+        before, self.now, self.capturing = self.now, stream.name, True
+        try:
+            yield
+        finally:
+            self.capturing = False
+        self.now = before
+
+
+def test_captures_share_a_stream_and_one_that_fails_leaves_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, streams = served(), Streams()
+    graphs = captured(engine)
+    for name in ("current_stream", "Stream", "stream", "graph", "CUDAGraph"):
+        monkeypatch.setattr(torch.cuda, name, getattr(streams, name))
+
+    def run(step: Step, key: GraphKey) -> Tensor:
+        streams.ran.append((streams.now, streams.capturing))
+        if key.rows == 2 and streams.capturing:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return torch.empty(0)
+
+    monkeypatch.setattr(graphs, "run", run)
+    monkeypatch.setattr(graphs, "locked", True)
+    capture._aside.cache_clear()
+    for rows in (1, 4):
+        key = GraphKey(rows, 1024)
+        graphs._recorded(graphs.step(key), key)
+    assert streams.ran == [("stream 1", False), ("stream 1", True)] * 2
+    key = GraphKey(2, 1024)
+    with pytest.raises(RuntimeError):
+        graphs._recorded(graphs.step(key), key)
+    assert streams.now == "default"
+    capture._aside.cache_clear()
     engine.close()
 
 

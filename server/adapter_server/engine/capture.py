@@ -9,6 +9,7 @@ CUDA the forward itself is run again.
 from __future__ import annotations
 
 import bisect
+import functools
 import logging
 import math
 from abc import ABC, abstractmethod
@@ -229,14 +230,15 @@ class Captures(ABC, Generic[K]):
         if not self.locked:
             logits = run()
             return lambda: (logits.copy_(run()), None)[1], logits
-        aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            run()
-        torch.cuda.current_stream().wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.memory, capture_error_mode="thread_local"):
-            logits = run()
+        here, aside, graph = torch.cuda.current_stream(), _aside(self.device), torch.cuda.CUDAGraph()
+        aside.wait_stream(here)
+        with torch.cuda.stream(aside):  # a capture that fails does not leave its stream by itself
+            try:
+                run()
+            finally:
+                here.wait_stream(aside)
+            with torch.cuda.graph(graph, pool=self.memory, stream=aside, capture_error_mode="thread_local"):
+                logits = run()
         return graph.replay, logits
 
     def plans(self, key: K, tiles: Tiles | None, live: Tensor) -> dict[int, Plan]:
@@ -257,6 +259,14 @@ class Captures(ABC, Generic[K]):
     def forget(self, placed: Placed) -> None:
         """It leaves the device: no graph may read its weights."""
         self.captured = {key: known for key, known in self.captured.items() if key.whole is not placed}
+
+
+@functools.cache
+def _aside(device: torch.device) -> torch.cuda.Stream:
+    """Where steps are run once and captured. cuBLAS keeps working memory (32 MiB on Hopper) for each stream that it has
+    seen: of one, and outside of the graphs' own, which must be empty to go and come again when the last graph has gone.
+    """
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def bucket(count: int, steps: Sequence[int], most: int | None = None) -> int:
