@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -48,6 +49,17 @@ def check(name: str | None, prompt: tuple[int, ...], answer: rig.Answer, new: in
     ids, logprobs = rig.peft_alone("llama", name, prompt, new)
     assert tuple(answer.ids) == ids
     assert (answer.matrix() - logprobs).abs().max() < 1e-4
+
+
+def test_whichever_thread_steps_is_on_the_bases_device(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA's current device is a thread's own, and 0 in a new one."""
+    turned: list[tuple[int, torch.device]] = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: turned.append((threading.get_ident(), device)))
+    monkeypatch.setattr(engine.model, "device", torch.device("cuda:1"))
+    thread = threading.Thread(target=engine.step)
+    thread.start()
+    thread.join()
+    assert turned == [(thread.ident, torch.device("cuda:1"))]
 
 
 @pytest.mark.parametrize("layout", ["slots", "pages"])

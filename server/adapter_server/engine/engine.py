@@ -103,6 +103,7 @@ class Engine:
         tokenizer: str | Path | None = None,
     ) -> None:
         self.config = config
+        _turn_to(module.device)
         if threads := config.threads or _few_threads(module):
             torch.set_num_threads(threads)
         self.model = prepare(module, config.pack_weights, _adapter_dtype(module, config), config.kernels, config.fuse)
@@ -239,6 +240,7 @@ class Engine:
 
     def step(self) -> list[Event]:
         """One forward for all rows that can run. Events in the order in which they came about."""
+        _turn_to(self.model.device)
         events = [*self._settled(), *self._formed(), *self._expired(time.monotonic())]
         if self._flight is not None:
             return events + self._seen(functools.partial(self._fly, self._flight))
@@ -735,6 +737,12 @@ def _crashed(error: Exception) -> RequestFailed:
     failure = RequestFailed(f"the step that ran this request failed ({type(error).__name__}); see the server's log")
     failure.__cause__ = error
     return failure
+
+
+def _turn_to(device: torch.device) -> None:
+    """Streams, events and captured graphs are of the thread's current device, whichever its tensors are on."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 def _page_locked(size: int) -> Tensor:
