@@ -10,7 +10,7 @@ import gc
 import logging
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +26,7 @@ import zoo
 from adapter_server.engine import Engine, capture
 from adapter_server.engine.capture import Captures, bucket
 from adapter_server.engine.graphs import GraphKey, Graphs
+from adapter_server.engine.grouped import Beside
 from adapter_server.engine.routing import Step
 from captured import as_on_cuda, ask, right, served  # noqa: F401 - a fixture
 
@@ -276,6 +277,22 @@ def test_captures_share_a_stream_and_one_that_fails_leaves_it(monkeypatch: pytes
     assert streams.now == "default"
     capture._aside.cache_clear()
     engine.close()
+
+
+def test_a_product_that_fails_leaves_nothing_running_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written beside it is freed with the step, for the next one to take."""
+
+    def base(x: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("no room for y")
+
+    done: list[str] = []
+    here, aside = (SimpleNamespace(wait_stream=lambda _, said=said: done.append(said)) for said in ("joined", "forked"))
+    small = SimpleNamespace(write=lambda more, x: done.append("written"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: here)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    with pytest.raises(torch.OutOfMemoryError):
+        Beside(small, torch.ones(1), aside).run(base, torch.ones(1, 2), 3)  # type: ignore[arg-type]
+    assert done == ["forked", "written", "joined"]
 
 
 def test_the_table_of_addresses_may_grow(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -249,10 +249,12 @@ class Beside:
             return base(x), self.small.kernels.More(value, self.live)
         here = torch.cuda.current_stream()
         self.stream.wait_stream(here)
-        with torch.cuda.stream(self.stream):
-            self.small.write(value, x)
-        y = base(x)
-        here.wait_stream(self.stream)
+        try:
+            with torch.cuda.stream(self.stream):
+                self.small.write(value, x)
+            y = base(x)
+        finally:  # whatever fails: the memory that is written there is freed here, and a capture ends where both have
+            here.wait_stream(self.stream)
         return y, self.small.kernels.More(value, self.live)
 
 
