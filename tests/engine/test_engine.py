@@ -62,6 +62,22 @@ def test_whichever_thread_steps_is_on_the_bases_device(engine: Engine, monkeypat
     assert turned == [(thread.ident, torch.device("cuda:1"))]
 
 
+def test_no_adapter_goes_while_a_step_that_nobody_waited_for_may_read_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loader's stream takes the memory at once, and does not wait for the steps' stream."""
+    waits: list[torch.device] = []
+    monkeypatch.setattr("adapter_server.engine.engine._wait", waits.append)
+    engine = rig.engine("llama", ("lora",), max_step_tokens=8)
+    middle, whole = (rig.ask(engine, "lora", rig.PROMPTS[3], id=id) for id in ("middle", "whole"))
+    for request, so_far in ((middle, "done"), (whole, "emitted")):
+        engine.submit(request)
+        while not any(getattr(row, so_far) for row in engine.scheduler.running):
+            engine.step()
+        engine.cancel(request.id)
+        settle(engine, engine.call("unload", request.members[0].spec))
+        assert len(waits) == 1
+    engine.close()
+
+
 @pytest.mark.parametrize("layout", ["slots", "pages"])
 @pytest.mark.parametrize("budget", [3, 7, 200])
 def test_chunked_prefill_changes_nothing(layout: str, budget: int) -> None:

@@ -124,6 +124,7 @@ class Engine:
         self._routings: dict[tuple[tuple[Row, int, int], ...], tuple[list[int], Routing]] = {}  # order, routing
         self._flight: Flight | None = None  # the step whose tokens are still to be read
         self._landed_at = 0.0
+        self._unread = False  # whether a step may be under way that nobody has waited for, nor will
 
     def _kv(self) -> tuple[KvPool, int]:
         """The pool that the budget allows, and the context length: the base's own, or what leaves room for rows."""
@@ -432,6 +433,9 @@ class Engine:
         return [placed, mixed]
 
     def _evicted(self, placed: Placed) -> None:
+        if self._unread:  # it may read the adapter still, whose memory is a loader's from here on
+            _wait(self.model.device)
+            self._unread = False
         self._routings.clear()  # its rows hold what they ran on
         for captured in (self.graphs, self.prompts):
             if captured is not None:
@@ -473,6 +477,7 @@ class Engine:
 
     def _lost(self, slices: Sequence[Slice], error: Exception) -> list[Event]:
         """The step has failed: so have its rows, those that had not ended, and no other."""
+        self._unread = True
         self._routings.clear()
         return [self._finish(s.row, "error", _crashed(error), scrub=True) for s in slices if s.row.lease is not None]
 
@@ -502,6 +507,7 @@ class Engine:
                 if looked is not None:
                     looked()
                 chosen = _chosen(torch.cat(logits), [s.row.draw for ran, _ in done for s in ran if s.last])
+        self._unread = not chosen
         return [s for ran, _ in done for s in ran], chosen
 
     def _packed(self, slices: list[Slice]) -> tuple[list[Slice], Tensor | None]:
@@ -743,6 +749,12 @@ def _turn_to(device: torch.device) -> None:
     """Streams, events and captured graphs are of the thread's current device, whichever its tensors are on."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
+
+
+def _wait(device: torch.device) -> None:
+    """Until all that was launched is done."""
+    if device.type == "cuda":
+        torch.cuda.current_stream().synchronize()
 
 
 def _page_locked(size: int) -> Tensor:
