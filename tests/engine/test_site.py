@@ -175,6 +175,15 @@ def test_tokens_that_are_not_the_steps_are_refused() -> None:
         case.group.run(torch.randn(5, IN))
 
 
+def test_a_routing_copies_nothing_that_it_may_not_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy waits for the device: a step that is launched ahead would wait for the one before it."""
+    first, second = Case(3, n=2).patches
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "tensor", None)
+        routing = route([(2, ((first, 1.0),)), (1, ()), (1, ((second, 1.0),))], CPU)
+    assert routing.use_of(CPU).tolist() == [1, 1, 0, 2]
+
+
 @pytest.mark.parametrize(("rank", "padded"), [(1, 4), (4, 4), (5, 8), (8, 8), (24, 32), (64, 64), (65, 128), (0, 0)])
 def test_rank_classes(rank: int, padded: int) -> None:
     assert rank_class(rank) == padded

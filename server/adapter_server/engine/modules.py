@@ -60,8 +60,8 @@ class ModuleSite:
         """A router's outputs [T, …] are choices, which no sum of differences mixes: its parameters are mixed."""
         xs, outs = self._by_token(x), tuple(t.clone() for t in y)
         for i, uses in enumerate(routing.uses):
-            if (params := self._mixed(uses)) and routing.use_of is not None:
-                tokens = (routing.use_of == i).nonzero()[:, 0]
+            if params := self._mixed(uses):
+                tokens = (routing.use_of(x.device) == i).nonzero()[:, 0]
                 for out, part in zip(outs, ParamPatch(params).apply(xs[tokens], self.module), strict=True):
                     out.index_copy_(0, tokens, part)
         return outs

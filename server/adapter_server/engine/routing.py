@@ -52,7 +52,7 @@ class Routing:
     tokens: int
     segments: tuple[Segment, ...] = ()
     uses: tuple[tuple[Use, ...], ...] = ()  # the distinct sets of adapters; index 0 is the base's, ()
-    use_of: Tensor | None = None  # [T] index into `uses`
+    each: Sequence[int] = ()  # index into `uses` of each token
     sole_use: int | None = None  # where it is one for all tokens
     composed: bool = False
     plans: dict[int, Any] = field(default_factory=dict)
@@ -70,11 +70,18 @@ class Routing:
             self.shared["inside"] = any(segment.placed.acts_inside for segment in self.segments)
         return bool(self.shared["inside"])
 
+    def use_of(self, device: torch.device) -> Tensor:
+        """[T] index into `uses`. Made when it is first wanted, which is seldom: to copy it waits for the device."""
+        if "use_of" not in self.shared:
+            self.shared["use_of"] = torch.tensor(self.each, device=device)
+        found: Tensor = self.shared["use_of"]
+        return found
+
     def by_token(self, rows: Tensor) -> Tensor:
         """Rows [uses, width] → [T, width]; [1, width] where all tokens are of one use."""
         if self.sole_use is not None:
             return rows[self.sole_use : self.sole_use + 1]
-        return rows if self.use_of is None else rows.index_select(0, self.use_of)
+        return rows.index_select(0, self.use_of(rows.device)) if self.each else rows
 
 
 def route(rows: Sequence[tuple[int, tuple[Use, ...]]], device: torch.device) -> Routing:
@@ -84,16 +91,16 @@ def route(rows: Sequence[tuple[int, tuple[Use, ...]]], device: torch.device) -> 
         return Routing(total)
     spans: dict[Placed, list[tuple[int, int, float, bool]]] = {}
     distinct: dict[tuple[Use, ...], int] = {(): 0}
-    use_of: list[int] = []
+    each: list[int] = []
     for n, uses in rows:
-        start = len(use_of)
-        use_of += [distinct.setdefault(uses, len(distinct))] * n
+        start = len(each)
+        each += [distinct.setdefault(uses, len(distinct))] * n
         for placed, weight in uses:
             spans.setdefault(placed, []).append((start, start + n, weight, len(uses) == 1))
     segments = tuple(_segment(placed, parts, device) for placed, parts in spans.items())
     composed = any(len(uses) > 1 for uses in distinct)
-    sole = use_of[0] if len(set(use_of)) == 1 else None
-    return Routing(total, segments, tuple(distinct), torch.tensor(use_of, device=device), sole, composed)
+    sole = each[0] if len(set(each)) == 1 else None
+    return Routing(total, segments, tuple(distinct), each, sole, composed)
 
 
 def _segment(placed: Placed, spans: list[tuple[int, int, float, bool]], device: torch.device) -> Segment:
