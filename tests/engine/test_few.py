@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from adapter_server.engine import few
-from adapter_server.engine.few import TIMED, choose, choose_native
-from adapter_server.engine.native import NativeFew
+from adapter_server.engine.few import TIMED, choose
 from adapter_server.engine.placed import Product
 
 FAST, SLOW = "fast", "slow"
@@ -60,18 +59,3 @@ def test_one_that_differs_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     product = Product(torch.randn(8, 4), None, pack=False)
     choose(wrong, [product])
     assert product.few is None
-
-
-def test_on_the_cpu_only_what_waits_for_memory_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """C's is the faster one for one row, and not for two."""
-    large, small = (Product(torch.randn(n, 256), None, pack=False) for n in (1024, 8))
-
-    def seconds(run: Callable[[Product], object], products: Sequence[Product]) -> float:
-        kind = run.__defaults__ or ()  # the kernel's has the form that it is for
-        return 1.0 if len(kind) == 1 else 0.5 if kind[1].most == 1 else 2.0
-
-    monkeypatch.setattr(few, "_cpu_seconds", seconds)
-    choose_native(None, [large, small])  # type: ignore[arg-type]
-    assert small.few is None
-    assert isinstance(large.few, NativeFew)
-    assert large.few.most == 1

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from adapter_server.engine import native
+from adapter_server.engine.placed import OneDnn, Product
 from adapter_server.families.deltas import Rows, Sparse, Spectral
 
 OUT, IN = 70, 90
@@ -45,19 +46,41 @@ def test_what_has_no_faster_form_stays_as_it_is() -> None:
     assert native.laid(half) is half
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 7])
-@pytest.mark.parametrize(("out", "inp"), [(8, 64), (10, 37), (3, 5), (513, 300)])
-def test_products_with_few_rows(out: int, inp: int, tokens: int) -> None:
-    """Rows of the weight and columns that fill no tile; a row's numbers are its own whoever stands beside it."""
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 7, 8, 13, 32])
+@pytest.mark.parametrize(("out", "inp"), [(8, 64), (10, 37), (3, 5), (48, 256), (513, 300)])
+def test_a_product_from_panels_is_the_plain_one(out: int, inp: int, tokens: int) -> None:
+    """Rows of x and columns that fill no tile; a row's numbers are its own, whoever stands beside it."""
     x, weight, bias = torch.randn(tokens, inp), torch.randn(out, inp), torch.randn(out)
-    few = native.NativeFew(kernel(), most=4)
-    y = few(x, weight, bias)
-    if tokens > 4:
-        assert y is None
-        return
-    assert y is not None
+    panels = native.Panels(kernel(), weight)
+    y = panels(x, bias)
     assert torch.allclose(y, x @ weight.T + bias, atol=1e-4)
-    assert torch.allclose(few(x[:1], weight, None), x[:1] @ weight.T, atol=1e-4)  # type: ignore[arg-type]
+    assert torch.allclose(panels(x, None), x @ weight.T, atol=1e-4)
+    for t in range(tokens):
+        assert torch.equal(panels(x[t:], bias)[0], y[t])
+
+
+def test_a_product_of_part_of_a_wider_input() -> None:
+    x, weight = torch.randn(5, 2 * IN)[:, IN:], torch.randn(OUT, IN)
+    assert torch.allclose(native.Panels(kernel(), weight)(x, None), x @ weight.T, atol=1e-4)
+
+
+def test_packed_weights_take_the_rows_that_they_are_for() -> None:
+    weight, bias = torch.randn(OUT, IN), torch.randn(OUT)
+    product = Product(weight, bias, pack=True)
+    for rows in (1, native.MOST_ROWS, native.MOST_ROWS + 1):
+        x = torch.randn(rows, IN)
+        assert torch.allclose(product(x), x @ weight.T + bias, atol=1e-4)
+    assert product.bytes > 2 * weight.nbytes
+    assert Product(weight, bias, pack=False).packed is None
+    assert Product(weight.bfloat16(), None, pack=True).packed is None
+
+
+def test_without_a_compiler_weights_are_packed_by_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "library", lambda: None)
+    weight, bias, x = torch.randn(OUT, IN), torch.randn(OUT), torch.randn(3, IN)
+    product = Product(weight, bias, pack=True)
+    assert isinstance(product.packed, OneDnn)
+    assert torch.allclose(product(x), x @ weight.T + bias, atol=1e-4)
 
 
 def kernel() -> ctypes.CDLL:

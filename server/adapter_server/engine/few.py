@@ -1,15 +1,12 @@
-"""Products with few rows: by a kernel or by the library, as timed at start over the base's own weights.
+"""Products with few rows on CUDA: by a Triton kernel or by the library, as timed at start over the base's own weights.
 
-    CUDA    rows 1 … 4 | 5 … 16 | 17 … 32        Triton's, timed at 1, 8 and 32, as graphs, so that no launch counts
-    CPU     rows 1 | 2                           C's, for weights of LEAST_BYTES at least
-
-Beyond, the library always. Weights of one shape run in turn, so that a cache does not hold them.
+Timed at 1, 8 and 32 rows, as graphs, so that no launch counts; for 1 … 4, 5 … 16 and 17 … 32. Beyond, the library
+always. Weights of one shape run in turn, so that a cache does not hold them.
 """
 
 from __future__ import annotations
 
 import logging
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,13 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from adapter_server.engine import native
 from adapter_server.engine.placed import Product
 from adapter_server.engine.proofs import TOLERANCE
 
 if TYPE_CHECKING:
-    import ctypes
-
     from adapter_server.engine.kernels import Tiling
 
 log = logging.getLogger(__name__)
@@ -34,8 +28,6 @@ log = logging.getLogger(__name__)
 TIMED = {4: 1, 16: 8, 32: 32}  # up to so many rows: the rows that are timed
 WORTH = 0.97  # of the library's time: below that the kernel is taken
 ROUNDS, MOST_WEIGHTS = 5, 16
-NATIVE = (1, 2)  # rows: the most for which C's may run
-LEAST_BYTES = 1 << 20  # of a weight: below, nothing waits for memory
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,36 +40,10 @@ class FewRows:
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
         limit = next((rows for rows in self.tilings if len(x) <= rows), None)
         tiling = None if limit is None else self.tilings[limit]
-        if tiling is None or x.stride(1) != 1:
+        if tiling is None or x.stride(1) != 1 or not weight.is_contiguous():
             return None
         y: Tensor = self.kernels.few_rows(x, weight, bias, tiling)
         return y
-
-
-def choose_native(kernel: ctypes.CDLL, products: Sequence[Product]) -> None:
-    """The same on the CPU in float32."""
-    large = [p for p in products if p.weight.nbytes >= LEAST_BYTES and p.weight.dtype == torch.float32]
-    for shape, some in _alike([p for p in large if p.weight.is_contiguous()]):
-        for most in NATIVE:
-            few = native.NativeFew(kernel, most)
-            x = torch.randn(most, shape[1])
-            ours = _cpu_seconds(lambda p, x=x, few=few: few(x, p.weight, p.bias), some)  # type: ignore[misc]
-            if ours > WORTH * _cpu_seconds(lambda p, x=x: p(x), some):  # type: ignore[misc]
-                break
-            for product in some:
-                product.few = few
-
-
-@torch.inference_mode()
-def _cpu_seconds(run: Callable[[Product], object], products: Sequence[Product]) -> float:
-    """Of the fastest of some rounds over some products."""
-    times = []
-    for _ in range(ROUNDS):
-        start = time.perf_counter()
-        for product in products[:MOST_WEIGHTS]:
-            run(product)
-        times.append(time.perf_counter() - start)
-    return min(times)
 
 
 def _alike(products: Sequence[Product]) -> Iterable[tuple[torch.Size, list[Product]]]:

@@ -1,4 +1,4 @@
-/* What adapters add on the CPU: low ranks, and sparse products; at the end, the base's products with few rows.
+/* What adapters add on the CPU: low ranks, and sparse products.
  *
  * The low-rank products of a step's segments at one site group, in one call, float32:
  *
@@ -13,23 +13,13 @@
  *     start, count, weights, A, R, then per member: Bt, rank           pointers as integers, 0 for none
  * A is [R, in] with the members' rows one after another, Bt [rank, out], weights [count].
  */
-#include <stdint.h>
+#include "vectors.h"
 
 enum { START, COUNT, WEIGHTS, A, RANKS, MEMBERS };
 enum { TILE = 4 }; /* tokens, rows of A, and vectors of columns that are held in registers together */
-#ifdef __AVX512F__
-enum { LANES = 16 };
-#else
-enum { LANES = 8 };
-#endif
-enum { CHUNK = TILE * LANES };
-
-typedef float vector __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float))));
-typedef int64_t i64;
+enum { CHUNK = TILE * LANES, AHEAD = 2 }; /* chunks that are fetched before their turn */
 
 static inline float *at(i64 pointer) { return (float *)(intptr_t)pointer; }
-
-static inline i64 least(i64 a, i64 b) { return a < b ? a : b; }
 
 /* The sum of a vector's numbers, halves upon halves. */
 static inline float across(vector v) {
@@ -44,9 +34,11 @@ static inline __attribute__((always_inline)) void dots(const float *a, const flo
     vector sum[TILE][TILE] = {0};
     i64 k = 0;
     for (; k + LANES <= in; k += LANES)
-        for (int r = 0; r < rows; r++)
+        for (int r = 0; r < rows; r++) {
+            fetch(a + (rows + r) * in + k); /* of the rows that come next */
             for (int c = 0; c < tokens; c++)
                 sum[r][c] += *(const vector *)(a + r * in + k) * *(const vector *)(x + c * in + k);
+        }
     for (int r = 0; r < rows; r++)
         for (int c = 0; c < tokens; c++) {
             float total = across(sum[r][c]);
@@ -81,9 +73,11 @@ static inline __attribute__((always_inline)) void combine(const float *s, i64 ra
                                                           float *y, i64 width, const int tokens) {
     vector sum[TILE][TILE] = {0};
     for (i64 r = 0; r < rank; r++)
-        for (int v = 0; v < TILE; v++)
+        for (int v = 0; v < TILE; v++) {
+            fetch(bt + r * out + (AHEAD * TILE + v) * LANES);
             for (int c = 0; c < tokens; c++)
                 sum[c][v] += s[c * ranks + r] * *(const vector *)(bt + r * out + v * LANES);
+        }
     for (int c = 0; c < tokens; c++)
         for (int v = 0; v < TILE; v++) *(vector *)(y + c * width + v * LANES) += sum[c][v];
 }
@@ -167,25 +161,5 @@ void sparse_times(float *y, i64 rows, const float *x, i64 in, i64 tokens, const 
                 sum += values[k] * *(const vector *)(lanes + columns[k] * (i64)LANES);
             for (i64 t = 0; t < count; t++) y[(from + t) * rows + i] = sum[t];
         }
-    }
-}
-
-/* A product with few rows: y[t, i] = w[i] · x[t] + bias[i]. No more than one read of w [out, in] for TILE tokens. */
-void few_rows(float *y, const float *x, i64 in, const float *w, const float *bias, i64 out, i64 tokens, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (i64 r = 0; r < out; r += TILE) {
-        const i64 rows = least(TILE, out - r);
-        i64 c = 0;
-        if (rows == TILE)
-            for (; c + TILE <= tokens; c += TILE) dots(w + r * in, x + c * in, in, y + c * out + r, out, TILE, TILE);
-        for (; c < tokens; c++) {
-            if (rows == TILE)
-                dots(w + r * in, x + c * in, in, y + c * out + r, out, TILE, 1);
-            else
-                for (i64 i = 0; i < rows; i++) dots(w + (r + i) * in, x + c * in, in, y + c * out + r + i, out, 1, 1);
-        }
-        if (bias)
-            for (c = 0; c < tokens; c++)
-                for (i64 i = 0; i < rows; i++) y[c * out + r + i] += bias[r + i];
     }
 }

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import is_bitsandbytes_available
 
-from adapter_server.engine import few, forms, native
+from adapter_server.engine import few, forms
 from adapter_server.engine.attention import NAME, Probe, set_probe
 from adapter_server.engine.fused import fuse
 from adapter_server.engine.int8 import hold_in_int8
@@ -121,11 +121,8 @@ class Model:
 
     def _choose_few(self, wanted: bool) -> None:
         """Products with few rows get the form that is faster here."""
-        products = [group.base for group in self.groups if isinstance(group.base, Product)]
-        if self.device.type == "cuda" and wanted and (found := forms.kernels()) is not None:
-            few.choose(found, products)
-        elif self.device.type == "cpu" and (library := native.library()) is not None:
-            few.choose_native(library, products)
+        if wanted and forms.usable(self.device) and (found := forms.kernels()) is not None:
+            few.choose(found, [group.base for group in self.groups if isinstance(group.base, Product)])
 
     @property
     def _dtypes(self) -> Dtypes:

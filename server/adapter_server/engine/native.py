@@ -1,8 +1,11 @@
-"""The low-rank products of a group's segments in one call of C, where a C compiler is at hand; None elsewhere. And the
-sparse ones, an adapter's at one Linear each, and the base's own with few rows.
+"""The hot products of the CPU in float32 in C, where a C compiler is at hand; None elsewhere.
 
-`lowrank.c` is built once per machine into the user's cache and linked to the OpenMP that torch itself runs on, so that
-both share one set of threads. The references, and what runs without it, are `lowrank.Banked` and `deltas.Sparse`.
+    product.c    the base's, from weights in panels         without it: oneDNN's
+    lowrank.c    the low ranks of a group's segments        `lowrank.Banked`
+                 sparse ones, an adapter's at one Linear    `deltas.Sparse`
+
+They are built once per machine into the user's cache and linked to the OpenMP that torch itself runs on, so that both
+share one set of threads.
 """
 
 from __future__ import annotations
@@ -32,11 +35,12 @@ if TYPE_CHECKING:
     from adapter_server.engine.placed import Placed
     from adapter_server.engine.site import LinearGroup
 
-SOURCE = Path(__file__).with_name("lowrank.c")
+SOURCES = [Path(__file__).with_name(name) for name in ("vectors.h", "product.c", "lowrank.c")]
 BLOCK = 16  # tokens that one thread takes at a time
 MOST_LANES = 16  # numbers in a vector of any processor
 COUNT, RANKS = 1, 4  # in a segment's row of the table
 SERIAL = 250_000  # multiplications; below, waking a second thread costs more than it saves
+MOST_ROWS = 128  # of a product from panels; beyond, the library's is as fast
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-c")
 
 
@@ -65,23 +69,28 @@ def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
         *(pointer, number, pointer, number, number, pointer, pointer, pointer, pointer),
         ctypes.c_int,
     )
-    found.few_rows.argtypes = (pointer, pointer, number, pointer, pointer, number, number, ctypes.c_int)
-    found.lowrank_add.restype = found.sparse_times.restype = found.few_rows.restype = None
+    found.product.argtypes = (pointer, pointer, number, pointer, pointer, number, number, ctypes.c_int)
+    found.panels_fill.argtypes = (pointer, pointer, number, number, ctypes.c_int)
+    found.panels_size.argtypes, found.panels_size.restype = (number, number), number
+    found.lowrank_add.restype = found.sparse_times.restype = found.product.restype = found.panels_fill.restype = None
     return found
 
 
 def _built(compiler: str) -> Path:
     """The shared object for this source, compiler and processor; made aside and renamed, so that it is whole."""
-    key = hashlib.sha256(SOURCE.read_bytes() + repr((FLAGS, compiler, _processor())).encode()).hexdigest()[:16]
+    source = b"".join(path.read_bytes() for path in SOURCES)
+    key = hashlib.sha256(source + repr((FLAGS, compiler, _processor())).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "adapter-server"
-    target = folder / f"lowrank-{key}.so"
+    target = folder / f"native-{key}.so"
     if not target.exists():
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as aside:
             made = Path(aside)
-            _run(compiler, *FLAGS, str(SOURCE), "-o", str(made / "lowrank.o"))
-            _run(compiler, "-shared", str(made / "lowrank.o"), "-o", str(made / "lowrank.so"))
-            (made / "lowrank.so").rename(target)
+            objects = [made / f"{path.stem}.o" for path in SOURCES if path.suffix == ".c"]
+            for path in objects:
+                _run(compiler, *FLAGS, str(SOURCES[0].with_name(f"{path.stem}.c")), "-o", str(path))
+            _run(compiler, "-shared", *map(str, objects), "-o", str(made / "native.so"))
+            (made / "native.so").rename(target)
     if target.stat().st_uid != os.getuid():
         raise OSError(f"{target} belongs to somebody else")
     return target
@@ -182,22 +191,22 @@ class NativeSparse(Sparse):
         return y
 
 
-@dataclass(frozen=True, eq=False)
-class NativeFew:
-    """What a `Product` asks first: the kernel, for at most so many rows."""
+class Panels:
+    """A weight [out, in] once more, in the panels of `product.c`."""
 
-    kernel: ctypes.CDLL
-    most: int
+    def __init__(self, kernel: ctypes.CDLL, weight: Tensor) -> None:
+        """`weight`: contiguous, float32, on the CPU."""
+        self.out, self.inp = weight.shape
+        self.memory = torch.empty(kernel.panels_size(self.out, self.inp))
+        kernel.panels_fill(self.memory.data_ptr(), weight.data_ptr(), self.out, self.inp, torch.get_num_threads())
+        self._call = kernel.product
 
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-        """x [T, in] → x · Wᵀ + b [T, out]; None where rows are too many."""
-        if len(x) > self.most:
-            return None
-        x, (out, inp) = x.contiguous(), weight.shape
-        y = torch.empty(len(x), out)
-        threads = 1 if len(x) * weight.numel() < SERIAL else torch.get_num_threads()
-        after = (0 if bias is None else bias.data_ptr(), out, len(x), threads)
-        self.kernel.few_rows(y.data_ptr(), x.data_ptr(), inp, weight.data_ptr(), *after)
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x [T, in], T at most MOST_ROWS → x · Wᵀ + b [T, out]. A row's numbers do not depend on the others."""
+        x, y = x.contiguous(), torch.empty(len(x), self.out)
+        threads = 1 if len(x) * self.out * self.inp < SERIAL else torch.get_num_threads()
+        after = (0 if bias is None else bias.data_ptr(), self.inp, self.out, threads)
+        self._call(y.data_ptr(), x.data_ptr(), len(x), self.memory.data_ptr(), *after)
         return y
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from adapter_server.engine import native
 from adapter_server.families.base import Adapter, AnyPatch, BlockPatch, GatedPrompt, linear_params
 from adapter_server.families.deltas import Delta, Mirror, TensorFields, Turn
 
@@ -34,30 +35,46 @@ Few = Callable[[Tensor, Tensor, Tensor | None], Tensor | None]  # (x, weight, bi
 
 
 class Product:
-    """y = x Wᵀ + b in the fastest form at hand: on the CPU in float32, oneDNN's packed weights beside the plain ones.
-
-    A single token takes the plain form: a matrix-vector product gains nothing from packing.
-    """
+    """y = x Wᵀ + b in the fastest form at hand: on the CPU in float32 from packed weights beside the plain ones."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, pack: bool, few: Few | None = None) -> None:
         """`few`: what is asked first, where there are few rows."""
         self.weight, self.bias, self.few = weight, bias, few
-        can = weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous()) if pack and can else None
+        self.packed = _packed(weight.contiguous()) if pack else None
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, in] → y [T, out], a new tensor."""
         if self.few is not None and (found := self.few(x, self.weight, self.bias)) is not None:
             return found
-        if self.packed is None or x.shape[0] == 1:
+        if self.packed is None or len(x) > native.MOST_ROWS:
             return F.linear(x, self.weight, self.bias)
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
-        return y
+        return self.packed(x, self.bias)
 
     @property
     def bytes(self) -> int:
-        own = self.weight.numel() * self.weight.element_size()
-        return own * (1 if self.packed is None else 2) + (0 if self.bias is None else self.bias.nbytes)
+        packed = None if self.packed is None else self.packed.memory
+        return sum(t.nbytes for t in (self.weight, self.bias, packed) if t is not None)
+
+
+class OneDnn:
+    """A weight [out, in] once more, as oneDNN packs it: where there is no C compiler."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.memory = torch.ops.mkldnn._reorder_linear_weight(weight)
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x [T, in] → x · Wᵀ + b [T, out]."""
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.memory, bias, "none", [], "")
+        return y
+
+
+def _packed(weight: Tensor) -> native.Panels | OneDnn | None:
+    """None where nothing is faster than the plain weight."""
+    if weight.device.type != "cpu" or weight.dtype != torch.float32:
+        return None
+    if (library := native.library()) is not None:
+        return native.Panels(library, weight)
+    return OneDnn(weight) if torch.backends.mkldnn.is_available() else None  # type: ignore[no-untyped-call]
 
 
 class Separate:

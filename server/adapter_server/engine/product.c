@@ -1,0 +1,111 @@
+/* The base's products on the CPU, float32: y = x W^T + b, from a copy of W in panels.
+ *
+ *     panel j    WIDE columns of y: [in, WIDE], the last one filled up with zeros
+ *     tile       TOKENS rows of x and a panel, whose sums stay in registers over DEEP of the panel's rows
+ *
+ * A block, DEEP rows of a panel, is read from memory once and from the cache for each further tile, and while it is,
+ * the next block is fetched: few rows wait for memory alone, many for arithmetic alone. Panels are shared out among the
+ * threads. A number is added up in one order, whatever else is in the step: a row's result is its own.
+ *
+ * The blocking is Goto's and van de Geijn's (ACM TOMS 34, 2008).
+ */
+#include "vectors.h"
+
+enum { VECTORS = 3, WIDE = VECTORS * LANES, DEEP = 2048 / LANES, STRIDE = 4, SHARE = 4 };
+#ifdef __AVX512F__
+enum { TOKENS = 8 }; /* 24 sums, 3 numbers of the panel and 1 of x in 32 registers */
+#else
+enum { TOKENS = 4 }; /* 12, 3 and 1 in 16 */
+#endif
+
+typedef vector sums[TOKENS][VECTORS];
+
+/* What a tile works on, and `lines` of what is fetched meanwhile for STRIDE rows of the panel. */
+typedef struct {
+    const float *panel, *x, *bias;
+    float *y;
+    const char *next;
+    i64 in, out, rows, columns, lines;
+} work;
+
+static inline __attribute__((always_inline)) void multiply(sums sum, const float *panel, const float *x, i64 in,
+                                                           i64 rows, const int tokens) {
+    for (i64 k = 0; k < rows; k++, panel += WIDE) {
+        vector w[VECTORS];
+        for (int v = 0; v < VECTORS; v++) w[v] = *(const vector *)(panel + v * LANES);
+        for (int t = 0; t < tokens; t++)
+            for (int v = 0; v < VECTORS; v++) sum[t][v] += x[t * in + k] * w[v];
+    }
+}
+
+/* The first block's sums begin with the bias, the others' with what is there. */
+static inline __attribute__((always_inline)) void store(const work *to, sums sum, int first, const int tokens) {
+    for (int t = 0; t < tokens; t++) {
+        float *y = to->y + t * to->out;
+        if (to->columns == WIDE)
+            for (int v = 0; v < VECTORS; v++) {
+                vector before = {0};
+                if (!first || to->bias) before = *(const vector *)((first ? to->bias : y) + v * LANES);
+                *(vector *)(y + v * LANES) = before + sum[t][v];
+            }
+        else
+            for (i64 c = 0; c < to->columns; c++)
+                y[c] = (first ? to->bias ? to->bias[c] : 0 : y[c]) + sum[t][c / LANES][c % LANES];
+    }
+}
+
+static inline __attribute__((always_inline)) void tile(const work *of, int first, const int tokens) {
+    const float *panel = of->panel, *x = of->x;
+    const char *next = of->next;
+    const i64 in = of->in, rows = of->rows, lines = of->lines;
+    sums sum = {0};
+    i64 k = 0;
+    for (; k + STRIDE <= rows; k += STRIDE) {
+        for (i64 line = 0; line < lines; line++, next += 64) fetch(next);
+        multiply(sum, panel + k * WIDE, x + k, in, STRIDE, tokens);
+    }
+    multiply(sum, panel + k * WIDE, x + k, in, rows - k, tokens);
+    store(of, sum, first, tokens);
+}
+
+/* Of a tile of as many tokens as a constant may be, at most `left`; returns how many. */
+static i64 some(const work *of, int first, i64 left) {
+    if (left >= TOKENS) return tile(of, first, TOKENS), TOKENS;
+    if (left >= 4) return tile(of, first, 4), 4;
+    if (left >= 2) return tile(of, first, 2), 2;
+    return tile(of, first, 1), 1;
+}
+
+/* One block for all tokens. */
+static void block(work of, i64 tokens, int first) {
+    const i64 tiles = (tokens + TOKENS - 1) / TOKENS, strides = of.rows / STRIDE;
+    of.next = (const char *)(of.panel + of.rows * WIDE);
+    of.lines = (STRIDE * WIDE * sizeof(float) / 64 + tiles - 1) / tiles;
+    for (i64 t = 0, done; t < tokens; t += done) {
+        done = some(&of, first, tokens - t);
+        of.x += done * of.in, of.y += done * of.out, of.next += strides * of.lines * 64;
+    }
+}
+
+void product(float *y, const float *x, i64 tokens, const float *panels, const float *bias, i64 in, i64 out,
+             int threads) {
+#pragma omp parallel for num_threads(threads) schedule(dynamic, SHARE)
+    for (i64 column = 0; column < out; column += WIDE)
+        for (i64 k = 0; k < in; k += DEEP)
+            block((work){.panel = panels + column * in + k * WIDE, .x = x + k, .bias = bias ? bias + column : 0,
+                         .y = y + column, .in = in, .out = out, .rows = least(DEEP, in - k),
+                         .columns = least(WIDE, out - column)},
+                  tokens, k == 0);
+}
+
+/* How many numbers the panels of W [out, in] are. */
+i64 panels_size(i64 out, i64 in) { return (out + WIDE - 1) / WIDE * WIDE * in; }
+
+void panels_fill(float *panels, const float *w, i64 out, i64 in, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (i64 column = 0; column < out; column += WIDE)
+        for (i64 k = 0; k < in; k += LANES)
+            for (i64 c = 0; c < WIDE; c++)
+                for (i64 i = k; i < least(k + LANES, in); i++)
+                    panels[column * in + i * WIDE + c] = column + c < out ? w[(column + c) * in + i] : 0;
+}
