@@ -155,8 +155,7 @@ def _prefill(out: Tensor, query: Tensor, layer: int, kv: KvStep, chunks: Chunks,
 def _decode(out: Tensor, query: Tensor, layer: int, kv: KvStep, decodes: Decodes, scores: Scores) -> None:
     """One query per row: the heads of a kv head become the queries of one small attention."""
     pool = kv.pool
-    if isinstance(pool, PagePool) and pool.kernels is not None:
-        kernels = pool.kernels
+    if (kernels := pool.kernels) is not None:
         rows = kernels.Rows(decodes.table, decodes.lengths, decodes.tokens, pool.page, decodes.context)
         form = scores.form(kernels)
         kernels.paged_decode(out[0], query[0], pool.keys[layer], pool.values[layer], rows, form)

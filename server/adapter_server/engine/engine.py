@@ -147,6 +147,8 @@ class Engine:
             slot_pool = SlotPool(
                 model.layers, slots, length, model.dtype, model.device, cells, config.page_tokens
             )  # fmt: skip
+            if model.lane == "packed":
+                slot_pool.kernels = forms.between(model.device, model.dtype, config.kernels)
             return slot_pool, length
         pages = places // config.page_tokens
         page_pool = PagePool(model.layers, pages, config.page_tokens, model.dtype, model.device, cached > 0)

@@ -1,7 +1,7 @@
 """Which form of the hot products a device gets, and the proof at start that it computes what its reference does.
 
     CUDA, with triton    `kernels/`, once it has agreed with torch on this device, in these dtypes and shapes
-    CPU in float32       `lowrank.c`, where a C compiler is at hand
+    CPU in float32       `cpu.py` and `native.py`, where a C compiler is at hand
     anywhere             plain torch
 
 A kernel that does not compile here, or that differs, is left out with a warning in the log: slower, never wrong.
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from adapter_server.engine import native
+from adapter_server.engine import cpu, native
 from adapter_server.engine.grouped import Grouped
 from adapter_server.engine.kv import LayerShape
 from adapter_server.engine.lowrank import Banked, LowRank
@@ -52,7 +52,7 @@ def low_rank(device: torch.device, base: torch.dtype, held: torch.dtype, wanted:
     found = kernels() if wanted and usable(device) else None
     if found is not None and all(_low_rank_agrees(found, device, given, held) for given in {base, held}):
         return Grouped(found, device)
-    library = native.library() if device.type == "cpu" and held == torch.float32 else None
+    library = native.library() if wanted and device.type == "cpu" and held == torch.float32 else None
     return Banked() if library is None else native.Native(library)
 
 
@@ -61,6 +61,16 @@ def _low_rank_agrees(found: ModuleType, device: torch.device, given: torch.dtype
     error, least = functools.partial(low_rank_error, found, device, given, held), max(TOLERANCE[given], TOLERANCE[held])
     ways = [(few, apart) for few in (1, 2, found.FEW) for apart in (False, True)]
     return all(_agrees("low-rank products", functools.partial(error, *way), least) for way in ways)
+
+
+def between(device: torch.device, dtype: torch.dtype, wanted: bool = True) -> ModuleType | None:
+    """The kernels of what stands between a block's products; None: the base's own modules run."""
+    if not wanted:
+        return None
+    if usable(device):
+        return kernels()
+    native_runs = device.type == "cpu" and dtype == torch.float32 and native.library() is not None
+    return cpu if native_runs else None
 
 
 def attending(

@@ -1,8 +1,8 @@
-"""Modules of the base with fewer launches on CUDA, found by structure and accepted by proof.
+"""Modules of the base in fewer and larger pieces, found by structure and accepted by proof.
 
-    norm        x · rsqrt(mean x² + ε) · w                                            one launch for six
+    norm        x · rsqrt(mean x² + ε) · w                                            one kernel for six
     gated MLP   down(act(gate x) · up x)                                              one beside its products
-    attention   q, k, v of one product; norms of heads, RoPE and the write to the pool in one launch
+    attention   q, k, v of one product; norms of heads, RoPE and the write to the pool in one kernel
     layer       x + attention(norm x), + MLP(norm …): sums are formed where the next norm reads them
 
 A module is taken for one of these by what it consists of, never by name, and only if on random input it computes what
@@ -27,7 +27,7 @@ from adapter_server.engine.kv import Chunk, KvStep, LayerShape, PagePool
 from adapter_server.engine.routing import Routing, Step, current, running
 
 if TYPE_CHECKING:
-    from adapter_server.engine.kernels import More
+    from adapter_server.engine.operands import More
     from adapter_server.engine.site import LinearGroup
 
 log = logging.getLogger(__name__)

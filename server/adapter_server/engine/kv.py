@@ -71,6 +71,7 @@ class KvPool(ABC):
         self.page, self.places, self.device = page, places, device
         self.block = page  # positions of a cached block
         self.blocks: BlockCache | None = None
+        self.kernels: ModuleType | None = None  # what reads rows in place, where `forms.attending` has accepted it
         self.free = list(range(places // page))[::-1]
         both = places + cells
         self.keys = {i: _zeros((both, heads, dk), dtype, device) for i, (heads, dk, _) in layers.items()}
@@ -304,8 +305,14 @@ class SlotPool(KvPool):
         return KvStep(self, places.to(self.device), prefills, self._decodes(decodes) if decodes else None)
 
     def _decodes(self, chunks: Sequence[Chunk]) -> Decodes:
-        """The batch is slots 0..n−1; a slot of no decode row reads token 0, and nobody reads its answer."""
+        """For kernels a slot is a large page. Else the batch is slots 0..n−1; a slot of no decode row reads token 0,
+        and nobody reads its answer.
+        """
         slots = [chunk.lease.pages[0] for chunk in chunks]
+        if self.kernels is not None:
+            contexts, tokens = [chunk.context for chunk in chunks], torch.tensor([chunk.start for chunk in chunks])
+            table = torch.tensor(slots, dtype=torch.int32)[:, None]
+            return Decodes(max(contexts), torch.tensor(contexts), tokens, tokens, None, table)
         take, lengths = [0] * (max(slots) + 1), [1] * (max(slots) + 1)
         for slot, chunk in zip(slots, chunks, strict=True):
             take[slot], lengths[slot] = chunk.start, chunk.context
@@ -334,7 +341,6 @@ class PagePool(KvPool):
         super().__init__(layers, pages * page, page, dtype, device, page)
         self.nobodys = pages  # the page that rows of padding write to
         self.blocks = BlockCache() if cached else None
-        self.kernels: ModuleType | None = None  # what reads rows in place, where `forms.attending` has accepted it
         self._prefixes: dict[Prefix, Lease] = {}
         self._readers = [0] * pages
 

@@ -9,24 +9,15 @@
  * number is computed whole by one thread in one order, so that the result depends neither on how many there are nor on
  * what else is in the step.
  *
- * Build: cc -O3 -march=native -fopenmp (native.py). Layout of `segments`, int64 per segment:
- *     start, count, weights, A, R, then per member: Bt, rank           pointers as integers, 0 for none
- * A is [R, in] with the members' rows one after another, Bt [rank, out], weights [count].
+ * Build: cc -O3 -march=native -fopenmp (native.py).
  */
-#include "vectors.h"
+#include "lowrank.h"
 
 enum { START, COUNT, WEIGHTS, A, RANKS, MEMBERS };
 enum { TILE = 4 }; /* tokens, rows of A, and vectors of columns that are held in registers together */
 enum { CHUNK = TILE * LANES, AHEAD = 2 }; /* chunks that are fetched before their turn */
 
 static inline float *at(i64 pointer) { return (float *)(intptr_t)pointer; }
-
-/* The sum of a vector's numbers, halves upon halves. */
-static inline float across(vector v) {
-    for (int half = LANES / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) v[i] += v[i + half];
-    return v[0];
-}
 
 /* s[c][r] for `rows` rows of A and `tokens` of x: both constants where this is called. */
 static inline __attribute__((always_inline)) void dots(const float *a, const float *x, i64 in, float *s, i64 ranks,
@@ -111,35 +102,35 @@ static void alone(const i64 *seg, float *y, i64 width, const float *x, i64 in, c
             expand(seg, s, at(member[0]), member[1], outs[m], y, width, from);
 }
 
-/* Of one segment, by all threads. */
-static void shared(const i64 *seg, float *y, i64 width, const float *x, i64 in, const i64 *outs, i64 members, float *s,
-                   int threads) {
-#pragma omp parallel num_threads(threads)
-    {
+/* Of one segment, by all threads of the region that this is called in. */
+static void shared(const i64 *seg, float *y, i64 width, const float *x, i64 in, const i64 *outs, i64 members,
+                   float *s) {
 #pragma omp for schedule(dynamic, 2)
-        for (i64 r = 0; r < seg[RANKS]; r += TILE) shrink(seg, x, in, s, r);
-        i64 column = 0, row = 0;
-        for (i64 m = 0; m < members; m++) {
-            const i64 *member = seg + MEMBERS + 2 * m;
+    for (i64 r = 0; r < seg[RANKS]; r += TILE) shrink(seg, x, in, s, r);
+    i64 column = 0, row = 0;
+    for (i64 m = 0; m < members; m++) {
+        const i64 *member = seg + MEMBERS + 2 * m;
 #pragma omp for schedule(dynamic, 4) nowait
-            for (i64 from = 0; from < outs[m]; from += CHUNK)
-                if (member[0]) expand(seg, s + row, at(member[0]), member[1], outs[m], y + column, width, from);
-            column += outs[m], row += member[1];
-        }
+        for (i64 from = 0; from < outs[m]; from += CHUNK)
+            if (member[0]) expand(seg, s + row, at(member[0]), member[1], outs[m], y + column, width, from);
+        column += outs[m], row += member[1];
     }
 }
 
-/* scratch holds the shrunk tokens: offsets[i] is where segment i's begin. */
-void lowrank_add(float *y, i64 width, const float *x, i64 in, const i64 *segments, i64 n, const i64 *outs, i64 members,
-                 float *scratch, const i64 *offsets, int threads) {
-    const i64 stride = MEMBERS + 2 * members;
-    if (n < threads)
-        for (i64 i = 0; i < n; i++)
-            shared(segments + i * stride, y, width, x, in, outs, members, scratch + offsets[i], threads);
+void add_within(const lowrank *of, float *y, i64 width, const float *x, i64 in, int threads) {
+    const i64 stride = MEMBERS + 2 * of->members;
+    if (of->n < threads)
+        for (i64 i = 0; i < of->n; i++)
+            shared(of->segments + i * stride, y, width, x, in, of->outs, of->members, of->scratch + of->offsets[i]);
     else
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-        for (i64 i = 0; i < n; i++)
-            alone(segments + i * stride, y, width, x, in, outs, members, scratch + offsets[i]);
+#pragma omp for schedule(dynamic, 1) nowait
+        for (i64 i = 0; i < of->n; i++)
+            alone(of->segments + i * stride, y, width, x, in, of->outs, of->members, of->scratch + of->offsets[i]);
+}
+
+void lowrank_add(float *y, i64 width, const float *x, i64 in, const lowrank *of, int threads) {
+#pragma omp parallel num_threads(threads)
+    add_within(of, y, width, x, in, threads);
 }
 
 /* The sparse products: y[t, i] = Σ values[k] x[t, columns[k]] over the numbers k of row i, starts[i] … starts[i+1] − 1.

@@ -19,7 +19,7 @@ steps in which the set of adapters changes.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -29,7 +29,7 @@ from torch import Tensor
 from adapter_server.engine.routing import Routing, Segment, Use
 
 if TYPE_CHECKING:
-    from adapter_server.engine.grouped import Beside
+    from adapter_server.engine.operands import More
     from adapter_server.engine.placed import Placed
     from adapter_server.engine.site import LinearGroup
 
@@ -136,6 +136,13 @@ class Layout:
     weights: Tensor | None
 
 
+class Apart(Protocol):
+    """The base's product at a group together with what adapters add to it."""
+
+    def run(self, base: Callable[[Tensor], Tensor], x: Tensor, outs: int) -> tuple[Tensor, More | None]:
+        """x [T, in], contiguous → (y [T, outs], what of it is left for y's reader to add)."""
+
+
 class Adder(Protocol):
     """The small segments of a routing at one group, ready to run.
 
@@ -152,7 +159,7 @@ class Adder(Protocol):
     def add(self, y: Tensor, x: Tensor) -> None:
         """y [T, outs] += w · B (A x)."""
 
-    def beside(self, routing: Routing) -> Beside | None:
+    def beside(self, routing: Routing) -> Apart | None:
         """The same computed beside the base's product, where that is possible."""
 
 

@@ -116,12 +116,12 @@ class Model:
 
     def _fused(self, wanted: bool) -> Sequence[str]:
         """What runs in fewer launches."""
-        found = forms.kernels() if wanted and forms.usable(self.device) else None
+        found = forms.between(self.device, self.dtype, wanted)
         return () if found is None else fuse(found, self.module, self._group_of, self.seen, self.dtype)
 
     def _choose_few(self, wanted: bool) -> None:
         """Products with few rows get the form that is faster here."""
-        if wanted and forms.usable(self.device) and (found := forms.kernels()) is not None:
+        if wanted and self.device.type == "cuda" and (found := forms.kernels()) is not None:
             few.choose(found, [group.base for group in self.groups if isinstance(group.base, Product)])
 
     @property

@@ -3,6 +3,7 @@
     product.c    the base's, from weights in panels         without it: oneDNN's
     lowrank.c    the low ranks of a group's segments        `lowrank.Banked`
                  sparse ones, an adapter's at one Linear    `deltas.Sparse`
+    block.c      what stands between products, `cpu.py`     the base's own modules
 
 They are built once per machine into the user's cache and linked to the OpenMP that torch itself runs on, so that both
 share one set of threads.
@@ -19,7 +20,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from adapter_server.engine.placed import Placed
     from adapter_server.engine.site import LinearGroup
 
-SOURCES = [Path(__file__).with_name(name) for name in ("vectors.h", "product.c", "lowrank.c")]
+SOURCES = [Path(__file__).with_name(name) for name in ("vectors.h", "lowrank.h", "product.c", "lowrank.c", "block.c")]
 BLOCK = 16  # tokens that one thread takes at a time
 MOST_LANES = 16  # numbers in a vector of any processor
 COUNT, RANKS = 1, 4  # in a segment's row of the table
@@ -60,19 +61,32 @@ def library() -> ctypes.CDLL | None:
 
 def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
     """The library with the types of its arguments, so that plain integers can be given for pointers."""
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
-    found.lowrank_add.argtypes = (
-        *(pointer, number, pointer, number, pointer, number, pointer, number, pointer, pointer),
-        ctypes.c_int,
-    )
+    pointer, number, real, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
+    found.lowrank_add.argtypes = (pointer, number, pointer, number, pointer, ctypes.c_int)
     found.sparse_times.argtypes = (
         *(pointer, number, pointer, number, number, pointer, pointer, pointer, pointer),
         ctypes.c_int,
     )
-    found.product.argtypes = (pointer, pointer, number, pointer, pointer, number, number, ctypes.c_int)
+    found.product.argtypes = (pointer, pointer, number, pointer, pointer, number, number, pointer, ctypes.c_int)
     found.panels_fill.argtypes = (pointer, pointer, number, number, ctypes.c_int)
     found.panels_size.argtypes, found.panels_size.restype = (number, number), number
-    found.lowrank_add.restype = found.sparse_times.restype = found.product.restype = found.panels_fill.restype = None
+    norm = (pointer, real, flag)
+    found.rms_norm.argtypes = (
+        *(pointer, pointer, pointer, number, pointer, number, pointer, number, number, real, flag),
+        ctypes.c_int,
+    )
+    found.gated.argtypes = (pointer, pointer, number, number, number, ctypes.c_int, ctypes.c_int)
+    found.rope_write.argtypes = (
+        *(pointer, pointer, number, pointer, number, pointer, number, pointer, pointer, pointer),
+        *(number, number, number, number, *norm, *norm, pointer, ctypes.c_int),
+    )
+    found.paged_decode.argtypes = (
+        *(pointer, number, number, pointer, number, number, pointer, pointer, pointer, number, pointer, pointer),
+        *(number, number, number, number, number, number, number, real, real, number, pointer, pointer, ctypes.c_int),
+    )
+    for name in ("lowrank_add", "sparse_times", "product", "panels_fill", "rms_norm", "gated", "rope_write"):
+        getattr(found, name).restype = None
+    found.paged_decode.restype = None
     return found
 
 
@@ -89,7 +103,7 @@ def _built(compiler: str) -> Path:
             objects = [made / f"{path.stem}.o" for path in SOURCES if path.suffix == ".c"]
             for path in objects:
                 _run(compiler, *FLAGS, str(SOURCES[0].with_name(f"{path.stem}.c")), "-o", str(path))
-            _run(compiler, "-shared", *map(str, objects), "-o", str(made / "native.so"))
+            _run(compiler, "-shared", *map(str, objects), "-lm", "-o", str(made / "native.so"))
             (made / "native.so").rename(target)
     if target.stat().st_uid != os.getuid():
         raise OSError(f"{target} belongs to somebody else")
@@ -131,25 +145,43 @@ class NativeSmall:
 
     vectors: frozenset[Placed] = frozenset()
 
-    def beside(self, routing: Routing) -> None:
-        """Its products have the same cores."""
-
     def __init__(self, kernel: ctypes.CDLL, group: LinearGroup, segments: Sequence[Segment]) -> None:
         self.narrow = group.base_dtype == group.dtype
         patches = [segment.placed.groups[group.index] for segment in segments]
         blocks = [b for s, patch in zip(segments, patches, strict=True) for b in _blocks(s, patch.addresses)]
         ends = list(itertools.accumulate(block[COUNT] * block[RANKS] for block in blocks))
         work = sum(s.count * patch.numbers for s, patch in zip(segments, patches, strict=True))
-        threads = 1 if work < SERIAL else torch.get_num_threads()
-        self._alive = segments  # the table points into their tensors
-        self._scratch = torch.empty(ends[-1])
-        table, outs = _array([value for block in blocks for value in block]), _array(group.outs)
-        after = (table, len(blocks), outs, len(group.outs), self._scratch.data_ptr(), _array([0, *ends[:-1]]), threads)
-        self._call, self._width, self._inp, self._after = kernel.lowrank_add, sum(group.outs), group.inp, after
+        self.threads = 1 if work < SERIAL else torch.get_num_threads()
+        scratch, arrays = torch.empty(ends[-1]), [_array(v for b in blocks for v in b), _array(group.outs)]
+        arrays.append(_array([0, *ends[:-1]]))
+        table, outs, offsets = (ctypes.addressof(array) for array in arrays)
+        self.table = _array([table, len(blocks), outs, len(group.outs), scratch.data_ptr(), offsets])
+        self._alive = segments, scratch, arrays  # the table points into their memory
+        self._call, self._width, self._inp = kernel.lowrank_add, sum(group.outs), group.inp
+
+    def beside(self, routing: Routing) -> NativeBeside:
+        """In the base's own call, where that is ours."""
+        return NativeBeside(self)
 
     def add(self, y: Tensor, x: Tensor) -> None:
         """y [T, outs] += w · B (A x), both contiguous float32."""
-        self._call(y.data_ptr(), self._width, x.data_ptr(), self._inp, *self._after)
+        self._call(y.data_ptr(), self._width, x.data_ptr(), self._inp, self.table, self.threads)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NativeBeside:
+    """The base's product and what adapters add to it, in one call."""
+
+    small: NativeSmall
+
+    def run(self, base: Callable[[Tensor], Tensor], x: Tensor, outs: int) -> tuple[Tensor, None]:
+        """x [T, in] → (y [T, outs], nothing that is left for the reader to add)."""
+        packed = getattr(base, "packed", None)
+        if isinstance(packed, Panels) and len(x) <= MOST_ROWS:
+            return packed(x, base.bias, self.small), None  # type: ignore[attr-defined]
+        y = base(x)
+        self.small.add(y, x)
+        return y, None
 
 
 def _blocks(segment: Segment, addresses: tuple[int, ...]) -> list[tuple[int, ...]]:
@@ -201,14 +233,18 @@ class Panels:
         kernel.panels_fill(self.memory.data_ptr(), weight.data_ptr(), self.out, self.inp, torch.get_num_threads())
         self._call = kernel.product
 
-    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x [T, in], T at most MOST_ROWS → x · Wᵀ + b [T, out]. A row's numbers do not depend on the others."""
+    def __call__(self, x: Tensor, bias: Tensor | None, added: NativeSmall | None = None) -> Tensor:
+        """x [T, in], T at most MOST_ROWS → x · Wᵀ + b [T, out], with what adapters add. A row's numbers do not depend
+        on the others.
+        """
         x, y = x.contiguous(), torch.empty(len(x), self.out)
         threads = 1 if len(x) * self.out * self.inp < SERIAL else torch.get_num_threads()
-        after = (0 if bias is None else bias.data_ptr(), self.inp, self.out, threads)
+        table, threads = (None, threads) if added is None else (added.table, max(threads, added.threads))
+        after = (0 if bias is None else bias.data_ptr(), self.inp, self.out, table, threads)
         self._call(y.data_ptr(), x.data_ptr(), len(x), self.memory.data_ptr(), *after)
         return y
 
 
-def _array(values: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
-    return (ctypes.c_int64 * len(values))(*values)
+def _array(values: Iterable[int]) -> ctypes.Array[ctypes.c_int64]:
+    listed = list(values)
+    return (ctypes.c_int64 * len(listed))(*listed)

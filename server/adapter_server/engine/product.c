@@ -9,9 +9,13 @@
  *
  * The blocking is Goto's and van de Geijn's (ACM TOMS 34, 2008).
  */
-#include "vectors.h"
+#include <omp.h>
+#include <sched.h>
+#include <stdatomic.h>
 
-enum { VECTORS = 3, WIDE = VECTORS * LANES, DEEP = 2048 / LANES, STRIDE = 4, SHARE = 4 };
+#include "lowrank.h"
+
+enum { VECTORS = 3, WIDE = VECTORS * LANES, DEEP = 2048 / LANES, STRIDE = 4, SHARE = 4, TURNS = 1000 };
 #ifdef __AVX512F__
 enum { TOKENS = 8 }; /* 24 sums, 3 numbers of the panel and 1 of x in 32 registers */
 #else
@@ -87,15 +91,32 @@ static void block(work of, i64 tokens, int first) {
     }
 }
 
+/* Wait for the other threads, which are nearly done too: to sleep and be woken would take longer. */
+static void meet(atomic_int *done) {
+    const int all = omp_get_num_threads();
+    atomic_fetch_add(done, 1);
+    for (int turn = 1; atomic_load(done) < all; turn++)
+        if (turn % TURNS == 0) sched_yield();
+}
+
+/* With what adapters add, if any: the threads go on to it together. */
 void product(float *y, const float *x, i64 tokens, const float *panels, const float *bias, i64 in, i64 out,
-             int threads) {
-#pragma omp parallel for num_threads(threads) schedule(dynamic, SHARE)
-    for (i64 column = 0; column < out; column += WIDE)
-        for (i64 k = 0; k < in; k += DEEP)
-            block((work){.panel = panels + column * in + k * WIDE, .x = x + k, .bias = bias ? bias + column : 0,
-                         .y = y + column, .in = in, .out = out, .rows = least(DEEP, in - k),
-                         .columns = least(WIDE, out - column)},
-                  tokens, k == 0);
+             const lowrank *added, int threads) {
+    atomic_int done = 0;
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(dynamic, SHARE) nowait
+        for (i64 column = 0; column < out; column += WIDE)
+            for (i64 k = 0; k < in; k += DEEP)
+                block((work){.panel = panels + column * in + k * WIDE, .x = x + k, .bias = bias ? bias + column : 0,
+                             .y = y + column, .in = in, .out = out, .rows = least(DEEP, in - k),
+                             .columns = least(WIDE, out - column)},
+                      tokens, k == 0);
+        if (added) {
+            meet(&done);
+            add_within(added, y, out, x, in, threads);
+        }
+    }
 }
 
 /* How many numbers the panels of W [out, in] are. */

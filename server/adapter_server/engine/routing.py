@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from adapter_server.engine.kernels import More
     from adapter_server.engine.kv import KvStep
+    from adapter_server.engine.operands import More
     from adapter_server.engine.placed import Placed
 
 Use = tuple["Placed", float]  # an adapter laid out on the device, and its weight

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adapter_server.engine import native
-from adapter_server.engine.lowrank import Adder, LowRank, add_large
+from adapter_server.engine.lowrank import Adder, Apart, LowRank, add_large
 from adapter_server.engine.modules import stream
 from adapter_server.engine.placed import FLOAT32, Dtypes, GroupPatch, Placed, Product, Separate, Turned, joined_biases
 from adapter_server.engine.routing import Routing, Segment, add_to, current
@@ -34,8 +34,7 @@ from adapter_server.families.deltas import Delta, Mirror
 from adapter_server.families.quantised import is_quantised
 
 if TYPE_CHECKING:
-    from adapter_server.engine.grouped import Beside
-    from adapter_server.engine.kernels import More
+    from adapter_server.engine.operands import More
 
 Part = TypeVar("Part", Delta, Mirror, Turned)
 Added = tuple[Segment, slice, Tensor]  # what is added at a segment's tokens and a member's columns
@@ -57,7 +56,7 @@ class Plan:
     turns: Sequence[tuple[Segment, Turned]] = ()
     replaced: Sequence[tuple[Segment, Product]] = ()
     blocks: Sequence[tuple[Segment, BlockPatch]] = ()
-    beside: Beside | None = None  # instead of `small`, where the reader adds it
+    beside: Apart | None = None  # the same as `small`, with the base's product
     narrow: bool = field(init=False)  # nothing is added but what needs no wider x and y than the base's
 
     def __post_init__(self) -> None:

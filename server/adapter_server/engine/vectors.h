@@ -12,5 +12,16 @@ typedef int64_t i64;
 
 static inline i64 least(i64 a, i64 b) { return a < b ? a : b; }
 
+/* The sum of a vector's numbers, halves upon halves. */
+static inline float across(vector v) {
+    typedef int32_t order __attribute__((vector_size(sizeof(vector))));
+    order from;
+    for (int half = LANES / 2; half; half /= 2) {
+        for (int i = 0; i < LANES; i++) from[i] = i ^ half;
+        v += __builtin_shuffle(v, from);
+    }
+    return v[0];
+}
+
 /* Have memory on its way that may be wanted soon; an address of nothing does no harm. */
 static inline void fetch(const void *from) { __builtin_prefetch(from, 0, 2); }

@@ -17,12 +17,10 @@ from adapter_server.engine.kernels.attention import (
     MOST_CHUNKS,
     QUERIES,
     Chunks,
-    Form,
-    Rows,
     paged_decode,
     paged_prefill,
 )
-from adapter_server.engine.kernels.block import More, Norm, add_rms_norm, gated, pick, rms_norm, rope_write
+from adapter_server.engine.kernels.block import add_rms_norm, gated, pick, rms_norm, rope_write
 from adapter_server.engine.kernels.linear import MOST_ROWS, TILINGS, Tiling, few_rows, takes
 from adapter_server.engine.kernels.lowrank import (
     FEW,
@@ -38,6 +36,7 @@ from adapter_server.engine.kernels.lowrank import (
     add_low_rank,
     low_rank,
 )
+from adapter_server.engine.operands import Form, More, Norm, Rows
 
 __all__ = [
     "CHUNK", "FEW", "HEAD", "MANY", "MANY_RANKS", "MEMBER", "MOST_CHUNKS", "MOST_ROWS", "MOST_SPLITS", "QUERIES",

@@ -22,35 +22,12 @@ import triton.language as tl
 from torch import Tensor
 
 from adapter_server.engine.kernels.launch import DTYPES, OPTIONS, compute_of, on, power
+from adapter_server.engine.operands import Form, Rows
 
 CHUNK, MOST_CHUNKS, KEYS = 64, 64, 64  # keys of a chunk at least, chunks of a row at most, keys that one turn reads
 ATTEND_WARPS, COMBINE_WARPS, TOGETHER = 4, 4, 8  # chunks that combine reads at once
 PROGRAMS = 2048  # where a row could have more chunks than so many programs have, each takes several
 QUERIES, PREFILL_WARPS, PREFILL_STAGES = 64, 4, 2  # tokens of a tile with several
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Rows:
-    """The rows with one new token: where each one's keys are, and which packed token asks.
-
-    table int32 [n, pages], lengths [n] with the new token, tokens [n]; `most` is the greatest length.
-    """
-
-    table: Tensor
-    lengths: Tensor
-    tokens: Tensor
-    page: int
-    most: int
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Form:
-    """How scores become weights: times `scale`, capped by cap · tanh(s / cap), the last `window` keys, sinks [heads]"""
-
-    scale: float
-    cap: float | None = None
-    window: int | None = None
-    sinks: Tensor | None = None
 
 
 def paged_decode(out: Tensor, q: Tensor, keys: Tensor, values: Tensor, rows: Rows, form: Form) -> None:

@@ -12,37 +12,19 @@ of all but pick may have `More` to be added to it first, rounded where adding in
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from adapter_server.engine.kernels.launch import OPTIONS, on
+from adapter_server.engine.operands import More, Norm
 
 WIDEST = 16384  # elements of a normalised row: all of it is in registers at once
 SPAN = 4096  # logits that one program looks at: four 16-byte loads a thread in bfloat16
 GATE, GATE_WARPS = 1024, 4  # outputs of one program of `gated`
 ACTS = ("silu", "gelu", "gelu_pytorch_tanh")
 HEADS, HEADS_WARPS = 4, 2  # heads of one program of `rope_write`
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Norm:
-    """An RMS norm's weight [n] and how it is applied: `centred` weights stand for 1 + weight (Gemma)."""
-
-    weight: Tensor
-    eps: float
-    centred: bool = False
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class More:
-    """What is still to be added to a tensor [T, n]: `value` [T, n], at the tokens where `live` [T] int32 is not 0."""
-
-    value: Tensor
-    live: Tensor
 
 
 def _more(x: Tensor, more: More | None) -> tuple[Tensor, Tensor, int, bool]:

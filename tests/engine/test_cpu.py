@@ -1,0 +1,99 @@
+"""The kernels in C against their lines of torch, and engines that run with and without them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import rig
+from adapter_server.engine import cpu, forms, native, proofs
+from adapter_server.engine.kv import LayerShape, SlotPool
+from adapter_server.engine.operands import Form
+
+CPU, DTYPE = torch.device("cpu"), torch.float32
+FAR = 1e-6  # differences of rounding alone
+NAMES = (None, "lora", "velora", "dora", "prefix", "ia3")
+FORMS = {
+    "plain": Form(0.1),
+    "capped": Form(0.1, cap=5.0),
+    "window": Form(0.1, window=50),
+    "all": Form(0.1, cap=5.0, window=50, sinks=torch.linspace(-1, 1, 8)),
+}
+
+pytestmark = pytest.mark.skipif(native.library() is None, reason="no C compiler")
+
+
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("n", [5, 64, 1040])
+def test_norms(n: int, centred: bool) -> None:
+    assert proofs.norm_error(cpu, CPU, DTYPE, n, centred=centred) < FAR
+
+
+@pytest.mark.parametrize("act", cpu.ACTS)
+@pytest.mark.parametrize("n", [5, 64, 1040])
+def test_gates(n: int, act: str) -> None:
+    assert proofs.gated_error(cpu, CPU, DTYPE, act, n) < FAR
+
+
+def test_a_gate_of_any_size() -> None:
+    """Where e^x over- and underflows, and of what is no number."""
+    x = torch.cat([torch.linspace(-120, 120, 24001), torch.tensor([torch.inf, torch.nan])])
+    both = torch.cat([x, torch.ones_like(x)])[None]
+    got, want = cpu.gated(both, "silu")[0], torch.nn.functional.silu(x)
+    assert torch.allclose(got, want, atol=1e-6, rtol=1e-6, equal_nan=True)
+
+
+def test_an_activation_without_a_kernel_is_refused() -> None:
+    with pytest.raises(ValueError, match="no kernel for the activation 'relu'"):
+        cpu.gated(torch.ones(1, 2), "relu")
+
+
+@pytest.mark.parametrize(("normed", "centred"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize("shape", [(4, 2, 64), (3, 1, 20), (8, 8, 128)])
+def test_rope(shape: tuple[int, int, int], normed: bool, centred: bool) -> None:
+    assert proofs.rope_error(cpu, CPU, DTYPE, shape, normed, centred) < FAR
+
+
+def test_what_is_still_to_be_added() -> None:
+    assert proofs.more_error(cpu, CPU, DTYPE) < FAR
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("shape", [(2, 64, 64), (1, 20, 24), (8, 128, 128)])
+def test_attention_over_pages(shape: LayerShape, form: str) -> None:
+    assert proofs.attention_error(cpu, FORMS[form], shape, 8, CPU, DTYPE) < FAR
+    assert proofs.attention_error(cpu, FORMS[form], shape, 8, CPU, DTYPE, lengths=(70,)) < FAR  # heads apart
+
+
+def test_a_row_of_attention_is_its_own() -> None:
+    draw = torch.Generator().manual_seed(0)
+    q, keys, values = (torch.randn(*s, generator=draw) for s in ((4, 3, 16), (300, 2, 16), (300, 2, 16)))
+    table, lengths = torch.tensor([[0], [1], [2]], dtype=torch.int32), torch.tensor([100, 7, 63])
+    together, alone = torch.empty(3, 4, 16), torch.empty(3, 4, 16)
+    cpu.paged_decode(together, q, keys, values, cpu.Rows(table, lengths, torch.arange(3), 100, 100), Form(0.2))
+    for i in range(3):
+        rows = cpu.Rows(table[i:][:1], lengths[i:][:1], torch.tensor([i]), 100, int(lengths[i]))
+        cpu.paged_decode(alone, q, keys, values, rows, Form(0.2))
+    assert torch.equal(together, alone)
+
+
+def test_who_runs_them() -> None:
+    assert forms.between(CPU, torch.float32) is cpu
+    assert forms.between(CPU, torch.bfloat16) is None
+    assert forms.between(CPU, torch.float32, wanted=False) is None
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize("arch", ["llama", "qwen3", "gemma2"])
+def test_engines_with_and_without_are_peft_alone(arch: str, kernels: bool) -> None:
+    """Rows of several adapters together, prompts of several lengths."""
+    engine = rig.engine(arch, tuple(name for name in NAMES if name), kernels=kernels, fuse=kernels)
+    assert isinstance(engine.kv, SlotPool)
+    assert (engine.kv.kernels is cpu) == kernels
+    assert bool(engine.model.fused) == kernels
+    asked = [rig.ask(engine, name, rig.PROMPTS[i % 3]) for i, name in enumerate(NAMES)]
+    for i, (name, answer) in enumerate(zip(NAMES, rig.run(engine, asked), strict=True)):
+        ids, logprobs = rig.peft_alone(arch, name, rig.PROMPTS[i % 3], rig.NEW)
+        assert tuple(answer.ids) == ids, name
+        assert (answer.matrix() - logprobs).abs().max().item() < 1e-4, name
+    engine.close()
