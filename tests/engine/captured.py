@@ -49,6 +49,7 @@ def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forms, "usable", lambda device: True)
     monkeypatch.setattr(forms, "_low_rank_agrees", lambda *_: True)  # test_kernels.py holds it
     monkeypatch.setattr(forms, "attending", lambda *_, **__: said)
+    monkeypatch.setattr(forms, "drawing", lambda *_: proofs.drawn)
 
 
 def served(names: tuple[str, ...] = (), **settings: object) -> Engine:

@@ -31,9 +31,9 @@ def without_the_engine() -> None:
 
 
 without_the_engine()
-attention, block, launch, linear, lowrank = (
+attention, block, draw, launch, linear, lowrank = (
     importlib.import_module(f"adapter_server.engine.kernels.{name}")
-    for name in ("attention", "block", "launch", "linear", "lowrank")
+    for name in ("attention", "block", "draw", "launch", "linear", "lowrank")
 )
 
 
@@ -115,6 +115,20 @@ def blocks(arch: int, name: str) -> None:
     compiled(block._picked, best, {"SPLITS": 64}, arch, 1)
 
 
+def drawn(arch: int, name: str) -> None:
+    shared = dict.fromkeys(("found", "last", "sums", "masses", "kept", "ties", "ids"), "*i64")
+    shared |= {"logits": f"*{name}", "settings": "*fp64", "best": "*fp32"}
+    passes = 8 * HELD[name].itemsize // draw.DIGIT
+    sizes = {"PASSES": passes, "SPLITS": 32, "WAYS": draw.WAYS, "DIGIT": draw.DIGIT}
+    spans = {**sizes, "SPAN": draw.SPAN}
+    for search in (draw.TOP_K.value, draw.TOP_P.value, draw.TOKEN.value):
+        compiled(draw._aim, shared, {**sizes, "SEARCH": search}, arch, draw.SPAN_WARPS)
+        narrow = {**spans, "SEARCH": search, "FIRST": search == draw.TOP_K.value}
+        compiled(draw._narrow, shared, narrow, arch, draw.SPAN_WARPS)
+    for kernel in (draw._weigh, draw._count, draw._place):
+        compiled(kernel, shared, spans, arch, draw.SPAN_WARPS)
+
+
 def few_rows(arch: int, name: str) -> None:
     some = dict.fromkeys(("y", "x", "weight", "bias"), f"*{name}")
     for tiling in linear.TILINGS:
@@ -124,7 +138,7 @@ def few_rows(arch: int, name: str) -> None:
 
 
 def main(arch: int, name: str) -> None:
-    for each in (low_rank, attended, blocks, few_rows):
+    for each in (low_rank, attended, blocks, drawn, few_rows):
         each(arch, name)
 
 

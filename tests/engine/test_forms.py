@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -54,10 +55,22 @@ def test_what_fails_or_differs_is_left_out(
     assert [word in record.getMessage() for record in caplog.records] == [True, True]
 
 
+def test_a_draw_that_fails_or_takes_the_likeliest_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert forms.drawing(CPU, torch.float32) is kernels.draw
+    assert forms.drawing(CPU, torch.float32, wanted=False) is None
+    for do in (fails, lambda logits, settings: kernels.pick(logits)):
+        monkeypatch.setattr(forms, "kernels", functools.partial(spoilt, "draw", do))
+        assert forms.drawing(CPU, torch.bfloat16) is None
+    assert ["drawing tokens" in record.getMessage() for record in caplog.records] == [True, True]
+
+
 def test_a_machine_without_triton(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(forms, "kernels", lambda: None)
     assert not isinstance(forms.low_rank(CPU, torch.bfloat16, torch.bfloat16), Grouped)
     assert forms.attending(CPU, torch.float32, LAYERS, 4, PAGE) is None
+    assert forms.drawing(CPU, torch.float32) is None
     assert not caplog.records
 
 

@@ -23,7 +23,8 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 import rig
 import zoo
-from adapter_server.engine import Engine, capture
+from adapter_server.core import Request
+from adapter_server.engine import Engine, capture, forms
 from adapter_server.engine.capture import Captures, bucket
 from adapter_server.engine.graphs import GraphKey, Graphs
 from adapter_server.engine.grouped import Beside
@@ -135,7 +136,111 @@ def test_logprobs_and_draws_read_the_captured_logits() -> None:
     engine.close()
 
 
-def test_logits_that_are_not_finite_end_their_row_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+WARM: tuple[dict[str, Any], ...] = (
+    {"temperature": 1.0},
+    {"temperature": 0.0},
+    {"temperature": 1.5, "top_k": 20},
+    {"temperature": 0.9, "top_p": 0.9},
+    {"temperature": 2.0, "min_p": 0.05, "top_k": 40, "top_p": 0.95},
+)
+OWNERS, NEWS = (None, "lora", None, "velora", None), (9, 3, 6, 4, 11)  # whose steps are interpreted are few
+
+
+def warm(engine: Engine, i: int, **more: object) -> Request:
+    """The i-th row that is drawn, or not: its adapter, prompt, settings and seed."""
+    return ask(engine, OWNERS[i], i, **{"new": NEWS[i], "seed": 40 + i, **WARM[i], **more})
+
+
+@functools.cache
+def by_itself(i: int, **more: object) -> list[int]:
+    """The tokens that it has without graphs and without anybody beside it."""
+    engine = served(("lora", "velora"), graphs=False)
+    [answer] = rig.run(engine, [warm(engine, i, **more)])
+    engine.close()
+    return answer.ids
+
+
+@pytest.fixture
+def ahead(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Of each step that is launched before the last one's tokens are read, whether it draws."""
+    launch, found = Graphs.launch, []
+
+    def seen(self: Graphs, slices: Any, routing: Any, before: Any = None, drawn: bool = False) -> Any:
+        flight = launch(self, slices, routing, before, drawn)
+        if before is not None and flight is not None:
+            found.append(drawn)
+        return flight
+
+    monkeypatch.setattr(Graphs, "launch", seen)
+    return found
+
+
+@pytest.mark.parametrize(("some", "stagger"), [((0, 1, 2, 3, 4), 0), ((0, 2, 4), 2)])
+def test_rows_that_are_drawn_fly_and_have_the_tokens_that_they_have_alone(
+    some: tuple[int, ...], stagger: int, ahead: list[bool]
+) -> None:
+    """Beside a greedy one, on any adapters, in buckets that shrink while rows end one after another."""
+    engine = served(("lora", "velora"))
+    answers = rig.run(engine, [warm(engine, i) for i in some], stagger)
+    assert [a.ids for a in answers] == [by_itself(i) for i in some]
+    assert all(a.end is not None and a.end.reason == "length" for a in answers)
+    assert by_itself(1) == right("lora", 1, NEWS[1])
+    assert sum(ahead) >= 4
+    assert engine.kv.used == 0
+    engine.close()
+
+
+def test_greedy_rows_alone_do_not_draw(ahead: list[bool]) -> None:
+    engine = served()
+    asked = [ask(engine, None, i) for i in range(2)]
+    assert [a.ids for a in rig.run(engine, asked)] == [right(None, 0), right(None, 1)]
+    assert set(ahead) == {False}
+    assert not any(key.drawn for key in captured(engine).captured)
+    rig.run(engine, [warm(engine, 0)])
+    assert {key.drawn for key in captured(engine).captured} == {False, True}
+    engine.close()
+
+
+def test_a_row_that_is_drawn_ends_by_its_own_token() -> None:
+    """Which is seen a step late; the row beside it goes on."""
+    ids = by_itself(0, new=9)
+    at = next(i for i in range(2, 9) if ids[i] not in ids[:i])
+    engine = served(("lora", "velora"))
+    engine.info = replace(engine.info, eos=frozenset({ids[at]}))
+    first, second = rig.run(engine, [warm(engine, 0, new=9, ignore_eos=False), warm(engine, 4)])
+    assert first.ids == ids[: at + 1]
+    assert first.end is not None
+    assert (first.end.reason, first.end.completion_tokens) == ("eos", at + 1)
+    assert second.ids == by_itself(4)
+    engine.close()
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"logprobs": 2}, {"repetition_penalty": 1.3}, {"logit_bias": ((7, 2.0),)}],
+    ids=lambda more: next(iter(more)),
+)
+def test_rows_that_want_more_hold_the_others_back_and_change_no_token(more: dict[str, Any], ahead: list[bool]) -> None:
+    engine = served(("lora", "velora"))
+    answers = rig.run(engine, [warm(engine, 2), warm(engine, 0, **more), warm(engine, 4)])
+    assert [a.ids for a in answers] == [by_itself(2), by_itself(0, **more), by_itself(4)]
+    if "logprobs" in more:
+        assert answers[1].ids == by_itself(0)
+    assert True in ahead  # once that row has ended
+    engine.close()
+
+
+def test_without_a_kernel_that_draws_rows_do_not_fly(monkeypatch: pytest.MonkeyPatch, ahead: list[bool]) -> None:
+    monkeypatch.setattr(forms, "drawing", lambda *_: None)
+    engine = served(("lora", "velora"))
+    answers = rig.run(engine, [warm(engine, i) for i in (0, 2)])
+    assert [a.ids for a in answers] == [by_itself(0), by_itself(2)]
+    assert ahead == []
+    engine.close()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_end_their_row_alone(monkeypatch: pytest.MonkeyPatch, temperature: float) -> None:
     engine = served()
     forward = engine.model.forward
 
@@ -144,8 +249,10 @@ def test_logits_that_are_not_finite_end_their_row_alone(monkeypatch: pytest.Monk
         return logits.masked_fill((positions[keep] == len(rig.PROMPTS[1]) + 2)[:, None], torch.nan)
 
     monkeypatch.setattr(engine.model, "forward", broken)
-    well, ill = rig.run(engine, [ask(engine, None, 2, 2), ask(engine, None, 1)])
+    others = ask(engine, None, 2, 2), ask(engine, None, 0, 5, temperature=temperature, seed=1)
+    well, also, ill = rig.run(engine, [*others, ask(engine, None, 1)])
     assert well.ids == right(None, 2, 2)
+    assert len(also.ids) == 5
     assert ill.end is not None
     assert ill.end.reason == "error"
     assert ill.ids == right(None, 1)[:3]

@@ -226,7 +226,7 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 NAMES = [
     *["_shrink_few", "_expand_few"] * 3, "_shrink_many", "_expand_many", "_attend", "_prefill", "_combine",
     "_rms_norm", "_gated", "_gated", "_gated", "_rope_write", "_rope_write", "_pick", "_picked",
-    "_few_rows", "_few_rows", "_few_rows",
+    *["_aim", "_narrow"] * 3, "_weigh", "_count", "_place", "_few_rows", "_few_rows", "_few_rows",
 ]  # fmt: skip
 KERNELLED = ("lora", "dora", "ia3", "lora_saved", "prefix")
 

@@ -66,8 +66,8 @@ def test_looking_at_the_likeliest_alone_changes_no_draw(scale: float, monkeypatc
     logits = torch.randn(210, 3000, generator=torch.Generator().manual_seed(1)) * scale
     rows = [draw(seed=i, **SETTINGS[i % len(SETTINGS)]) for i in range(len(logits))]
     depths: list[int] = []
-    inverse = sampling._inverse
-    monkeypatch.setattr(sampling, "_inverse", lambda *args: (depths.append(len(args[0])), inverse(*args))[1])
+    inverse = sampling.inverse
+    monkeypatch.setattr(sampling, "inverse", lambda *args: (depths.append(len(args[0])), inverse(*args))[1])
     monkeypatch.setattr(sampling, "PEAK", 64)
     some = [c.id for c in choose(logits, rows)]
     assert (len(depths) == 2) == (scale < 8 or depths[1:] != [])

@@ -56,6 +56,23 @@ def test_block(dtype: torch.dtype, centred: bool, device: torch.device) -> None:
     assert all(proofs.pick_error(kernels, device, dtype, vocab, 32) == 0 for vocab in (1000, 151936, 262144))
 
 
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("vocab", [1000, 32000, 128256, 262144])
+def test_draw(vocab: int, dtype: torch.dtype, device: torch.device) -> None:
+    assert proofs.draw_error(kernels, device, dtype, vocab) == 0
+
+
+def test_a_token_is_the_same_in_either_format(device: torch.device) -> None:
+    """A captured step draws in the base's, any other in float32."""
+    logits = 2 * torch.randn(256, 128256, generator=torch.Generator().manual_seed(0)).to(device)
+    settings = torch.tensor(proofs.SETTINGS, dtype=torch.float64, device=device).repeat(37, 1)[:256]
+    settings[:, 4] = torch.rand(256, generator=torch.Generator().manual_seed(0)).to(device)
+    for half in (logits.bfloat16(), logits.half()):
+        assert torch.equal(kernels.draw(half, settings)[0], kernels.draw(half.float(), settings)[0])
+        alone = [kernels.draw(half[i : i + 1], settings[i : i + 1])[0].item() for i in range(0, 256, 37)]
+        assert alone == kernels.draw(half, settings)[0][::37].tolist()
+
+
 def test_the_same_bits_every_time(device: torch.device) -> None:
     """Neither kernel has atomics: what ran twice is the same."""
     form = kernels.Form(0.1)

@@ -34,7 +34,7 @@ from adapter_server.engine.pool import Pool
 from adapter_server.engine.profile import Profile, part
 from adapter_server.engine.prompts import Prompts
 from adapter_server.engine.routing import Routing, Step, route
-from adapter_server.engine.sampling import Chosen, Draw, choose, rate
+from adapter_server.engine.sampling import Chosen, Draw, Kernel, choose, rate
 from adapter_server.engine.scheduler import Row, Scheduler, Slice
 from adapter_server.engine.tree import Decode
 from adapter_server.errors import (
@@ -108,6 +108,7 @@ class Engine:
             torch.set_num_threads(threads)
         self.model = prepare(module, config.pack_weights, _adapter_dtype(module, config), config.kernels, config.fuse)
         self.kv, length = self._kv()
+        self.draw = forms.drawing(self.model.device, self.model.dtype, config.kernels)
         self.graphs, self.prompts = self._graphs(length)
         self.info = _info(module, self.model, name, length)
         self.guides = Guides(tokenizer, self.info.vocab, self.info.eos, config.max_grammar_bytes)
@@ -167,7 +168,7 @@ class Engine:
             return None, None
         memory = torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None
         return (
-            Graphs(model, kv, config.max_rows, length, memory),
+            Graphs(model, kv, config.max_rows, length, memory, self.draw),
             Prompts(model, kv, config.max_rows, length, config.max_step_tokens, memory),
         )
 
@@ -268,13 +269,14 @@ class Engine:
     # Steps that are launched before the last one's tokens have been read
 
     def _took_off(self, slices: list[Slice]) -> bool:
-        """Launch a step of single tokens and come back at once, where the likeliest tokens are all that is wanted."""
-        if self.graphs is None or not all(_is_greedy(s.row) for s in slices):
+        """Launch a step of single tokens and come back at once, where the tokens are all that is wanted."""
+        if self.graphs is None or not all(_flies(s.row, self.draw is not None) for s in slices):
             return False
         ordered, routing = self._routed(slices)
         if not self.graphs.fit(ordered, routing):
             return False
-        self._flight, self._landed_at = self.graphs.launch(ordered, routing), time.perf_counter()
+        self._flight = self.graphs.launch(ordered, routing, None, _any_drawn(ordered))
+        self._landed_at = time.perf_counter()
         return self._flight is not None
 
     def _fly(self, flight: Flight) -> list[Event]:
@@ -305,7 +307,9 @@ class Engine:
         if self.graphs is None or not rows or self._must_plan(flight, rows):
             return None
         slices, routing = self._routed([Slice(row, 1) for row in rows])
-        following = self.graphs.launch(slices, routing, flight) if self.graphs.fit(slices, routing) else None
+        if not self.graphs.fit(slices, routing):
+            return None
+        following = self.graphs.launch(slices, routing, flight, _any_drawn(slices))
         self.steps += following is not None
         return following
 
@@ -492,7 +496,7 @@ class Engine:
             with torch.inference_mode():
                 if s.row.guide is not None:
                     self.guides.look([s.row.guide])()
-                chosen = _chosen(s.row.decode.logits(s.row.tokens), [s.row.draw])
+                chosen = _chosen(s.row.decode.logits(s.row.tokens), [s.row.draw], self.draw)
         except Exception as error:
             return [self._finish(s.row, "error", _crashed(error))]
         return self._advance([s], chosen)
@@ -508,7 +512,8 @@ class Engine:
             with part("sampling"):
                 if looked is not None:
                     looked()
-                chosen = _chosen(torch.cat(logits), [s.row.draw for ran, _ in done for s in ran if s.last])
+                draws = [s.row.draw for ran, _ in done for s in ran if s.last]
+                chosen = _chosen(torch.cat(logits), draws, self.draw)
         self._unread = not chosen
         return [s for ran, _ in done for s in ran], chosen
 
@@ -689,17 +694,17 @@ def _task(adapter: Adapter, task_id: int | None) -> int | None:
     return task_id
 
 
-def _chosen(logits: Tensor, draws: Sequence[Draw]) -> list[Chosen]:
+def _chosen(logits: Tensor, draws: Sequence[Draw], kernel: Kernel | None) -> list[Chosen]:
     """A token for each row. Where that fails, it fails for the rows alone for which it fails."""
     try:
-        return choose(logits, draws)
+        return choose(logits, draws, kernel)
     except Exception:
-        return [_chosen_alone(row[None], draw) for row, draw in zip(logits, draws, strict=True)]
+        return [_chosen_alone(row[None], draw, kernel) for row, draw in zip(logits, draws, strict=True)]
 
 
-def _chosen_alone(logits: Tensor, draw: Draw) -> Chosen:
+def _chosen_alone(logits: Tensor, draw: Draw, kernel: Kernel | None) -> Chosen:
     try:
-        return choose(logits, [draw])[0]
+        return choose(logits, [draw], kernel)[0]
     except Exception as error:
         return Chosen(0, ok=False, failure=error)
 
@@ -729,11 +734,18 @@ def _sampled(slices: Sequence[Slice], logits: Tensor) -> Tensor | None:
     return logits[own] if own else None
 
 
-def _is_greedy(row: Row) -> bool:
-    """Whether the likeliest token is all that this row wants of its logits, and no constraint waits to hear of it."""
+def _flies(row: Row, draws: bool) -> bool:
+    """Whether a captured step, which `draws` by chance or not, can choose this row's token: no more is wanted of the
+    logits, nothing changes them first, and no constraint waits to hear of it.
+    """
     s = row.request.sampling
-    plain = (s.repetition_penalty, s.presence_penalty, s.frequency_penalty, s.temperature) == (1, 0, 0, 0)
-    return plain and not s.logprobs and not s.logit_bias and row.guide is None and row.decode is None
+    plain = (s.repetition_penalty, s.presence_penalty, s.frequency_penalty) == (1, 0, 0)
+    wants = s.logprobs or s.logit_bias or (s.temperature > 0 and not draws)
+    return plain and not wants and row.guide is None and row.decode is None
+
+
+def _any_drawn(slices: Sequence[Slice]) -> bool:
+    return any(s.row.request.sampling.temperature > 0 for s in slices)
 
 
 def _is_full(row: Row) -> bool:

@@ -22,7 +22,8 @@ from adapter_server.engine import cpu, native
 from adapter_server.engine.grouped import Grouped
 from adapter_server.engine.kv import LayerShape
 from adapter_server.engine.lowrank import Banked, LowRank
-from adapter_server.engine.proofs import TOLERANCE, attention_error, low_rank_error, prefill_error
+from adapter_server.engine.proofs import TOLERANCE, attention_error, draw_error, low_rank_error, prefill_error
+from adapter_server.engine.sampling import Kernel
 
 if TYPE_CHECKING:
     from adapter_server.engine.kernels import Form
@@ -88,6 +89,17 @@ def attending(
                 if not _agrees(f"attention over heads of {shape[1]}", error, TOLERANCE[dtype]):
                     return None
     return found
+
+
+def drawing(device: torch.device, dtype: torch.dtype, wanted: bool = True) -> Kernel | None:
+    """What draws tokens of the base's logits and of those that were changed, in float32; None: plain torch does."""
+    if not wanted or not usable(device) or (found := kernels()) is None:
+        return None
+    errors = [functools.partial(draw_error, found, device, given) for given in sorted({dtype, torch.float32}, key=str)]
+    if not all(_agrees("drawing tokens", error, 0) for error in errors):
+        return None
+    draw: Kernel = found.draw
+    return draw
 
 
 def _forms(found: ModuleType, heads: int, device: torch.device) -> list[Form]:

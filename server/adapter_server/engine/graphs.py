@@ -1,18 +1,19 @@
 """Steps in which every row gets one token, as captured graphs.
 
 A graph is of a bucket of rows, of tiles (of the low rank), and of context; rows beyond the step's own are padding,
-which writes to a page of nobody's. It ends in each row's likeliest token, `out`, which the next step takes as input:
+which writes to a page of nobody's. It ends in each row's token, `out`, which the next step takes as input:
 
     sheet ──> ids, or of the step before: out[source] ──> forward ──> logits ──> out
 
-So the next step is launched before this one's tokens have reached the host: see `Engine._fly`.
+So the next step is launched before this one's tokens have reached the host: see `Engine._fly`. Where some row is drawn
+by chance the graph is another, which reads what each is drawn by from the sheet, its random number too.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,7 +24,7 @@ from adapter_server.engine.grouped import Grouped, Listed
 from adapter_server.engine.kv import Decodes, KvStep, PagePool
 from adapter_server.engine.placed import Placed
 from adapter_server.engine.routing import Routing, Step
-from adapter_server.engine.sampling import Chosen
+from adapter_server.engine.sampling import Chosen, Kernel
 
 if TYPE_CHECKING:
     from adapter_server.engine.kernels import Tiles
@@ -40,7 +41,7 @@ def sheet_of(rows: int, pages: int) -> dict[str, Field]:
     each = dict.fromkeys(("ids", "positions", "places", "source"), (torch.int64, (rows,)))
     small = dict.fromkeys(("lengths", "tokens", "live"), (torch.int32, (rows,)))
     low = {"weights": (torch.float32, (rows,)), "tiles": (torch.int32, (rows, 4))}
-    return {**each, **small, **low, "table": (torch.int32, (rows, pages))}
+    return {**each, **small, **low, "settings": (torch.float64, (rows, 5)), "table": (torch.int32, (rows, pages))}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,7 @@ class GraphKey:
     few: int = 0  # tokens of a tile
     low_rank: LowRankKey | None = None
     whole: Placed | None = None
+    drawn: bool = False  # whether some row's token is drawn by chance
 
 
 @dataclass(slots=True, eq=False)
@@ -69,7 +71,7 @@ class Flight:
         self.index = {s.row: i for i, s in enumerate(self.slices)}
 
     def chosen(self) -> list[Chosen]:
-        """The likeliest token of each row. Waits for the step."""
+        """The token of each row. Waits for the step."""
         self.landed()
         return [Chosen(max(0, id), ok=id >= 0) for id in self.out[: len(self.slices)].tolist()]
 
@@ -77,8 +79,10 @@ class Flight:
 class Graphs(Captures[GraphKey]):
     """Captured steps of single tokens."""
 
-    def __init__(self, model: Model, kv: PagePool, max_rows: int, max_len: int, memory: Memory) -> None:
-        self.rows, self.length = bucket(max_rows, ROWS), max_len
+    def __init__(
+        self, model: Model, kv: PagePool, max_rows: int, max_len: int, memory: Memory, draw: Kernel | None = None
+    ) -> None:
+        self.rows, self.length, self.draw = bucket(max_rows, ROWS), max_len, draw
         super().__init__(model, kv, sheet_of(self.rows, math.ceil(max_len / kv.page)), memory)
         self.out = torch.zeros(self.rows, dtype=torch.int64, device=self.device)
         self.outs = [torch.zeros(self.rows, dtype=torch.int64, pin_memory=self.locked) for _ in range(2)]
@@ -89,17 +93,19 @@ class Graphs(Captures[GraphKey]):
         return len(slices) <= self.rows and all(_is_single(s) for s in slices) and self.capturable(routing)
 
     @torch.inference_mode()
-    def launch(self, slices: Sequence[Slice], routing: Routing, before: Flight | None = None) -> Flight | None:
+    def launch(
+        self, slices: Sequence[Slice], routing: Routing, before: Flight | None = None, drawn: bool = False
+    ) -> Flight | None:
         """Run a step; after `before`, whose tokens are its rows' inputs. None where it would have to be captured first
-        and `before` is under way.
+        and `before` is under way. Rows with a temperature are drawn where it says `drawn`.
         """
         listed = self.listed(routing)
-        key = self._key(slices, routing, listed)
+        key = replace(self._key(slices, routing, listed), drawn=drawn)
         known = self.find(key, before is None)
         if known is None:
             return None
         host = self.next_host()
-        self._fill(host, slices, key.rows, before)
+        self._fill(host, slices, key, before)
         if listed is not None:
             host.write_pairs(listed.tokens, listed.weights)
             host.write_tiles(0, key.tiles, listed.places)
@@ -124,7 +130,7 @@ class Graphs(Captures[GraphKey]):
         tiles = min(rows, bucket(len(listed.places), TILES, rows))
         return GraphKey(rows, context, tiles, listed.runs[0].tokens, self.low_rank(routing, listed))
 
-    def _fill(self, host: Sheet, slices: Sequence[Slice], rows: int, before: Flight | None) -> None:
+    def _fill(self, host: Sheet, slices: Sequence[Slice], key: GraphKey, before: Flight | None) -> None:
         n, ahead, page, arrays = len(slices), before is not None, self.kv.page, host.arrays
         done = [s.row.done + ahead for s in slices]
         past = [s.row.offset + d for s, d in zip(slices, done, strict=True)]
@@ -137,14 +143,16 @@ class Graphs(Captures[GraphKey]):
             arrays["source"][:n] = NOBODY
         else:
             arrays["source"][:n] = [before.index[s.row] for s in slices]
+        if key.drawn:
+            arrays["settings"][:n] = [s.row.draw.settings(ahead) for s in slices]
         for i, lease in enumerate(leases):
             host.write_pages(i, lease)
-        self._pad(host, n, rows)
+        self._pad(host, n, key.rows)
 
     def _pad(self, host: Sheet, start: int, stop: int) -> None:
         """Rows that are nobody's: one token, whose keys go to the page of nobody."""
         arrays, span = host.arrays, slice(start, stop)
-        for name, value in (("ids", 0), ("positions", 0), ("source", NOBODY), ("lengths", 1)):
+        for name, value in (("ids", 0), ("positions", 0), ("source", NOBODY), ("lengths", 1), ("settings", 0)):
             arrays[name][span] = value
         arrays["places"][span] = self.kv.nobodys * self.kv.page
         arrays["table"][span, 0] = self.kv.nobodys
@@ -156,20 +164,23 @@ class Graphs(Captures[GraphKey]):
         host.write_tiles(0, self.rows, [])
 
     def run(self, step: Step, key: GraphKey) -> Tensor:
-        """The forward of the sheet's rows [rows, vocab]; their likeliest tokens go to `out`."""
+        """The forward of the sheet's rows [rows, vocab]; their tokens go to `out`."""
         sheet, rows = self.sheet, key.rows
         source = sheet["source"][:rows]
         before = self.out.index_select(0, source.clamp(min=0)).clamp(min=0)
         ids = torch.where(source >= 0, before, sheet["ids"][:rows])
         logits = self.model.forward(step, ids, sheet["positions"][:rows], self.order[:rows])
-        self.out[:rows] = self._likeliest(logits)
+        ids, best = self._chosen(logits, key)
+        self.out[:rows] = torch.where(torch.isfinite(best), ids, NOBODY)
         return logits
 
-    def _likeliest(self, logits: Tensor) -> Tensor:
-        """[rows]; NOBODY where the logits have no finite maximum."""
+    def _chosen(self, logits: Tensor, key: GraphKey) -> tuple[Tensor, Tensor]:
+        """(each row's token, its largest logit) [rows]."""
+        if key.drawn and self.draw is not None:
+            return self.draw(logits, self.sheet["settings"][: key.rows])
         kernels = self.kv.kernels
         ids, best = logits.max(-1)[::-1] if kernels is None else kernels.pick(logits)
-        return torch.where(torch.isfinite(best), ids, NOBODY)
+        return ids, best
 
     def step(self, key: GraphKey) -> Step:
         sheet, n = self.sheet, key.rows

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from adapter_server.engine.kv import LayerShape
+from adapter_server.engine.sampling import inverse
 
 if TYPE_CHECKING:
     from adapter_server.engine.kernels import Form, Tiling
@@ -303,6 +304,43 @@ def pick_error(found: ModuleType, device: torch.device, dtype: torch.dtype, voca
         return math.nan
     whole = logits[1:-1].float().max(1).values
     return _far(best[1:-1], whole) if bool(best[0] == -math.inf) and 0 <= int(ids[-1]) < vocab else math.nan
+
+
+NEAR = 1e-5  # of u: a token's chance rounds
+SETTINGS = (  # temperature, top_k, top_p, min_p, u: each filter, all, none
+    (0.0, 0, 1.0, 0.0, 0.0),
+    (1.0, 0, 1.0, 0.0, 0.83),
+    (0.7, 50, 1.0, 0.0, 0.61),
+    (1.3, 0, 0.9, 0.0, 0.97),
+    (1.0, 0, 1.0, 0.1, 0.42),
+    (2.0, 200, 0.6, 0.01, 0.77),
+    (1.0, 5, 0.9, 0.0, 0.5),
+)
+
+
+def draw_error(found: ModuleType, device: torch.device, dtype: torch.dtype, vocab: int = 4099) -> float:
+    """Of `draw`: 0, or NaN where a maximum differs, or a token is not between those of a u that is NEAR less and more.
+
+    Many logits are equal, and the last row holds a NaN.
+    """
+    logits = (2 * _draws(device)(len(SETTINGS), vocab)).to(dtype)
+    logits[:, ::3] = logits[:, ::3].round()
+    logits[-1, vocab // 2] = math.nan
+    settings = torch.tensor(SETTINGS, dtype=torch.float64, device=device)
+    ids, best = found.draw(logits, settings)
+    (first, whole), (last, _) = (drawn(logits, settings + settings.new_tensor([0, 0, 0, 0, u])) for u in (-NEAR, NEAR))
+    order = logits.double().argsort(dim=1, descending=True, stable=True).argsort(1)
+    places = order[:-1].gather(1, torch.stack((first, ids, last), 1)[:-1])
+    same = torch.equal(best[:-1], whole[:-1]) and bool(best[-1].isnan())
+    return 0 if same and bool((places.diff(dim=1) >= 0).all()) and 0 <= int(ids[-1]) < vocab else math.nan
+
+
+def drawn(logits: Tensor, settings: Tensor) -> tuple[Tensor, Tensor]:
+    """As `draw`, by a sort of the whole vocabulary in float64."""
+    best, ids = logits.float().max(1)
+    warm = settings[:, 0] > 0
+    ids[warm] = inverse(logits[warm].double(), settings[warm], logits.shape[1])[0]
+    return ids, best
 
 
 def _far(ours: Tensor, theirs: Tensor) -> float:

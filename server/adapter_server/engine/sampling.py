@@ -2,12 +2,14 @@
 random stream of a row's own.
 
 Order and meaning of the filters are transformers' (`generation/logits_process.py`). A row's random numbers come from
-(seed, index of the token) alone, so what else is in the batch never changes them.
+(seed, index of the token) alone, so what else is in the batch never changes them. Where the device has a kernel that
+draws, it draws here too: a sum that is rounded otherwise could choose a neighbour, and a token must not depend on which
+step it comes from.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +21,9 @@ _MASK = (1 << 64) - 1
 PEAK = 1024  # of the likeliest tokens, which are looked at first
 COLDEST = 1e-5  # below, the likeliest token is certain, and what a score is divided by must not vanish in float32
 
+Settings = tuple[float, float, float, float, float]  # temperature, top_k, top_p, min_p, and a random number in [0, 1)
+Kernel = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # kernels.draw: logits, settings [n, 5] → ids, maxima
+
 
 @dataclass(frozen=True, slots=True)
 class Draw:
@@ -29,6 +34,14 @@ class Draw:
     tokens: Sequence[int]  # prompt and generated
     prompt: int  # how many of them are the prompt
     mask: Tensor | None = None  # [words] int32, a bit for each token that may come; None: all may
+
+    def settings(self, ahead: int = 0) -> Settings:
+        """What the token is drawn by that comes next, or `ahead` tokens after it."""
+        s = self.sampling
+        if s.temperature <= 0:
+            return 0.0, 0.0, 1.0, 0.0, 0.0
+        u = uniform(self.seed, len(self.tokens) - self.prompt + ahead)
+        return max(s.temperature, COLDEST), s.top_k, s.top_p, s.min_p, u
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +55,7 @@ class Chosen:
     failure: Exception | None = None
 
 
-def choose(logits: Tensor, draws: Sequence[Draw]) -> list[Chosen]:
+def choose(logits: Tensor, draws: Sequence[Draw], kernel: Kernel | None = None) -> list[Chosen]:
     """logits [rows, vocab] → one token a row."""
     raw = logits.float()
     logits = _masked(_penalised(_biased(raw, draws), draws), draws)
@@ -50,7 +63,7 @@ def choose(logits: Tensor, draws: Sequence[Draw]) -> list[Chosen]:
     ok = torch.isfinite(best).tolist()
     warm = [i for i, d in enumerate(draws) if d.sampling.temperature > 0 and ok[i]]
     if warm:
-        ids[warm] = _sampled(logits[warm], [draws[i] for i in warm])
+        ids[warm] = _sampled(logits[warm], [draws[i] for i in warm], kernel)
     chosen = ids.tolist()
     reports = _logprobs(raw, draws, chosen)
     return [Chosen(chosen[i], ok[i], *reports.get(i, (None, ()))) for i in range(len(draws))]
@@ -128,41 +141,48 @@ def _penalise(row: Tensor, draw: Draw) -> None:
         row[ids] -= s.presence_penalty + s.frequency_penalty * counts
 
 
-def _sampled(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
-    """logits [n, vocab] → ids [n], by the inverse of the filtered distribution, most likely first.
+def _sampled(logits: Tensor, draws: Sequence[Draw], kernel: Kernel | None) -> Tensor:
+    """logits [n, vocab] → ids [n].
 
-    Among the PEAK likeliest tokens, where that is sure to find it; the rows that are left sort the whole vocabulary.
+    Without a kernel among the PEAK likeliest tokens, where that is sure to find it; rows that are left sort them all.
     """
-    peak = max(PEAK, *(d.sampling.top_k for d in draws))
-    if logits.shape[1] <= peak:
-        return _inverse(logits, draws, logits.shape[1])[0]
-    ids, sure = _inverse(logits, draws, peak)
+    settings = torch.tensor([d.settings() for d in draws], dtype=torch.float64, device=logits.device)
+    if kernel is not None:
+        return kernel(logits, settings)[0]
+    vocab, peak = logits.shape[1], max(PEAK, *(d.sampling.top_k for d in draws))
+    if vocab <= peak:
+        return inverse(logits, settings, vocab)[0]
+    ids, sure = inverse(logits, settings, peak)
     if left := [i for i, found in enumerate(sure.tolist()) if not found]:
-        ids[left] = _inverse(logits[left], [draws[i] for i in left], logits.shape[1])[0]
+        ids[left] = inverse(logits[left], settings[left], vocab)[0]
     return ids
 
 
-def _inverse(logits: Tensor, draws: Sequence[Draw], depth: int) -> tuple[Tensor, Tensor]:
-    """(ids [n], whether each is sure [n]): on the others what lies beyond the `depth` likeliest tokens may bear."""
+def inverse(logits: Tensor, settings: Tensor, depth: int) -> tuple[Tensor, Tensor]:
+    """logits [n, vocab], settings [n, 5] → (ids [n], whether each is sure [n]), by the inverse of the filtered
+    distribution, most likely first, and of equal logits the lower id.
 
-    def column(values: Sequence[float]) -> Tensor:
-        return torch.tensor(values, device=logits.device, dtype=torch.float32)[:, None]
-
-    settings = [d.sampling for d in draws]
-    top_k, top_p, min_p = (column([getattr(s, name) for s in settings]) for name in ("top_k", "top_p", "min_p"))
-    scaled = logits / column([s.temperature for s in settings]).clamp(min=COLDEST)
-    scores, ids = scaled.topk(depth)
-    scores = scores.masked_fill((torch.arange(depth, device=logits.device) >= top_k) & (top_k > 0), -torch.inf)
-    whole = torch.where(top_k > 0, scores.logsumexp(-1, keepdim=True), scaled.logsumexp(-1, keepdim=True))
+    Among the `depth` likeliest tokens: where one is not sure, what lies beyond them may bear on it. Which of equal
+    logits are among them is left open, unless all are.
+    """
+    temperature, top_k, top_p, min_p, u = settings.to(logits.dtype)[:, :, None].unbind(1)
+    everything = depth == logits.shape[1]
+    best, ids = logits.sort(dim=-1, descending=True, stable=True) if everything else logits.topk(depth)
+    scores = (best / temperature).masked_fill(
+        (torch.arange(depth, device=best.device) >= top_k) & (top_k > 0), -torch.inf
+    )
+    whole = torch.where(
+        top_k > 0, scores.logsumexp(-1, keepdim=True), (logits / temperature).logsumexp(-1, keepdim=True)
+    )
     p = (scores - whole).exp()
     cut = p.cumsum(-1) - p >= top_p.clamp(min=1e-9)
     low = p < p[:, :1] * min_p
     kept = p.masked_fill(cut | low, 0).cumsum(-1)
     closed = (top_k > 0) | cut[:, -1:] | low[:, -1:]  # nothing beyond is kept
     most = kept[:, -1:]
-    u = column([uniform(d.seed, len(d.tokens) - d.prompt) for d in draws]) * torch.where(closed, most, 1.0)
+    u = u * torch.where(closed, most, 1.0)
     below = torch.nextafter(most, torch.zeros_like(most))  # u may round to 1: the last token has a chance of 0
-    u = torch.where(closed | (depth == logits.shape[1]), torch.minimum(u, below), u)
+    u = torch.where(closed | everything, torch.minimum(u, below), u)
     at = torch.searchsorted(kept, u, right=True)
     sure = closed | ((top_p >= 1) & (min_p <= 0) & (at < depth))
     return ids.gather(1, at.clamp(max=depth - 1)).squeeze(1), sure[:, 0]

@@ -2,7 +2,8 @@
 
     lowrank    the products of a step's adapters
     attention  of rows over their pages
-    block      norms, gates, RoPE and the choice of a token
+    block      norms, gates, RoPE and the likeliest token
+    draw       a token by chance
     linear     a product with few rows
 
 Each kernel's reference is a line of torch, in its docstring, and `proofs.py` holds it to that.
@@ -21,6 +22,7 @@ from adapter_server.engine.kernels.attention import (
     paged_prefill,
 )
 from adapter_server.engine.kernels.block import add_rms_norm, gated, pick, rms_norm, rope_write
+from adapter_server.engine.kernels.draw import draw
 from adapter_server.engine.kernels.linear import MOST_ROWS, TILINGS, Tiling, few_rows, takes
 from adapter_server.engine.kernels.lowrank import (
     FEW,
@@ -42,6 +44,6 @@ __all__ = [
     "CHUNK", "FEW", "HEAD", "MANY", "MANY_RANKS", "MEMBER", "MOST_CHUNKS", "MOST_ROWS", "MOST_SPLITS", "QUERIES",
     "TILINGS", "WIDE",
     "Chunks", "Form", "More", "Norm", "Outputs", "Rows", "Run", "Tiles", "Tiling",
-    "add_low_rank", "add_rms_norm", "few_rows", "gated", "low_rank", "paged_decode", "paged_prefill", "pick",
-    "rms_norm", "rope_write", "takes",
+    "add_low_rank", "add_rms_norm", "draw", "few_rows", "gated", "low_rank", "paged_decode", "paged_prefill",
+    "pick", "rms_norm", "rope_write", "takes",
 ]  # fmt: skip
