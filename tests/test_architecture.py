@@ -45,7 +45,7 @@ DOORS = {  # library: the files (or folders) that may import it
         *("engine/link.py", "engine/process.py", "engine/child.py"),
     ),
     "multiprocessing": ("engine/link.py",),
-    "concurrent": ("engine/", "api/"),
+    "concurrent": ("engine/", "api/", "registry/versions.py"),
 }
 NO_TORCH = ("errors.py", "core.py", "config.py", "registry/")
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -9,12 +9,14 @@ from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save
 
 import rig
 from adapter_server.core import Resident
 from adapter_server.engine import Engine
 from adapter_server.engine import pool as pools
 from adapter_server.errors import VersionGone
+from adapter_server.registry import guard
 from adapter_server.registry.store import Store
 
 NAMES = ("lora", "rslora", "dora")
@@ -195,3 +197,24 @@ def test_files_are_closed_once_read_and_few_are_open(engine: Engine, monkeypatch
         engine.step() or time.sleep(0.001)
     assert isinstance(holdings[1].error, VersionGone)
     assert [h.files for h in holdings] == [None, None]
+
+
+def test_what_was_compiled_of_other_bytes_is_nowhere(engine: Engine) -> None:
+    """They are sound, fit the base, and lie in the very file that was opened: only the hash tells."""
+    gate = blocked(engine)
+    root = engine.pool.store.root
+    holding = engine.pool.want(engine.pool.store.resolve("lora"))
+    weights = dict(load_file(root / "lora" / guard.WEIGHTS))
+    name, first = next(iter(weights.items()))
+    data = save(weights | {name: first + 1})
+    with (root / "lora" / guard.WEIGHTS).open("r+b") as file:
+        file.write(data)
+        file.truncate()
+    gate.set_result(None)
+    until = time.monotonic() + 20
+    while holding.error is None:
+        assert time.monotonic() < until
+        engine.step() or time.sleep(0.001)
+    assert isinstance(holding.error, VersionGone)
+    assert (holding.placed, holding.adapter, holding.live) == (None, None, False)
+    assert (engine.pool.used, engine.pool.host.held()) == (0, [])

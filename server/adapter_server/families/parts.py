@@ -22,13 +22,10 @@ class Integers(tuple[int, ...]):
 
 
 class Taker:
-    """Hands out each tensor of a file once, as a float32 copy that does not keep the file's buffer alive.
-
-    `done` refuses leftovers by name.
-    """
+    """Hands out each tensor of a file once, in float32. `done` refuses leftovers by name."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self._left = dict(tensors)
+        self._tensors, self._left = tensors, set(tensors)
 
     def __contains__(self, key: str) -> bool:
         return key in self._left
@@ -36,13 +33,15 @@ class Taker:
     def __call__(self, key: str) -> Tensor:
         if key not in self._left:
             raise AdapterRefused(f"the file holds no tensor '{key}', which its config calls for")
-        return self._left.pop(key).to("cpu", torch.float32, copy=True)
+        self._left.remove(key)
+        return self._tensors[key].to("cpu", torch.float32)
 
     def integers(self, key: str, below: int) -> Tensor:
         """A tensor of indices in 0..below-1, int64."""
         if key not in self._left:
             raise AdapterRefused(f"the file holds no tensor '{key}', which its config calls for")
-        found = self._left.pop(key).to("cpu", torch.int64, copy=True)
+        self._left.remove(key)
+        found = self._tensors[key].to("cpu", torch.int64)
         if found.numel() and not 0 <= int(found.min()) <= int(found.max()) < below:
             raise AdapterRefused(f"tensor '{key}' holds indices outside 0..{below - 1}")
         return found

@@ -72,7 +72,7 @@ class UniPelt(AdapterHub):
 
     def load(self, spec: Spec, tensors: Mapping[str, Tensor], base: Base) -> Adapter:
         self.parts(spec.config, tensors, base.shapes)
-        return Adapter(spec, graft=Graft(NAME, spec.config, tensors, mergeable=False, hooked=True))
+        return Adapter(spec, graft=Graft(NAME, spec.config, dict(tensors), mergeable=False, hooked=True))
 
     def parts(self, config: Config, tensors: Mapping[str, Tensor], shapes: Shapes) -> Parts:
         """Every tensor of the file taken, float32. Raises AdapterRefused."""
@@ -97,7 +97,8 @@ def _prefixes(file: File, take: Taker, names: frozenset[str]) -> dict[str, Gated
 
 def attach(tree: Any, graft: Graft) -> Any:
     """The adapter's hooks on a tree of the base's modules. Its tensors become the tree's buffers."""
-    parts = FAMILY.parts(graft.config, graft.tensors, describe(tree))
+    own = {name: tensor.clone() for name, tensor in graft.tensors.items()}
+    parts = FAMILY.parts(graft.config, own, describe(tree))
     for path, low in parts.low.items():  # before the blocks: a bottleneck reads what the Linear gives with its LoRA
         _add(tree.get_submodule(path), _kept(tree, low))
     for path, block in parts.blocks.items():
