@@ -187,9 +187,7 @@ class Pool:
 
     def _compiled(self, holding: Holding) -> Adapter:
         kept = self.host.get(holding.spec.key)
-        if kept is not None:
-            return kept
-        return self.host.prepare(compile_adapter(holding.spec, self.store, self.model.base, holding.files))
+        return kept or compile_adapter(holding.spec, self.store, self.model.base, holding.files)
 
     def poll(self) -> list[Event]:
         """Open what has been loaded to rows, as far as there is room. Called between steps."""
