@@ -202,7 +202,7 @@ class Model:
         """Lay an adapter out for the run. Slow part of a load; called on a loader's thread."""
         if adapter.graft is not None:
             return self.trees.place(adapter)
-        linear: Mapping[str, Patch] = {path: p for path, p in adapter.patches.items() if isinstance(p, Patch)}
+        linear = {path: p for path, p in adapter.patches.items() if isinstance(p, Patch)}
         at_linears = linear.keys() | adapter.skills.keys() | adapter.blocks.keys()
         missing = [path for path in at_linears if path not in self._group_of]
         missing += [path for path in adapter.patches.keys() - at_linears if path not in self._axes]
@@ -210,7 +210,6 @@ class Model:
             raise AdapterRefused(f"{adapter.spec.name}: the base's forward never calls {', '.join(missing[:3])}")
         self._check_prefix(adapter)
         indices = sorted({self._group_of[path].index for path in linear})
-        linear = self._sent(linear)
         groups = {i: self._laid(self.groups[i], linear) for i in indices}
         for path, block in adapter.blocks.items():
             group = self._group_of[path]
@@ -227,19 +226,11 @@ class Model:
         gated = {self._layer_of(path): prompt for path, prompt in before.gated.items()}
         return Placed(before, groups, others, prefixes, gated)
 
-    def _sent(self, patches: Mapping[str, Patch]) -> Mapping[str, Patch]:
-        """Low ranks, which are most of an adapter, on the device, for it to lay them out."""
-        if self.ring is None:
-            return patches
-        pairs = [(path, p.A, p.B) for path, p in patches.items() if p.A is not None and p.B is not None]
-        sent = iter(self.ring.send([t for _, A, B in pairs for t in (A, B)]))
-        return {**patches, **{path: replace(patches[path], A=next(sent), B=next(sent)) for path, _, _ in pairs}}
-
     def _laid(self, group: LinearGroup, patches: Mapping[str, Patch]) -> GroupPatch:
         """A group's part of an adapter. A snapshot's is waited for before the next one is begun: a step that comes
         meanwhile finds the work of one group before it on the device, not of all.
         """
-        made = group.place(patches)
+        made = group.place(patches if self.ring is None else _sent(group, patches, self.ring))
         if made.product is not None and self.loading is not None:
             self.loading.synchronize()
         return made
@@ -318,6 +309,14 @@ class Model:
 
 def _stream(device: torch.device) -> torch.cuda.Stream | None:
     return torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+
+def _sent(group: LinearGroup, patches: Mapping[str, Patch], ring: Ring) -> Mapping[str, Patch]:
+    """A group's patches, their low ranks, which are most of an adapter, on the device already: it lays them out."""
+    mine = {path: patches[path] for path in group.paths if path in patches}
+    pairs = [(path, p.A, p.B) for path, p in mine.items() if p.A is not None and p.B is not None]
+    sent = iter(ring.send([t for _, A, B in pairs for t in (A, B)]))
+    return mine | {path: replace(mine[path], A=next(sent), B=next(sent)) for path, _, _ in pairs}
 
 
 def _as_seen(shapes: Shapes, layers: Mapping[int, LayerShape]) -> Shapes:

@@ -32,6 +32,7 @@ from adapter_server.errors import AdapterRefused, AdapterServerError, AdapterUna
 from adapter_server.families import find, serving, slow
 from adapter_server.families.base import Adapter, Base, Graft
 from adapter_server.families.fallback import experts
+from adapter_server.families.parts import Fresh
 from adapter_server.registry import guard
 from adapter_server.registry.store import Blob, Held, Store
 
@@ -448,11 +449,8 @@ def _typed(spec: Spec) -> Mapping[str, Any]:
     return {**spec.config, "peft_type": spec.family}
 
 
-class Tensors(Mapping[str, Tensor]):
-    """A file's tensors, float32 or int64: a new copy whenever one is asked for, which who compiles does once.
-
-    The bytes were checked when they were read.
-    """
+class Tensors(Fresh):
+    """A file's tensors, of bytes that were checked when they were read."""
 
     def __init__(self, blob: Blob) -> None:
         self._blob = blob
@@ -462,6 +460,9 @@ class Tensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._blob.header)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._blob.header
 
     def __getitem__(self, name: str) -> Tensor:
         span, data = self._blob.header[name], self._blob.data

@@ -8,8 +8,9 @@ is filled, and an event says when a piece may be filled again. Were the whole ho
 be spared the copy in main memory, which several threads do, beside the DMA; but all of --host-bytes would be locked at
 start, kept from the system for good, and cut up by an allocator of ours, and a cold load would be no shorter.
 
-The extent is no arena: what runs is laid out from it by the device (joined, transposed, in its own format), and it goes
-once that is done. Memory for either is cut by torch's allocator from segments that it keeps.
+An extent holds what one group of Linears has of an adapter, and goes once the device has laid that out (joined,
+transposed, in its own format). No adapter is one extent for as long as it lives: torch's allocator cuts tensors from
+segments of many megabytes that it keeps, so that few loads allocate anything, and a hole suits adapters of any size.
 """
 
 from __future__ import annotations

@@ -97,8 +97,7 @@ def _prefixes(file: File, take: Taker, names: frozenset[str]) -> dict[str, Gated
 
 def attach(tree: Any, graft: Graft) -> Any:
     """The adapter's hooks on a tree of the base's modules. Its tensors become the tree's buffers."""
-    own = {name: tensor.clone() for name, tensor in graft.tensors.items()}
-    parts = FAMILY.parts(graft.config, own, describe(tree))
+    parts = FAMILY.parts(graft.config, graft.tensors, describe(tree))
     for path, low in parts.low.items():  # before the blocks: a bottleneck reads what the Linear gives with its LoRA
         _add(tree.get_submodule(path), _kept(tree, low))
     for path, block in parts.blocks.items():

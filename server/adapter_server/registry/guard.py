@@ -434,11 +434,13 @@ def read_open(
 
 
 def memory(size: int) -> memoryview:
-    """Bytes of our own, in large pages where the system has them: to touch small ones takes as long as to read."""
-    own = mmap.mmap(-1, max(1, size), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    """Bytes of our own; many of them in large pages, where the system has them: small ones take long to touch."""
+    if size < PIECE:
+        return memoryview(bytearray(size))
+    own = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(AttributeError, OSError):  # of systems that have none
         own.madvise(mmap.MADV_HUGEPAGE)
-    return memoryview(own)[:size]
+    return memoryview(own)
 
 
 def fill(file: io.FileIO, view: memoryview, name: str) -> None:
