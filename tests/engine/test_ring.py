@@ -38,7 +38,7 @@ class Moment:
     def __init__(self, stream: Stream) -> None:
         self.stream, self.at = stream, 0
 
-    def record(self) -> None:
+    def record(self, stream: torch.cuda.Stream | None) -> None:
         self.at = len(self.stream.pending)
 
     def synchronize(self) -> None:

@@ -31,7 +31,7 @@ Part = tuple[int, Tensor]  # where it goes in a piece, and the bytes
 class Event(Protocol):
     """A moment on a stream, as torch.cuda has it."""
 
-    def record(self) -> None: ...
+    def record(self, stream: torch.cuda.Stream | None) -> None: ...
 
     def synchronize(self) -> None:
         """Until the moment has come, or at once if there was none."""
@@ -67,10 +67,14 @@ class Ring:
             for at, part in parts:
                 piece[at : at + len(part)].copy_(part)
             self._depart(window, piece[: len(window)])
-            free.record()
+            free.record(self._stream())
 
     def _depart(self, window: Tensor, piece: Tensor) -> None:
         window.copy_(piece, non_blocking=True)
+
+    def _stream(self) -> torch.cuda.Stream | None:
+        """The current one of the ring's own device, which need not be the current device."""
+        return torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
 
 
 def ring(size: int, device: torch.device) -> Ring | None:
