@@ -42,10 +42,10 @@ DOORS = {  # library: the files (or folders) that may import it
     "re2": ("families/targets.py",),
     "threading": (
         *("engine/worker.py", "engine/pool.py", "engine/routing.py", "registry/store.py"),
-        *("engine/link.py", "engine/process.py", "engine/child.py"),
+        *("engine/link.py", "engine/process.py", "engine/child.py", "engine/ring.py"),
     ),
     "multiprocessing": ("engine/link.py",),
-    "concurrent": ("engine/", "api/"),
+    "concurrent": ("engine/", "api/", "registry/versions.py"),
 }
 NO_TORCH = ("errors.py", "core.py", "config.py", "registry/")
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -63,6 +63,7 @@ HELP = {
     "adapter_bytes": "Memory for adapters and merged snapshots together, such as 512M",
     "auto_merge": "Let mode auto make a merged snapshot of an adapter that most requests ask for, where that pays",
     "host_bytes": "Main memory for compiled adapters, so that one evicted from the device comes back quickly",
+    "ring_bytes": "On CUDA, page-locked memory through which adapters are copied to the device; 0: each by itself",
     "pack_weights": "Keep packed copies of the base's weights on the CPU: faster, larger",
     "kernels": "On CUDA, run Triton kernels that have agreed with torch at start; without: plain torch",
     "fuse": "On CUDA, run norms, attention and MLPs in fewer launches where that agrees with the modules themselves",

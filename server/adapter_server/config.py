@@ -37,6 +37,7 @@ class EngineConfig:
     adapter_bytes: int = 2 * GIB  # device memory for adapters and snapshots together
     auto_merge: bool = True  # mode auto may make a snapshot of the adapter that most rows ask for, where that pays
     host_bytes: int = 2 * GIB  # main memory for compiled adapters, on the device or evicted from it
+    ring_bytes: int = 64 << 20  # CUDA: page-locked memory through which adapters reach the device; 0: none
     pack_weights: bool = True  # CPU float32: packed copies of the base's weights, faster and larger
     kernels: bool = True  # CUDA: Triton kernels, where they agree with torch on this device
     fuse: bool = True  # CUDA: modules of the base with fewer launches, where they agree with their own forward

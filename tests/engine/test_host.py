@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from adapter_server.core import Spec
-from adapter_server.engine.host import ALIGNED, Host, held_bytes
+from adapter_server.engine.host import Host, held_bytes
 from adapter_server.families.base import Adapter, Patch
 
 SIZE = 64
@@ -53,25 +53,3 @@ def test_the_same_again_counts_once() -> None:
     shared = torch.zeros(SIZE)
     twice = Adapter(adapter("s").spec, {"m": Patch(bias=shared[:8]), "n": Patch(bias=shared[8:])})
     assert held_bytes(twice) == shared.nbytes
-
-
-def test_tensors_move_to_one_locked_memory_before_they_are_kept() -> None:
-    """Whole, aligned, and what was one memory still is."""
-    taken: list[torch.Tensor] = []
-
-    def locked(size: int) -> torch.Tensor:
-        taken.append(torch.zeros(size, dtype=torch.uint8))
-        return taken[-1]
-
-    host, shared = Host(1 << 10, locked), torch.arange(5.0)
-    patches = {"m": Patch(bias=shared), "n": Patch(bias=shared), "o": Patch(bias=torch.arange(6.0).view(2, 3).T)}
-    kept = host.prepare(Adapter(adapter("a").spec, patches))
-    first, second, third = kept.tensors()
-    assert torch.equal(first, torch.arange(5.0))
-    assert torch.equal(third, torch.arange(6.0).view(2, 3).T)
-    assert first.data_ptr() == second.data_ptr() == taken[0].data_ptr()
-    assert third.data_ptr() == taken[0].data_ptr() + ALIGNED
-    assert len(taken) == 1
-    host.put(kept)
-    assert host.get(("a", "1")) is kept
-    assert host.used == taken[0].nbytes

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from safetensors.torch import load_file, save
 
 import rig
 from adapter_server.core import Resident
 from adapter_server.engine import Engine
 from adapter_server.engine import pool as pools
+from adapter_server.engine.placed import GroupPatch
+from adapter_server.engine.site import LinearGroup
+from adapter_server.engine.snapshot import fold
 from adapter_server.errors import VersionGone
+from adapter_server.families.base import Patch
+from adapter_server.registry import guard
 from adapter_server.registry.store import Store
 
 NAMES = ("lora", "rslora", "dora")
@@ -195,3 +202,44 @@ def test_files_are_closed_once_read_and_few_are_open(engine: Engine, monkeypatch
         engine.step() or time.sleep(0.001)
     assert isinstance(holdings[1].error, VersionGone)
     assert [h.files for h in holdings] == [None, None]
+
+
+def test_a_snapshot_is_laid_out_a_group_at_a_time(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device is waited for between two groups, so that a step finds one group's work before it at most."""
+    model, store = engine.model, engine.pool.store
+    adapter = pools.compile_adapter(store.resolve("lora"), store, model.base)
+    seen: list[str] = []
+    place = LinearGroup.place
+
+    def watched(group: LinearGroup, patches: Mapping[str, Patch]) -> GroupPatch:
+        seen.append("group")
+        return place(group, patches)
+
+    monkeypatch.setattr(LinearGroup, "place", watched)
+    monkeypatch.setattr(model, "loading", SimpleNamespace(synchronize=lambda: seen.append("waited")))
+    groups = len(model.place(adapter).groups)
+    assert seen == ["group"] * groups
+    seen.clear()
+    model.place(fold(adapter, model.base))
+    assert seen == ["group", "waited"] * groups
+
+
+def test_what_was_compiled_of_other_bytes_is_nowhere(engine: Engine) -> None:
+    """They are sound, fit the base, and lie in the very file that was opened: only the hash tells."""
+    gate = blocked(engine)
+    root = engine.pool.store.root
+    holding = engine.pool.want(engine.pool.store.resolve("lora"))
+    weights = dict(load_file(root / "lora" / guard.WEIGHTS))
+    name, first = next(iter(weights.items()))
+    data = save(weights | {name: first + 1})
+    with (root / "lora" / guard.WEIGHTS).open("r+b") as file:
+        file.write(data)
+        file.truncate()
+    gate.set_result(None)
+    until = time.monotonic() + 20
+    while holding.error is None:
+        assert time.monotonic() < until
+        engine.step() or time.sleep(0.001)
+    assert isinstance(holding.error, VersionGone)
+    assert (holding.placed, holding.adapter, holding.live) == (None, None, False)
+    assert (engine.pool.used, engine.pool.host.held()) == (0, [])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -16,9 +17,11 @@ import numpy as np
 import pytest
 
 import files
+from adapter_server.core import Spec
 from adapter_server.errors import AdapterNotFound, AdapterRefused, AdapterUnavailable, VersionGone
-from adapter_server.registry import guard
-from adapter_server.registry.store import Changes, Entry, Store
+from adapter_server.registry import guard, versions
+from adapter_server.registry import store as stores
+from adapter_server.registry.store import Changes, Entry, Fault, Held, Store
 
 SETTLE_S = 0.2
 T = TypeVar("T")
@@ -63,7 +66,8 @@ def test_a_spec_says_what_is_on_disk(root: Path) -> None:
     spec = opened(root, "a").resolve("a")
     config, weights = ((root / "a" / file).read_bytes() for file in (guard.CONFIG, guard.WEIGHTS))
     lengths = [len(part).to_bytes(8, "little") for part in (config, weights)]
-    digest = hashlib.sha256(lengths[0] + config + lengths[1] + weights).hexdigest()
+    piece = hashlib.sha256(weights).digest()
+    digest = hashlib.sha256(lengths[0] + config + lengths[1] + piece).hexdigest()
     assert (spec.name, spec.version, spec.family, spec.bytes) == ("a", digest[:12], "LORA", len(weights))
     assert (spec.path, spec.config) == (str(root / "a"), files.CONFIG)
 
@@ -168,6 +172,73 @@ def test_nan_is_refused_and_remembered(root: Path, monkeypatch: pytest.MonkeyPat
         with pytest.raises(AdapterRefused, match="'x' holds NaN"):
             store.resolve("a")
     assert store.names() == ["good"]
+
+
+def rewrite(folder: Path, weights: bytes) -> None:
+    """Other bytes in the very same file."""
+    with (folder / guard.WEIGHTS).open("r+b") as file:
+        file.write(weights)
+        file.truncate()
+
+
+def held(store: Store, spec: Spec) -> contextlib.closing[Held]:
+    found = store.hold(spec)
+    assert found is not None
+    return contextlib.closing(found)
+
+
+def test_what_is_made_of_other_bytes_counts_for_nothing(root: Path) -> None:
+    """They are sound, and compiled before the hash is known."""
+    store = opened(root, "a")
+    spec = store.resolve("a")
+    made = []
+    with held(store, spec) as opened_before:
+        rewrite(root / "a", files.safetensors(files.tensors(9)))
+        with pytest.raises(VersionGone), store.reading(spec, opened_before) as blob:
+            made.append(blob)
+    assert len(made) == 1
+
+
+def test_a_wrong_hash_is_told_before_all_that_follows_from_it(root: Path) -> None:
+    told: list[Fault] = []
+    nan = files.safetensors({"x": np.full(4, np.nan, np.float32)})
+    for weights in (nan, b"no safetensors", files.safetensors(files.tensors(9))):
+        store = opened(root, "a")
+        store.on_fault = told.append
+        spec = store.resolve("a")
+        with held(store, spec) as opened_before:
+            rewrite(root / "a", weights)
+            with pytest.raises(VersionGone), store.reading(spec, opened_before):
+                raise ZeroDivisionError
+        assert told.pop() == Fault("a", spec.version, None)
+        assert not told
+
+
+def test_what_happens_to_the_file_once_it_is_read_changes_nothing(root: Path) -> None:
+    store = opened(root, "a")
+    whole = (root / "a" / guard.WEIGHTS).read_bytes()
+    with store.reading(store.resolve("a")) as blob:
+        rewrite(root / "a", b"short")
+        assert blob.data == whole
+    assert blob.data == whole
+
+
+@pytest.mark.parametrize("piece", [1, 7, 64, 1 << 20])
+def test_a_hash_is_of_all_pieces_in_order(root: Path, monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
+    """However the bytes come: read at once, looked through, or given whole."""
+    monkeypatch.setattr(guard, "PIECE", piece)
+    monkeypatch.setattr(stores, "CHUNK", 3 * piece)
+    store = opened(root, "a")
+    spec = store.resolve("a")
+    config, weights = ((root / "a" / file).read_bytes() for file in (guard.CONFIG, guard.WEIGHTS))
+    leaves = [hashlib.sha256(weights[at : at + piece]).digest() for at in range(0, len(weights), piece)]
+    lengths = [len(part).to_bytes(8, "little") for part in (config, weights)]
+    digest = hashlib.sha256(lengths[0] + config + lengths[1] + b"".join(leaves)).hexdigest()
+    assert spec.version == digest[:12]
+    assert versions.digest(config, weights) == digest
+    assert store.read(spec).data == weights
+    for swapped in (weights[:-1] + b"?", weights[1:], weights[piece:] + weights[:piece]):
+        assert swapped == weights or versions.digest(config, swapped) != digest
 
 
 # What is found

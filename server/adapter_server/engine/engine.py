@@ -33,6 +33,7 @@ from adapter_server.engine.placed import Placed, Prefix
 from adapter_server.engine.pool import Pool
 from adapter_server.engine.profile import Profile, part
 from adapter_server.engine.prompts import Prompts
+from adapter_server.engine.ring import ring
 from adapter_server.engine.routing import Routing, Step, route
 from adapter_server.engine.sampling import Chosen, Draw, Kernel, choose, rate
 from adapter_server.engine.scheduler import Row, Scheduler, Slice
@@ -112,8 +113,8 @@ class Engine:
         self.graphs, self.prompts = self._graphs(length)
         self.info = _info(module, self.model, name, length)
         self.guides = Guides(tokenizer, self.info.vocab, self.info.eos, config.max_grammar_bytes)
-        locked = _page_locked if self.model.device.type == "cuda" else None
-        self.pool = Pool(self.model, store, config.adapter_bytes, Host(config.host_bytes, locked))
+        self.model.ring = ring(config.ring_bytes, self.model.device)
+        self.pool = Pool(self.model, store, config.adapter_bytes, Host(config.host_bytes))
         self.pool.on_evict = self._evicted
         self.scheduler = Scheduler(self.kv, config.max_rows, config.max_step_tokens, self._admit, self._starved)
         self.profile = None if config.profile is None else Profile(config.profile)
@@ -769,10 +770,6 @@ def _wait(device: torch.device) -> None:
     """Until all that was launched is done."""
     if device.type == "cuda":
         torch.cuda.current_stream().synchronize()
-
-
-def _page_locked(size: int) -> Tensor:
-    return torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
 
 def _adapter_dtype(module: PreTrainedModel, config: EngineConfig) -> torch.dtype:

@@ -6,20 +6,13 @@ only. Changed by the engine's thread alone; loaders look things up.
 
 from __future__ import annotations
 
-import itertools
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
 from typing import NamedTuple
-
-import torch
-from torch import Tensor
 
 from adapter_server.core import Resident
 from adapter_server.families.base import Adapter
 
 Key = tuple[str, str]  # name, version
-Locked = Callable[[int], Tensor]  # so many bytes of page-locked memory, from which a device copies at its full speed
-ALIGNED = 64  # bytes: where a tensor begins in it
 
 
 class Kept(NamedTuple):
@@ -31,8 +24,8 @@ class Kept(NamedTuple):
 class Host:
     """Compiled adapters by (name, version), at most `budget` bytes of them."""
 
-    def __init__(self, budget: int, locked: Locked | None = None) -> None:
-        self.budget, self.locked = budget, locked
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
         self.pinned: set[Key] = set()
         self.used = 0  # bytes kept
         self._kept: OrderedDict[Key, Kept] = OrderedDict()  # least recently used first
@@ -40,24 +33,6 @@ class Host:
     def get(self, key: Key) -> Adapter | None:
         kept = self._kept.get(key)
         return None if kept is None else kept.adapter
-
-    def prepare(self, adapter: Adapter) -> Adapter:
-        """The same adapter in one piece of page-locked memory, where there is a device that gains from it. To lock one
-        for each tensor takes longer than all the rest of a load. On a loader's thread.
-        """
-        if self.locked is None:
-            return adapter
-        own: dict[Hashable, list[Tensor]] = {}  # tensors of one memory stay of one
-        for tensor in adapter.tensors():
-            own.setdefault((tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()), []).append(tensor)
-        ends = list(itertools.accumulate(-(-same[0].nbytes // ALIGNED) * ALIGNED for same in own.values()))
-        memory = self.locked(ends[-1]) if ends else torch.empty(0, dtype=torch.uint8)
-        for same, start in zip(own.values(), [0, *ends], strict=False):
-            first = same[0]
-            place = memory[start : start + first.nbytes].view(first.dtype).view(first.shape).copy_(first)
-            for tensor in same:
-                tensor.data = place
-        return adapter
 
     def put(self, adapter: Adapter) -> None:
         """Keep an adapter if there is room for it, once others that are less recently used have gone."""

@@ -81,7 +81,7 @@ class Line:
     def send(self, message: Any) -> None:
         self.send_bytes(pickle.dumps(message, PROTOCOL))
 
-    def send_bytes(self, data: bytes | bytearray) -> None:
+    def send_bytes(self, data: bytes | bytearray | memoryview) -> None:
         with self._sending:
             self._connection.send_bytes(data)
 

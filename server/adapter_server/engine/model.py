@@ -24,7 +24,8 @@ from adapter_server.engine.fused import fuse
 from adapter_server.engine.int8 import hold_in_int8
 from adapter_server.engine.kv import LayerShape, bytes_per_token
 from adapter_server.engine.modules import AttentionSite, ModuleSite, Tap
-from adapter_server.engine.placed import Dtypes, Placed, Prefix, Product
+from adapter_server.engine.placed import Dtypes, GroupPatch, Placed, Prefix, Product
+from adapter_server.engine.ring import Ring
 from adapter_server.engine.routing import Routing, Step, current, running
 from adapter_server.engine.site import LinearGroup, group_by_input
 from adapter_server.engine.tree import Tree, Trees
@@ -78,6 +79,7 @@ class Model:
     lane = "packed"
     why = "every layer's attention goes through transformers' AttentionInterface"
 
+    ring: Ring | None = None  # through which adapters reach the device
     plain: Tree | None = None  # what runs the base's rows, where no packed forward does
 
     def __init__(
@@ -205,7 +207,7 @@ class Model:
             raise AdapterRefused(f"{adapter.spec.name}: the base's forward never calls {', '.join(missing[:3])}")
         self._check_prefix(adapter)
         indices = sorted({self._group_of[path].index for path in linear})
-        groups = {i: self.groups[i].place(linear) for i in indices}
+        groups = {i: self._laid(self.groups[i], linear) for i in indices}
         for path, block in adapter.blocks.items():
             group = self._group_of[path]
             groups[group.index] = group.place_block(block)
@@ -220,6 +222,15 @@ class Model:
             prefixes[None] = Prefix(before.prefix, adapter.shifts)
         gated = {self._layer_of(path): prompt for path, prompt in before.gated.items()}
         return Placed(before, groups, others, prefixes, gated)
+
+    def _laid(self, group: LinearGroup, patches: Mapping[str, Patch]) -> GroupPatch:
+        """A group's part of an adapter. A snapshot's is waited for before the next one is begun: a step that comes
+        meanwhile finds the work of one group before it on the device, not of all.
+        """
+        made = group.place(patches if self.ring is None else _sent(group, patches, self.ring))
+        if made.product is not None and self.loading is not None:
+            self.loading.synchronize()
+        return made
 
     def _layer_of(self, path: str) -> int:
         return int(self._modules[path].layer_idx)
@@ -295,6 +306,14 @@ class Model:
 
 def _stream(device: torch.device) -> torch.cuda.Stream | None:
     return torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+
+def _sent(group: LinearGroup, patches: Mapping[str, Patch], ring: Ring) -> Mapping[str, Patch]:
+    """A group's patches, their low ranks, which are most of an adapter, on the device already: it lays them out."""
+    mine = {path: patches[path] for path in group.paths if path in patches}
+    pairs = [(path, p.A, p.B) for path, p in mine.items() if p.A is not None and p.B is not None]
+    sent = iter(ring.send([t for _, A, B in pairs for t in (A, B)]))
+    return mine | {path: replace(mine[path], A=next(sent), B=next(sent)) for path, _, _ in pairs}
 
 
 def _as_seen(shapes: Shapes, layers: Mapping[int, LayerShape]) -> Shapes:

@@ -15,7 +15,7 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -32,6 +32,7 @@ from adapter_server.errors import AdapterRefused, AdapterServerError, AdapterUna
 from adapter_server.families import find, serving, slow
 from adapter_server.families.base import Adapter, Base, Graft
 from adapter_server.families.fallback import experts
+from adapter_server.families.parts import Fresh
 from adapter_server.registry import guard
 from adapter_server.registry.store import Blob, Held, Store
 
@@ -187,9 +188,7 @@ class Pool:
 
     def _compiled(self, holding: Holding) -> Adapter:
         kept = self.host.get(holding.spec.key)
-        if kept is not None:
-            return kept
-        return self.host.prepare(compile_adapter(holding.spec, self.store, self.model.base, holding.files))
+        return kept or compile_adapter(holding.spec, self.store, self.model.base, holding.files)
 
     def poll(self) -> list[Event]:
         """Open what has been loaded to rows, as far as there is room. Called between steps."""
@@ -419,16 +418,17 @@ def _yield_to_steps() -> None:
 
 
 def compile_adapter(spec: Spec, store: Store, base: Base, files: Held | None = None) -> Adapter:
-    """Read, check and compile one version. Raises AdapterRefused, VersionGone."""
+    """Read, check and compile one version, beside its being hashed. Raises AdapterRefused, VersionGone."""
     serving(_typed(spec), base.shapes)  # an unknown kind is not read
-    return compile_blob(spec, store.read(spec, files), base, store)
+    with store.reading(spec, files) as blob:
+        return compile_blob(spec, blob, base, store)
 
 
 def compile_blob(spec: Spec, blob: Blob, base: Base, store: Store) -> Adapter:
     """Check and compile what has been read. Raises AdapterRefused."""
     family = serving(_typed(spec), base.shapes)
     guard.check_keys(blob.header, family.expected(spec.config, base.shapes, frozenset(blob.header)))
-    adapter = family.load(spec, tensors_of(blob), base)
+    adapter = family.load(spec, Tensors(blob), base)
     if adapter.graft is None:
         return adapter
     names = [name for group in experts(spec.config) for name in group]
@@ -442,23 +442,35 @@ def _expert(name: str, base: Base, store: Store) -> Graft:
         raise AdapterRefused(f"{name!r} is of kind {spec.family}: only plain LoRA adapters can be routed among")
     blob = store.read(spec)
     guard.check_keys(blob.header, find("LORA").expected(spec.config, base.shapes, frozenset(blob.header)))
-    return Graft("LORA", spec.config, tensors_of(blob), mergeable=False)
+    return Graft("LORA", spec.config, dict(Tensors(blob)), mergeable=False)
 
 
 def _typed(spec: Spec) -> Mapping[str, Any]:
     return {**spec.config, "peft_type": spec.family}
 
 
-def tensors_of(blob: Blob) -> dict[str, Tensor]:
-    """The file's tensors as copies, float32 or int64; the bytes were checked when they were read."""
-    tensors = {}
-    for name, span in blob.header.items():
+class Tensors(Fresh):
+    """A file's tensors, of bytes that were checked when they were read."""
+
+    def __init__(self, blob: Blob) -> None:
+        self._blob = blob
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._blob.header)
+
+    def __len__(self) -> int:
+        return len(self._blob.header)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._blob.header
+
+    def __getitem__(self, name: str) -> Tensor:
+        span, data = self._blob.header[name], self._blob.data
         dtype = _DTYPES[span.dtype]
         count = (span.end - span.begin) // dtype.itemsize
-        flat = torch.frombuffer(blob.data, dtype=dtype, count=count, offset=span.begin) if count else torch.empty(0)
+        flat = torch.frombuffer(data, dtype=dtype, count=count, offset=span.begin) if count else torch.empty(0)
         wide = torch.float32 if dtype.is_floating_point else torch.int64
-        tensors[name] = flat.reshape(span.shape).to(wide, copy=True)
-    return tensors
+        return flat.reshape(span.shape).to(wide, copy=True)
 
 
 def _resolve(waiters: list[Future[None]], error: AdapterServerError | None) -> None:

@@ -328,7 +328,7 @@ class LinearGroup:
             if p is None or p.A is None or p.B is None:
                 pairs.append(None)
                 continue
-            B = p.B if p.out_scale is None else p.B * p.out_scale[:, None]
+            B = p.B if p.out_scale is None else p.B * p.out_scale.to(p.B.device)[:, None]
             pairs.append((A[at : at + p.rank], self._cast(B).T.contiguous()))
             at += p.rank
         return A, tuple(pairs)

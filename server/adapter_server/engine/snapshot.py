@@ -120,14 +120,14 @@ def export(model: str | Path, spec: Spec, store: Store, out: Path) -> None:
 
 def composed(model: str | Path, members: Sequence[tuple[Spec, float]], way: Way, store: Store) -> tuple[bytes, bytes]:
     """A stored composition of (adapter, weight): its config and weights. Raises InvalidRequest, AdapterRefused."""
-    from adapter_server.engine.pool import compile_blob, tensors_of
+    from adapter_server.engine.pool import Tensors, compile_blob
 
     module = load(model, "float32", torch.device("cpu"))
     base, parts = ModelBase(module), []
     for spec, weight in members:
         blob = store.read(spec)
         compile_blob(spec, blob, base, store)
-        parts.append(Part(spec, tensors_of(blob), weight))
+        parts.append(Part(spec, Tensors(blob), weight))
     return compose(parts, way, module)
 
 

@@ -75,8 +75,8 @@ class Fallback:
         experts(config)
 
     def load(self, spec: Spec, tensors: Mapping[str, Tensor], base: Base) -> Adapter:
-        graft = Graft(self.name, spec.config, tensors, self.name not in UNMERGEABLE and not _is_arrow(spec.config))
-        return Adapter(spec, graft=graft)
+        mergeable = self.name not in UNMERGEABLE and not _is_arrow(spec.config)
+        return Adapter(spec, graft=Graft(self.name, spec.config, dict(tensors), mergeable))
 
 
 FAMILIES = tuple(Fallback(kind) for kind in KINDS)

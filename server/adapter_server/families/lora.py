@@ -340,7 +340,7 @@ def _module_patch(take: Taker, path: str, low: Low, plan: Plan, base: Base, weig
 
 def _embedding_patch(take: Taker, path: str, low: Low, plan: Plan, base: Base, weight: Tensor | None) -> EmbeddingPatch:
     key = f"{ROOT}{path}."
-    A, B = take(key + "lora_embedding_A"), take(key + "lora_embedding_B") * low.scaling  # [r,V] [H,r]
+    A, B = take(key + "lora_embedding_A"), take(key + "lora_embedding_B").mul_(low.scaling)  # [r,V] [H,r]
     scale = base.shapes.scaled_embeddings.get(path, 1.0)
     if not plan.dora:
         return EmbeddingPatch(A, B, None, weight, scale)

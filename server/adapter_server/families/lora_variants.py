@@ -79,7 +79,7 @@ class Variant:
         for name in _sampler(rank, self.samples) if self.samples else ():
             take(key + name)
         if not self.subtracts:
-            return A, B * scaling
+            return A, B.mul_(scaling)
         V, U = self._taken(weight(), rank, scaling)
         return torch.cat([A, V]), torch.cat([B * scaling, -U], 1)
 

@@ -72,7 +72,7 @@ class UniPelt(AdapterHub):
 
     def load(self, spec: Spec, tensors: Mapping[str, Tensor], base: Base) -> Adapter:
         self.parts(spec.config, tensors, base.shapes)
-        return Adapter(spec, graft=Graft(NAME, spec.config, tensors, mergeable=False, hooked=True))
+        return Adapter(spec, graft=Graft(NAME, spec.config, dict(tensors), mergeable=False, hooked=True))
 
     def parts(self, config: Config, tensors: Mapping[str, Tensor], shapes: Shapes) -> Parts:
         """Every tensor of the file taken, float32. Raises AdapterRefused."""

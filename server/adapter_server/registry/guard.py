@@ -8,9 +8,11 @@ safetensors:  | n: u64 LE | n bytes of JSON: {name: {dtype, shape, data_offsets}
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
+import mmap
 import os
 import re
 import stat
@@ -34,6 +36,7 @@ MAX_CONFIG_BYTES = 64 << 10
 MAX_CONFIG_DEPTH = 32
 MAX_HEADER_BYTES = 10 << 20
 MAX_TENSORS = 100_000
+PIECE = 4 << 20  # bytes that are read at once, and hashed as one
 MAX_BYTES = ServerConfig().max_adapter_bytes  # of one weights file
 MAX_DIMENSIONS = 8
 MAX_DIMENSION = 1 << 40
@@ -408,21 +411,36 @@ def check_size(file: str, size: int, most: int) -> None:
         _refuse(file, f"{size:,} bytes, allowed are {most:,}: {what}")
 
 
-def read_private(path: Path, root: Path, most: int) -> bytearray:
+def read_private(path: Path, root: Path, most: int) -> memoryview:
     """The whole file in one buffer of our own: never mapped, so that nobody can change it after it was checked."""
     with open_regular(path, root) as file:
         return read_open(file, path.name, most)
 
 
-def read_open(file: io.FileIO, name: str, most: int) -> bytearray:
-    """The same of a file that is open, whatever its name stands for by now."""
+def read_open(
+    file: io.FileIO, name: str, most: int, each: Callable[[memoryview], None] = lambda piece: None
+) -> memoryview:
+    """The same of a file that is open, whatever its name stands for by now. `each` is given every piece, once read."""
     size = os.fstat(file.fileno()).st_size
     check_size(name, size, most)
-    data = bytearray(size)
-    fill(file, memoryview(data), name)
+    data = memory(size)
+    for at in range(0, size, PIECE):
+        piece = data[at : at + PIECE]
+        fill(file, piece, name)
+        each(piece)
     if file.read(1):
         raise Incomplete(f"{name}: grew while it was read")
     return data
+
+
+def memory(size: int) -> memoryview:
+    """Bytes of our own; many of them in large pages, where the system has them: small ones take long to touch."""
+    if size < PIECE:
+        return memoryview(bytearray(size))
+    own = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(AttributeError, OSError):  # of systems that have none
+        own.madvise(mmap.MADV_HUGEPAGE)
+    return memoryview(own)
 
 
 def fill(file: io.FileIO, view: memoryview, name: str) -> None:
@@ -485,7 +503,7 @@ def _config(folder: Path) -> dict[str, Any]:
     return parse_config(read_private(folder / CONFIG, folder.parent, MAX_CONFIG_BYTES))
 
 
-def _weights(folder: Path) -> tuple[bytearray, Header]:
+def _weights(folder: Path) -> tuple[memoryview, Header]:
     data = read_private(folder / WEIGHTS, folder.parent, MAX_BYTES)
     return data, parse_header(data)
 

@@ -282,9 +282,7 @@ def whole(file: IO[bytes], most: int) -> bytearray:
     return data
 
 
-def _version(
-    number: int, config: bytes | bytearray, data: bytearray, parsed: Mapping[str, Any], source: str
-) -> Version:
+def _version(number: int, config: guard.Buffer, data: guard.Buffer, parsed: Mapping[str, Any], source: str) -> Version:
     """The manifest of a version that is made now."""
     return Version(
         number=number,

@@ -10,14 +10,16 @@ version (`versions.py`) is whole from the first moment: it needs no time to sett
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import functools
 import heapq
 import io
 import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,11 +27,11 @@ from typing import Any, NamedTuple
 from adapter_server.core import Spec
 from adapter_server.errors import AdapterNotFound, AdapterRefused, AdapterUnavailable, VersionGone
 from adapter_server.registry import guard, versions
-from adapter_server.registry.versions import VERSION_DIGITS, Version
+from adapter_server.registry.versions import VERSION_DIGITS, Hasher, Version
 
 STALLED = 20  # an incomplete folder is a stalled copy for this many `settle_s`, then it is broken
 WRITING = "its folder is being written, retry in a moment"
-CHUNK = 1 << 20
+CHUNK = versions.HASHERS * guard.PIECE  # bytes, as many as are hashed at once
 COMPARED = 256  # names that an unknown one is compared with: each costs time
 
 
@@ -77,7 +79,7 @@ class Changes:
 class Blob:
     """An adapter's weights, checked, in a buffer of our own; the header's spans index `data`."""
 
-    data: bytearray
+    data: guard.Buffer
     header: guard.Header
 
 
@@ -242,36 +244,55 @@ class Store:
 
     def hold(self, spec: Spec) -> Held | None:
         """Opens a version's files for a later `read`. None where they cannot be opened: `read` says why."""
-        folder = Path(spec.path)
         try:
-            config = guard.open_regular(folder / guard.CONFIG, self.root)
+            return self._opened(spec)
         except AdapterRefused:
-            return None
-        try:
-            return Held(config, guard.open_regular(folder / guard.WEIGHTS, self.root))
-        except AdapterRefused:
-            config.close()
             return None
 
     def read(self, spec: Spec, held: Held | None = None) -> Blob:
         """The bytes of exactly this version, checked. Raises VersionGone when the files are no longer these."""
+        with self.reading(spec, held) as blob:
+            return blob
+
+    @contextlib.contextmanager
+    def reading(self, spec: Spec, held: Held | None = None) -> Iterator[Blob]:
+        """The same for who compiles them, while they are still being hashed: what is made of them here counts for
+        nothing before this ends. Where the hash is wrong that is what it raises, whatever else went wrong before.
+        """
+        with Hasher() as hasher:
+            config, weights = self._both(spec, held, hasher)
+            prove = functools.partial(self._prove, spec, hasher, config)
+            blob = self._checked(spec, weights, prove)
+            try:
+                yield blob
+            finally:
+                prove()
+
+    def _both(self, spec: Spec, held: Held | None, hasher: Hasher) -> tuple[memoryview, memoryview]:
+        """Config and weights, each in one buffer of our own, which is what is hashed and what is compiled."""
         try:
-            config, weights = self._both(spec, held)
+            with contextlib.ExitStack() as opened:
+                files = held or opened.enter_context(contextlib.closing(self._opened(spec)))
+                config = guard.read_open(files.config, guard.CONFIG, guard.MAX_CONFIG_BYTES)
+                return config, guard.read_open(files.weights, guard.WEIGHTS, self.max_bytes, hasher.add)
         except guard.Unreadable as refused:
             raise _refusal(spec.name, refused.message) from refused
         except AdapterRefused as refused:
             raise self._lost(spec) from refused
-        if versions.digest(config, weights)[:VERSION_DIGITS] != spec.version:
-            raise self._lost(spec)
-        return self._checked(spec, weights)
 
-    def _both(self, spec: Spec, held: Held | None) -> tuple[bytearray, bytearray]:
-        if held is None:  # opened by name, for the reason why that fails
-            folder = Path(spec.path)
-            config = guard.read_private(folder / guard.CONFIG, self.root, guard.MAX_CONFIG_BYTES)
-            return config, guard.read_private(folder / guard.WEIGHTS, self.root, self.max_bytes)
-        config = guard.read_open(held.config, guard.CONFIG, guard.MAX_CONFIG_BYTES)
-        return config, guard.read_open(held.weights, guard.WEIGHTS, self.max_bytes)
+    def _opened(self, spec: Spec) -> Held:
+        """Raises AdapterRefused: why they cannot be opened."""
+        folder = Path(spec.path)
+        config = guard.open_regular(folder / guard.CONFIG, self.root)
+        try:
+            return Held(config, guard.open_regular(folder / guard.WEIGHTS, self.root))
+        except AdapterRefused:
+            config.close()
+            raise
+
+    def _prove(self, spec: Spec, hasher: Hasher, config: memoryview) -> None:
+        if hasher.hexdigest(config)[:VERSION_DIGITS] != spec.version:
+            raise self._lost(spec)
 
     def _lost(self, spec: Spec) -> AdapterRefused:
         """Files that are no longer a version's: replaced or removed, which is no fault, or damaged where they lie."""
@@ -284,11 +305,13 @@ class Store:
         message = f"adapter {spec.name}@{spec.version} is no longer on disk, it was replaced or removed: ask again"
         return VersionGone(message, param="adapter")
 
-    def _checked(self, spec: Spec, weights: bytearray) -> Blob:
+    def _checked(self, spec: Spec, weights: memoryview, prove: Callable[[], None]) -> Blob:
+        """Raises AdapterRefused, once the bytes are proved to be the version's: then the fault is too."""
         try:
             header = guard.parse_header(weights, max_bytes=self.max_bytes)
             guard.check_finite(weights, header)
         except AdapterRefused as refused:
+            prove()
             self.on_fault(Fault(*spec.key, refused.message))
             raise _refusal(spec.name, refused.message) from refused
         return Blob(weights, header)
@@ -454,7 +477,7 @@ class Store:
     def _preview(self, name: str, state: _State) -> None:
         state.preview = self._configured(name, state)[1]
 
-    def _configured(self, name: str, state: _State) -> tuple[bytearray, dict[str, Any]]:
+    def _configured(self, name: str, state: _State) -> tuple[memoryview, dict[str, Any]]:
         folder = self._folder(name, state.signature.version)
         guard.check_files(folder)
         raw = guard.read_private(folder / guard.CONFIG, self.root, guard.MAX_CONFIG_BYTES)
@@ -492,22 +515,27 @@ def _stat(path: str) -> _File | None:
     return _File(s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino)
 
 
-def _stream(file: io.FileIO, config: bytearray, max_bytes: int) -> str:
+def _stream(file: io.FileIO, config: memoryview, max_bytes: int) -> str:
     """The content hash. The header is checked first, so that a file that is too short or too large costs little."""
     size = os.fstat(file.fileno()).st_size
+    _check_header(file, size, max_bytes)
+    file.seek(0)
+    piece = guard.memory(min(CHUNK, size))
+    with Hasher() as hasher:
+        for at in range(0, size, CHUNK):
+            part = piece[: size - at]
+            guard.fill(file, part, guard.WEIGHTS)
+            hasher.add(part)
+            hasher.wait()
+        return hasher.hexdigest(config)
+
+
+def _check_header(file: io.FileIO, size: int, max_bytes: int) -> None:
     first = bytearray(min(8, size))
     guard.fill(file, memoryview(first), guard.WEIGHTS)
     head = first + bytearray(guard.header_bytes(first, size, max_bytes) - 8)
     guard.fill(file, memoryview(head)[8:], guard.WEIGHTS)
     guard.parse_header(head, size, max_bytes)
-    digest = versions.hasher(config, size)
-    digest.update(head)
-    piece = memoryview(bytearray(CHUNK))
-    for at in range(len(head), size, CHUNK):
-        part = piece[: min(CHUNK, size - at)]
-        guard.fill(file, part, guard.WEIGHTS)
-        digest.update(part)
-    return digest.hexdigest()
 
 
 def _damaged(version: str) -> str:
