@@ -15,6 +15,8 @@ COPY . .
 RUN /venv/bin/pip install --constraint constraints.txt .
 
 FROM python:3.12-slim
+# The kernels for this machine's processor, and Triton's launchers, are compiled where they run
+RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 RUN useradd --create-home --uid 10001 server
 COPY --from=build /venv /venv
 ENV PATH=/venv/bin:$PATH PYTHONUNBUFFERED=1 OMP_WAIT_POLICY=PASSIVE ADAPTER_SERVER_PORT=8000

@@ -4,8 +4,11 @@ Triton reads its setting when it is first imported, whoever does that: kernels a
 Logs are short: a rich traceback with every local takes seconds.
 """
 
+import logging
 import os
+from collections.abc import Iterator
 
+import pytest
 import structlog
 import torch
 
@@ -17,3 +20,12 @@ structlog.configure(
         structlog.dev.ConsoleRenderer(colors=False, exception_formatter=structlog.dev.plain_traceback),
     ]
 )
+
+
+@pytest.fixture(autouse=True)
+def _no_log_to_streams_that_are_closed() -> Iterator[None]:
+    """A command that a test runs in this process leaves a handler, to a stream that goes with the test."""
+    yield
+    for handler in list(logging.root.handlers):
+        if isinstance(handler, logging.StreamHandler) and getattr(handler.stream, "closed", False):
+            logging.root.removeHandler(handler)

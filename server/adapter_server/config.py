@@ -39,8 +39,8 @@ class EngineConfig:
     host_bytes: int = 2 * GIB  # main memory for compiled adapters, on the device or evicted from it
     ring_bytes: int = 64 << 20  # CUDA: page-locked memory through which adapters reach the device; 0: none
     pack_weights: bool = True  # CPU float32: packed copies of the base's weights, faster and larger
-    kernels: bool = True  # CUDA: Triton kernels, where they agree with torch on this device
-    fuse: bool = True  # CUDA: modules of the base with fewer launches, where they agree with their own forward
+    kernels: bool = True  # Triton's on CUDA, where they agree with torch; C's on the CPU in float32
+    fuse: bool = True  # modules of the base in few kernels, where they agree with their own forward
     graphs: bool = True  # CUDA: steps in which every row gets one token as captured graphs
     max_grammar_bytes: int = 32 << 10  # of one response_format
     threads: int = 0  # torch threads on the CPU; 0: torch's own choice, one for a base under 8M parameters

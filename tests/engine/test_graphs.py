@@ -57,6 +57,7 @@ def test_rows_of_any_length_and_end_are_peft_alone() -> None:
 def test_any_mix_of_adapters_is_one_graph() -> None:
     names = ("lora", "velora")
     engine, found = served(names), []
+    rig.run(engine, [ask(engine, name, new=1) for name in names])  # so that no row waits for its adapter
     for order in (("lora", "velora", None), ("velora", None, "lora"), (None, "lora", "velora")):
         for (i, name), answer in zip(
             enumerate(order), rig.run(engine, [ask(engine, n, i, 4) for i, n in enumerate(order)]), strict=True
@@ -181,6 +182,7 @@ def test_rows_that_are_drawn_fly_and_have_the_tokens_that_they_have_alone(
 ) -> None:
     """Beside a greedy one, on any adapters, in buckets that shrink while rows end one after another."""
     engine = served(("lora", "velora"))
+    rig.run(engine, [ask(engine, name, new=1) for name in ("lora", "velora")])  # so that no row waits for its adapter
     answers = rig.run(engine, [warm(engine, i) for i in some], stagger)
     assert [a.ids for a in answers] == [by_itself(i) for i in some]
     assert all(a.end is not None and a.end.reason == "length" for a in answers)

@@ -45,7 +45,6 @@ def test_tasks_of_one_adapter_in_one_batch(engine: Engine) -> None:
 
 def test_only_the_tasks_used_last_are_kept(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_module, "TASKS_KEPT", 1)
-    monkeypatch.setattr("adapter_server.engine.native.library", lambda: None)
     hold(engine)
     held = [h for h in engine.pool.holdings.values() if h.spec.name == "poly"]
     assert [len(h.placed.tasks) for h in held if h.placed] == [1]

@@ -98,6 +98,7 @@ def test_the_books_balance(moves: list[tuple[str, str]]) -> None:
 def test_a_flood_does_not_starve_a_trickle() -> None:
     """200 requests of one adapter wait for two places; another's, come last, is among the next to run."""
     engine = rig.engine("llama", max_rows=2)
+    rig.run(engine, [rig.ask(engine, "ia3", rig.PROMPTS[0])])  # so that the trickle waits for no load
     flood = [rig.ask(engine, "lora", rig.PROMPTS[0], id=f"flood{i}") for i in range(200)]
     for request in flood:
         engine.submit(request)

@@ -118,6 +118,7 @@ class Grouped:
         self.kernels, self.table = kernels, Table(kernels, device)
         self.aside = _urgent_stream(device)
         self._blocks: dict[int, Tensor] = {}
+        self._room = torch.empty(0)
 
     def arrange(self, rows: Sequence[PackedRow]) -> list[int]:
         return by_adapter(rows)
@@ -198,10 +199,13 @@ class Grouped:
         )
 
     def tiles(self, tokens: Tensor, weights: Tensor, places: Tensor, runs: Sequence[Run], width: int) -> Tiles:
-        """The same on the device, with room for the small products."""
+        """The same on the device, with room for the small products: one for all steps, which run one after another.
+        Who was captured with a smaller one keeps that.
+        """
         size = self.kernels.MOST_SPLITS * len(tokens) * width
-        scratch = torch.empty(size, dtype=torch.float32, device=self.table.device)
-        made: Tiles = self.kernels.Tiles(tokens, weights, places, runs, width, scratch)
+        if self._room.numel() < size:
+            self._room = torch.empty(1 << (size - 1).bit_length(), dtype=torch.float32, device=self.table.device)
+        made: Tiles = self.kernels.Tiles(tokens, weights, places, runs, width, self._room)
         return made
 
 

@@ -329,7 +329,8 @@ class LinearGroup:
                 pairs.append(None)
                 continue
             B = p.B if p.out_scale is None else p.B * p.out_scale.to(p.B.device)[:, None]
-            pairs.append((A[at : at + p.rank], self._cast(B).T.contiguous()))
+            Bt = self._cast(B).T.clone(memory_format=torch.contiguous_format)  # holds nothing of what B is a view of
+            pairs.append((A[at : at + p.rank], Bt))
             at += p.rank
         return A, tuple(pairs)
 
