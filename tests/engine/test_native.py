@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 
 import pytest
 import torch
@@ -81,6 +82,25 @@ def test_without_a_compiler_weights_are_packed_by_the_library(monkeypatch: pytes
     product = Product(weight, bias, pack=True)
     assert isinstance(product.packed, OneDnn)
     assert torch.allclose(product(x), x @ weight.T + bias, atol=1e-4)
+
+
+def test_functions_are_called_as_they_are_declared() -> None:
+    """In C a pointer has a star, and the rest are what TYPES says of their letters."""
+    letters = {"float": "f", "i64": "n", "int": "i"}
+    found = {}
+    for path in native.SOURCES:
+        for name, given in re.findall(r"^(?:void|i64) (\w+)\(([^)]*)\)", path.read_text(), re.MULTILINE):
+            each = [re.sub(r"\bconst\b", "", argument).split() for argument in given.split(",")]
+            found[name] = "".join("p" if "*" in "".join(words) else letters[words[0]] for words in each)
+    assert {name: found[name] for name in native.SIGNATURES} == native.SIGNATURES
+
+
+def test_a_machine_without_a_compiler_is_told_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert native.library.__wrapped__() is None
+    assert "install gcc" in caplog.text
 
 
 def kernel() -> ctypes.CDLL:

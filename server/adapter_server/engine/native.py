@@ -15,6 +15,7 @@ import ctypes
 import functools
 import hashlib
 import itertools
+import logging
 import os
 import platform
 import shutil
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from adapter_server.engine.placed import Placed
     from adapter_server.engine.site import LinearGroup
 
+log = logging.getLogger(__name__)
+
 SOURCES = [Path(__file__).with_name(name) for name in ("vectors.h", "lowrank.h", "product.c", "lowrank.c", "block.c")]
 BLOCK = 16  # tokens that one thread takes at a time
 MOST_LANES = 16  # numbers in a vector of any processor
@@ -43,6 +46,18 @@ COUNT, RANKS = 1, 4  # in a segment's row of the table
 SERIAL = 250_000  # multiplications; below, waking a second thread costs more than it saves
 MOST_ROWS = 128  # of a product from panels; beyond, the library's is as fast
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-c")
+TYPES = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "f": ctypes.c_float, "i": ctypes.c_int}
+SIGNATURES = {
+    "product": "ppnppnnpi",
+    "panels_fill": "ppnni",
+    "panels_size": "nn",
+    "lowrank_add": "pnpnpi",
+    "sparse_times": "pnpnnppppi",
+    "rms_norm": "pppnpnpnnfii",
+    "gated": "ppnnnii",
+    "rope_write": "ppnpnpnpppnnnnpfipfipi",
+    "paged_decode": "pnnpnnpppnppnnnnnnnffnppi",
+}  # of the functions in SOURCES, by the letters of TYPES
 
 
 @functools.cache
@@ -50,43 +65,25 @@ def library() -> ctypes.CDLL | None:
     """The compiled kernel, or None: no compiler, no OpenMP of torch's to share, or not Linux."""
     openmp = next(Path(torch.__file__).parent.glob("lib/libgomp*.so*"), None)
     compiler = shutil.which(os.environ.get("CC", "cc"))
-    if platform.system() != "Linux" or openmp is None or compiler is None:
+    if platform.system() != "Linux" or openmp is None:
+        return None
+    if compiler is None:
+        log.warning("no C compiler (cc) is on the path: plain torch runs on the CPU, up to twice slower; install gcc")
         return None
     try:
         ctypes.CDLL(str(openmp), mode=ctypes.RTLD_GLOBAL)
         return _declared(ctypes.CDLL(str(_built(compiler))))
-    except (OSError, subprocess.SubprocessError):
+    except (OSError, subprocess.SubprocessError) as failure:
+        log.warning("the kernels in C could not be built, plain torch runs on the CPU, slower: %r", failure)
         return None
 
 
 def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
     """The library with the types of its arguments, so that plain integers can be given for pointers."""
-    pointer, number, real, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
-    found.lowrank_add.argtypes = (pointer, number, pointer, number, pointer, ctypes.c_int)
-    found.sparse_times.argtypes = (
-        *(pointer, number, pointer, number, number, pointer, pointer, pointer, pointer),
-        ctypes.c_int,
-    )
-    found.product.argtypes = (pointer, pointer, number, pointer, pointer, number, number, pointer, ctypes.c_int)
-    found.panels_fill.argtypes = (pointer, pointer, number, number, ctypes.c_int)
-    found.panels_size.argtypes, found.panels_size.restype = (number, number), number
-    norm = (pointer, real, flag)
-    found.rms_norm.argtypes = (
-        *(pointer, pointer, pointer, number, pointer, number, pointer, number, number, real, flag),
-        ctypes.c_int,
-    )
-    found.gated.argtypes = (pointer, pointer, number, number, number, ctypes.c_int, ctypes.c_int)
-    found.rope_write.argtypes = (
-        *(pointer, pointer, number, pointer, number, pointer, number, pointer, pointer, pointer),
-        *(number, number, number, number, *norm, *norm, pointer, ctypes.c_int),
-    )
-    found.paged_decode.argtypes = (
-        *(pointer, number, number, pointer, number, number, pointer, pointer, pointer, number, pointer, pointer),
-        *(number, number, number, number, number, number, number, real, real, number, pointer, pointer, ctypes.c_int),
-    )
-    for name in ("lowrank_add", "sparse_times", "product", "panels_fill", "rms_norm", "gated", "rope_write"):
-        getattr(found, name).restype = None
-    found.paged_decode.restype = None
+    for name, letters in SIGNATURES.items():
+        function = getattr(found, name)
+        function.argtypes, function.restype = [TYPES[letter] for letter in letters], None
+    found.panels_size.restype = ctypes.c_int64
     return found
 
 

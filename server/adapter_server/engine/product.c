@@ -15,7 +15,7 @@
 
 #include "lowrank.h"
 
-enum { VECTORS = 3, WIDE = VECTORS * LANES, DEEP = 2048 / LANES, STRIDE = 4, SHARE = 4, TURNS = 1000 };
+enum { VECTORS = 3, WIDE = VECTORS * LANES, DEEP = 2048 / LANES, STRIDE = 4, TURNS = 1000 };
 #ifdef __AVX512F__
 enum { TOKENS = 8 }; /* 24 sums, 3 numbers of the panel and 1 of x in 32 registers */
 #else
@@ -105,7 +105,7 @@ void product(float *y, const float *x, i64 tokens, const float *panels, const fl
     atomic_int done = 0;
 #pragma omp parallel num_threads(threads)
     {
-#pragma omp for schedule(dynamic, SHARE) nowait
+#pragma omp for schedule(guided) nowait
         for (i64 column = 0; column < out; column += WIDE)
             for (i64 k = 0; k < in; k += DEEP)
                 block((work){.panel = panels + column * in + k * WIDE, .x = x + k, .bias = bias ? bias + column : 0,
