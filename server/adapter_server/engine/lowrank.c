@@ -117,9 +117,9 @@ static void shared(const i64 *seg, float *y, i64 width, const float *x, i64 in, 
     }
 }
 
-void add_within(const lowrank *of, float *y, i64 width, const float *x, i64 in, int threads) {
+void add_within(const lowrank *of, float *y, i64 width, const float *x, i64 in) {
     const i64 stride = MEMBERS + 2 * of->members;
-    if (of->n < threads)
+    if (of->n < of->threads)
         for (i64 i = 0; i < of->n; i++)
             shared(of->segments + i * stride, y, width, x, in, of->outs, of->members, of->scratch + of->offsets[i]);
     else
@@ -128,9 +128,9 @@ void add_within(const lowrank *of, float *y, i64 width, const float *x, i64 in, 
             alone(of->segments + i * stride, y, width, x, in, of->outs, of->members, of->scratch + of->offsets[i]);
 }
 
-void lowrank_add(float *y, i64 width, const float *x, i64 in, const lowrank *of, int threads) {
-#pragma omp parallel num_threads(threads)
-    add_within(of, y, width, x, in, threads);
+void lowrank_add(float *y, i64 width, const float *x, i64 in, const lowrank *of) {
+#pragma omp parallel num_threads((int)of->threads)
+    add_within(of, y, width, x, in);
 }
 
 /* The sparse products: y[t, i] = Σ values[k] x[t, columns[k]] over the numbers k of row i, starts[i] … starts[i+1] − 1.

@@ -51,7 +51,7 @@ SIGNATURES = {
     "product": "ppnppnnpi",
     "panels_fill": "ppnni",
     "panels_size": "nn",
-    "lowrank_add": "pnpnpi",
+    "lowrank_add": "pnpnp",
     "sparse_times": "pnpnnppppi",
     "rms_norm": "pppnpnpnnfii",
     "gated": "ppnnnii",
@@ -152,7 +152,7 @@ class NativeSmall:
         scratch, arrays = torch.empty(ends[-1]), [_array(v for b in blocks for v in b), _array(group.outs)]
         arrays.append(_array([0, *ends[:-1]]))
         table, outs, offsets = (ctypes.addressof(array) for array in arrays)
-        self.table = _array([table, len(blocks), outs, len(group.outs), scratch.data_ptr(), offsets])
+        self.table = _array([table, len(blocks), outs, len(group.outs), scratch.data_ptr(), offsets, self.threads])
         self._alive = segments, scratch, arrays  # the table points into their memory
         self._call, self._width, self._inp = kernel.lowrank_add, sum(group.outs), group.inp
 
@@ -162,7 +162,7 @@ class NativeSmall:
 
     def add(self, y: Tensor, x: Tensor) -> None:
         """y [T, outs] += w · B (A x), both contiguous float32."""
-        self._call(y.data_ptr(), self._width, x.data_ptr(), self._inp, self.table, self.threads)
+        self._call(y.data_ptr(), self._width, x.data_ptr(), self._inp, self.table)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -114,7 +114,7 @@ void product(float *y, const float *x, i64 tokens, const float *panels, const fl
                       tokens, k == 0);
         if (added) {
             meet(&done);
-            add_within(added, y, out, x, in, threads);
+            add_within(added, y, out, x, in);
         }
     }
 }
