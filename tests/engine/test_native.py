@@ -26,7 +26,9 @@ def test_a_sparse_product_is_its_matrix(count: int, tokens: int) -> None:
     laid = native.laid(delta)
     assert isinstance(laid, native.NativeSparse) == (native.library() is not None)
     assert torch.allclose(laid.apply(x), x @ delta.dense().T, atol=1e-4)
-    assert torch.equal(laid.apply(x)[-1:], laid.apply(x[-1:]))  # whoever else is there
+    last, alone = laid.apply(x)[-1:], laid.apply(x[-1:])
+    assert torch.allclose(last, alone, atol=1e-5)
+    assert torch.equal(last, alone) or native.library() is None  # whoever else is there
     assert list(laid.tensors()) == list(delta.tensors())
 
 
