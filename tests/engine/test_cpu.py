@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import pytest
 import torch
 
@@ -81,6 +84,27 @@ def test_who_runs_them() -> None:
     assert forms.between(CPU, torch.float32) is cpu
     assert forms.between(CPU, torch.bfloat16) is None
     assert forms.between(CPU, torch.float32, wanted=False) is None
+    attending = functools.partial(forms.attending, CPU, torch.float32, [(2, 16, 16)], 4, 16)
+    assert attending(slots=True) is cpu
+    assert attending(slots=False) is None  # C has no kernel for prompts over pages
+
+
+def test_attention_that_differs_is_left_out(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    right = cpu.paged_decode
+
+    def off(out: torch.Tensor, *rest: Any) -> None:
+        right(out, *rest)
+        out += 1
+
+    monkeypatch.setattr(cpu, "paged_decode", off)
+    assert forms.attending(CPU, torch.float32, [(2, 16, 16)], 4, 16, slots=True) is None
+    assert "is off by" in caplog.text
+
+
+def test_slots_of_a_device_are_read_by_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forms, "usable", lambda device: True)
+    monkeypatch.setattr(forms, "kernels", lambda: cpu)
+    assert forms.attending(CPU, torch.float32, [(2, 16, 16)], 4, 16, slots=True) is None
 
 
 @pytest.mark.parametrize("kernels", [True, False])

@@ -6,8 +6,8 @@
     rope_write    x · cos + rotate_half(x) · sin for x = norm(q), norm(k);  keys[places] = k;  values[places] = v
     paged_decode  softmax(cap(q @ k[places].T · scale) and sinks) @ v[places] for each row with one new token
 
-`fused.py` accepts what it takes of them by proof; `native.py` builds them. They are called where `native.library()` is
-there, on the engine's thread.
+`fused.py` and `forms.py` accept what they take of them by proof; `native.py` builds them. They are called where
+`native.library()` is there.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Literal
 
 import torch
@@ -149,17 +150,20 @@ class Engine:
             slot_pool = SlotPool(
                 model.layers, slots, length, model.dtype, model.device, cells, config.page_tokens
             )  # fmt: skip
-            if model.lane == "packed":
-                slot_pool.kernels = forms.between(model.device, model.dtype, config.kernels)
+            slot_pool.kernels = self._attending(slots=True)
             return slot_pool, length
         pages = places // config.page_tokens
         page_pool = PagePool(model.layers, pages, config.page_tokens, model.dtype, model.device, cached > 0)
-        if model.lane == "packed":
-            heads = model.module.config.get_text_config().num_attention_heads
-            page_pool.kernels = forms.attending(
-                model.device, model.dtype, model.layers.values(), heads, config.page_tokens, config.kernels
-            )
+        page_pool.kernels = self._attending(slots=False)
         return page_pool, length
+
+    def _attending(self, slots: bool) -> ModuleType | None:
+        """What reads a layout in place, where there is such and the lane asks for it."""
+        config, model = self.config, self.model
+        if model.lane != "packed":
+            return None
+        heads, shapes = model.module.config.get_text_config().num_attention_heads, model.layers.values()
+        return forms.attending(model.device, model.dtype, shapes, heads, config.page_tokens, config.kernels, slots)
 
     def _graphs(self, length: int) -> tuple[Graphs | None, Prompts | None]:
         """Captured steps, where attention and the low rank have kernels, and a key does not depend on the row's end."""

@@ -75,16 +75,27 @@ def between(device: torch.device, dtype: torch.dtype, wanted: bool = True) -> Mo
 
 
 def attending(
-    device: torch.device, dtype: torch.dtype, layers: Iterable[LayerShape], heads: int, page: int, wanted: bool = True
+    device: torch.device,
+    dtype: torch.dtype,
+    layers: Iterable[LayerShape],
+    heads: int,
+    page: int,
+    wanted: bool = True,
+    slots: bool = False,
 ) -> ModuleType | None:
-    """The kernels, where they compute attention over these layers' heads; None: plain torch does."""
-    if not wanted or not usable(device) or (found := kernels()) is None:
+    """The kernels, where they compute attention over these layers' heads; None: plain torch does.
+
+    Triton's read pages, of single tokens and of prompts; C's read `slots`, of single tokens alone.
+    """
+    found = between(device, dtype, wanted)
+    if found is None or slots == usable(device):
         return None
+    errors = (attention_error,) if slots else (attention_error, prefill_error)
     for shape in sorted(set(layers)):
         if heads % shape[0]:
             return None
         for form in _forms(found, heads, device):
-            for error_of in (attention_error, prefill_error):
+            for error_of in errors:
                 error = functools.partial(error_of, found, form, shape, heads, device, dtype, page=page)
                 if not _agrees(f"attention over heads of {shape[1]}", error, TOLERANCE[dtype]):
                     return None
@@ -113,9 +124,9 @@ def _agrees(what: str, error: Callable[[], float], tolerance: float) -> bool:
     try:
         far = error()
     except Exception as failure:
-        log.warning("the Triton kernel for %s does not run here, plain torch does instead: %r", what, failure)
+        log.warning("the kernel for %s does not run here, plain torch does instead: %r", what, failure)
         return False
     if not far <= tolerance:  # NaN too
-        log.warning("the Triton kernel for %s is off by %.3g here, plain torch runs instead", what, far)
+        log.warning("the kernel for %s is off by %.3g here, plain torch runs instead", what, far)
         return False
     return True

@@ -68,7 +68,7 @@ def library() -> ctypes.CDLL | None:
     if platform.system() != "Linux" or openmp is None:
         return None
     if compiler is None:
-        log.warning("no C compiler (cc) is on the path: plain torch runs on the CPU, up to twice slower; install gcc")
+        log.warning("no C compiler (cc) is on the path: plain torch runs on the CPU, slower; install gcc")
         return None
     try:
         ctypes.CDLL(str(openmp), mode=ctypes.RTLD_GLOBAL)
