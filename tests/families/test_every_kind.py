@@ -44,7 +44,7 @@ def test_a_kind_of_a_newer_peft_is_served_by_peft(monkeypatch):
 
 
 def test_the_table_of_kinds_is_made_from_what_they_compile_to():
-    assert kinds.PAGE.read_text() == kinds.page(), "run python tests/kinds.py"
+    assert kinds.PAGE.read_text() == kinds.page(), "run PYTHONPATH=tests/engine python tests/kinds.py"
 
 
 SURVEYED = (
