@@ -1,4 +1,4 @@
-"""The kernel's sparse products against the matrices that they stand for."""
+"""The kernels in C: changes of a weight against the matrices that they stand for, products against plain ones."""
 
 from __future__ import annotations
 
@@ -8,45 +8,89 @@ import re
 import pytest
 import torch
 
-from adapter_server.engine import native
-from adapter_server.engine.placed import OneDnn, Product
-from adapter_server.families.deltas import Rows, Sparse, Spectral
+from adapter_server.core import Spec
+from adapter_server.engine import added, native
+from adapter_server.engine.added import Native
+from adapter_server.engine.placed import OneDnn, Placed, Product
+from adapter_server.engine.routing import Routing, Step, route, running
+from adapter_server.engine.site import LinearGroup
+from adapter_server.families.base import Adapter, Patch
+from adapter_server.families.deltas import (
+    Circulant,
+    Delta,
+    Kronecker,
+    Rows,
+    Scaled,
+    Sparse,
+    Spectral,
+    held_bytes,
+)
 
 OUT, IN = 70, 90
 
 
-def few(count: int) -> Sparse:
-    return Sparse.of(torch.randint(OUT, (count,)), torch.randint(IN, (count,)), torch.randn(count), (OUT, IN))
+def sparse(out: int, inp: int, count: int) -> Sparse:
+    places = torch.randint(out, (count,)), torch.randint(inp, (count,))
+    return Sparse.of(*places, torch.randn(count), (out, inp))
 
 
-@pytest.mark.parametrize("count", [0, 1, 900])
-@pytest.mark.parametrize("tokens", [1, 5, 16, 37, 400])
-def test_a_sparse_product_is_its_matrix(count: int, tokens: int) -> None:
-    delta, x = few(count), torch.randn(tokens, IN)
-    laid = native.laid(delta)
-    assert isinstance(laid, native.NativeSparse) == (native.library() is not None)
-    assert torch.allclose(laid.apply(x), x @ delta.dense().T, atol=1e-4)
-    last, alone = laid.apply(x)[-1:], laid.apply(x[-1:])
-    assert torch.allclose(last, alone, atol=1e-5)
-    assert torch.equal(last, alone) or native.library() is None  # whoever else is there
-    assert list(laid.tensors()) == list(delta.tensors())
+def deltas(out: int, inp: int) -> dict[str, Delta]:
+    """One of each; sizes have a factor of 2."""
+    return {
+        "nothing": sparse(out, inp, 0),
+        "sparse": sparse(out, inp, 900),
+        "spectral": Spectral(sparse(out, inp, 90)),
+        "kronecker": Kronecker(torch.randn(2, inp // 2), torch.randn(out // 2, 2)),
+        "circulant": Circulant.of(torch.randn(out // 2, inp // 2, 2)),
+        "one block": Circulant.of(torch.randn(1, 1, out)),
+        "rows": Rows(torch.randperm(out)[:5], torch.randn(5, inp), out),
+        "scaled": Scaled(torch.randn(6, inp + 2)[:, :inp], torch.randn(6), torch.randn(6, out), torch.randn(out)),
+    }
 
 
-def test_a_part_of_a_wider_input() -> None:
-    delta, x = few(50), torch.randn(3, 2 * IN)[:, IN:]
-    assert torch.allclose(native.laid(delta).apply(x), x @ delta.dense().T, atol=1e-4)
+@pytest.mark.parametrize("kind", list(deltas(2, 2)))
+@pytest.mark.parametrize(("out", "inp"), [(70, 90), (64, 44), (512, 512)])
+def test_a_change_is_its_matrix(kind: str, out: int, inp: int) -> None:
+    """Whoever else is there: a row's numbers are its own, bit by bit."""
+    delta = deltas(out, inp)[kind]
+    if kind == "one block":
+        inp = out
+    module = torch.nn.Linear(inp, out).requires_grad_(False)
+    group = LinearGroup(0, {"m": module}, Native(kernel()), pack=True, head=False)
+    adapter = Adapter(Spec("a", "0" * 12, "", "X", {}, 0), {"m": Patch(delta=delta)})
+    placed = Placed(adapter, {0: group.place(adapter.patches)}, {})
+    x = torch.randn(37, inp)
+    [y, last] = [run(group, placed, part) for part in (x, x[-1:])]
+    scale = delta.dense().norm() + 1
+    assert torch.allclose(y, module(x) + x @ delta.dense().T, atol=float(1e-5 * scale))
+    assert torch.allclose(y, module(x) + delta.apply(x), atol=float(1e-5 * scale))
+    assert torch.equal(y[-1:], last)
+    assert held_bytes(placed.tensors()) == held_bytes(delta.tensors())
 
 
-def test_a_spectrum_keeps_its_transforms() -> None:
-    delta, x = Spectral(few(50)), torch.randn(3, IN)
-    laid = native.laid(delta)
-    assert torch.allclose(laid.apply(x), x @ delta.dense().T, atol=1e-4)
+def run(group: LinearGroup, placed: Placed, x: torch.Tensor) -> torch.Tensor:
+    routing = route([(len(x), ((placed, 1.0),))], torch.device("cpu"))
+    with running(Step(routing, Routing(1))):
+        return group.apart(x)[0]
 
 
-def test_what_has_no_faster_form_stays_as_it_is() -> None:
-    rows, half = Rows(torch.tensor([1]), torch.randn(1, IN), OUT), few(5).to(torch.device("cpu"), torch.bfloat16)
-    assert native.laid(rows) is rows
-    assert native.laid(half) is half
+def test_a_length_with_a_large_prime_factor_is_left_to_torch() -> None:
+    assert added.plan_of(2 * 67) == 0
+    delta, x = Spectral(sparse(134, 10, 30)), torch.randn(3, 10)
+    group = LinearGroup(0, {"m": torch.nn.Linear(10, 134)}, Native(kernel()), pack=True, head=False)
+    adapter = Adapter(Spec("a", "0" * 12, "", "X", {}, 0), {"m": Patch(delta=delta)})
+    placed = Placed(adapter, {0: group.place(adapter.patches)}, {})
+    with torch.inference_mode():
+        want = group.base(x) + x @ delta.dense().T
+        assert torch.allclose(run(group, placed, x), want, atol=1e-5)
+
+
+def test_what_modules_share_is_held_once() -> None:
+    A, Bt = torch.randn(6, 40), torch.randn(6, 50)
+    parts = [Scaled(A[:, :n], torch.randn(6), Bt[:, :n], torch.randn(n)) for n in (40, 30)]
+    shared = (A.numel() + Bt[:, :40].numel() + Bt[:, :30].numel()) * 4
+    held = held_bytes(t for part in parts for t in part.tensors())
+    assert held == A.nbytes + Bt.nbytes + 4 * (6 + 40 + 6 + 30) < shared + 4 * 82
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4, 7, 8, 13, 32])
@@ -92,6 +136,8 @@ def test_functions_are_called_as_they_are_declared() -> None:
     found = {}
     for path in native.SOURCES:
         for name, given in re.findall(r"^(?:void|i64) (\w+)\(([^)]*)\)", path.read_text(), re.MULTILINE):
+            if name not in native.SIGNATURES:
+                continue
             each = [re.sub(r"\bconst\b", "", argument).split() for argument in given.split(",")]
             found[name] = "".join("p" if "*" in "".join(words) else letters[words[0]] for words in each)
     assert {name: found[name] for name in native.SIGNATURES} == native.SIGNATURES

@@ -11,24 +11,31 @@ import torch
 from torch import Tensor, nn
 
 from adapter_server.core import Spec
-from adapter_server.engine import native
+from adapter_server.engine import added, native
+from adapter_server.engine.added import Native
 from adapter_server.engine.lowrank import SMALL, Banked, LowRank, rank_class
 from adapter_server.engine.placed import Placed
 from adapter_server.engine.routing import Routing, Step, Use, route, running
 from adapter_server.engine.site import LinearGroup
 from adapter_server.families.base import Adapter, Patch
-from adapter_server.families.deltas import Kronecker, Mirror, Sparse, Turn
+from adapter_server.families.deltas import Circulant, Kronecker, Mirror, Rows, Scaled, Sparse, Spectral, Turn
 
 CPU = torch.device("cpu")
 IN, OUTS = 12, (10, 6, 6)
 KINDS = (
     *("lora", "dora", "scale", "bias", "override", "shift", "shift_rank"),
     *("sparse", "kronecker", "turn", "mirror", "turn_more", "mirror_more", "delta_more", "delta_override"),
+    *("scaled", "spectral", "circulant", "rows", "kronecker_low"),
 )
 
 
 def few(out: int) -> Sparse:
     return Sparse.of(torch.randint(out, (9,)), torch.randint(IN, (9,)), torch.randn(9), (out, IN))
+
+
+def scaled(out: int) -> Scaled:
+    """Of matrices for wider modules."""
+    return Scaled(torch.randn(5, IN + 3)[:, :IN], torch.randn(5), torch.randn(5, out + 4)[:, :out], torch.randn(out))
 
 
 def other(out: int) -> Mirror:
@@ -47,6 +54,13 @@ def patch(kind: str, out: int, rank: int) -> Patch:
         "shift_rank": Patch(in_scale=torch.rand(IN), A=A, B=B, gain=torch.rand(out)),
         "sparse": Patch(delta=few(out)),
         "kronecker": Patch(delta=Kronecker(torch.randn(2, 3), torch.randn(out // 2, IN // 3)), A=A, B=B),
+        "kronecker_low": Patch(
+            delta=Kronecker(torch.randn(2, 1), torch.randn(out // 2, 1), torch.randn(1, 3), torch.randn(1, IN // 3))
+        ),
+        "scaled": Patch(delta=scaled(out)),
+        "spectral": Patch(delta=Spectral(few(out)), bias=torch.randn(out)),
+        "circulant": Patch(delta=Circulant.of(torch.randn(out // 2, IN // 2, 2))),
+        "rows": Patch(delta=Rows(torch.randperm(out)[:3], torch.randn(3, IN), out)),
         "turn": Patch(turn=Turn(torch.randn(3, 4, 4)), gain=torch.rand(out) + 0.5),
         "mirror": Patch(mirror=other(out), out_scale=torch.rand(out)),
         "turn_more": Patch(turn=Turn(torch.randn(1, 6, 6)), A=A, B=B, bias=torch.randn(out), out_scale=torch.rand(out)),
@@ -66,12 +80,13 @@ class Case:
         kinds: tuple[str, ...] = KINDS,
         n: int = 9,
         form: LowRank | None = None,
+        pack: bool = False,
     ) -> None:
         torch.manual_seed(seed)
         self.random = random.Random(seed)
         self.modules = {f"m{i}": nn.Linear(IN, out).requires_grad_(False) for i, out in enumerate(outs)}
         self.form = form or Banked()
-        self.group = LinearGroup(0, self.modules, self.form, pack=False, head=False)
+        self.group = LinearGroup(0, self.modules, self.form, pack=pack, head=False)
         self.patches: dict[Placed, dict[str, Patch]] = {}
         for i in range(n):
             self.add(f"a{i}", kinds[i % len(kinds)])
@@ -124,7 +139,7 @@ def close(got: Tensor, want: Tensor) -> bool:
 def forms() -> list[Callable[[], LowRank]]:
     """Plain torch, and the kernel where this machine can build it."""
     kernel = native.library()
-    return [Banked] if kernel is None else [Banked, functools.partial(native.Native, kernel)]
+    return [Banked] if kernel is None else [Banked, functools.partial(Native, kernel)]
 
 
 @pytest.mark.parametrize("form", forms(), ids=["banked", "native"][: len(forms())])
@@ -136,6 +151,32 @@ def test_any_mix_is_the_formula(form: Callable[[], LowRank], composed: bool, out
         case = Case(seed, outs, form=form())
         for _ in range(6):  # the banks live on from step to step
             assert close(*case.run(case.rows(most, composed))), seed
+
+
+@pytest.mark.parametrize("most", [1, 24, 50])
+@pytest.mark.parametrize("outs", [OUTS, (10,)])
+@pytest.mark.parametrize("composed", [False, True])
+def test_in_the_bases_own_call_and_by_several_threads(
+    monkeypatch: pytest.MonkeyPatch, composed: bool, outs: tuple[int, ...], most: int
+) -> None:
+    """From panels, whose columns are not the members'; tokens of several adapters are nobody's alone."""
+    if (kernel := native.library()) is None:
+        pytest.skip("no C compiler")
+    monkeypatch.setattr(added, "SERIAL", 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    for seed in range(6):
+        case = Case(seed, outs, form=Native(kernel), pack=True, n=len(KINDS))
+        for _ in range(6):
+            assert close(*case.run(case.rows(most, composed))), seed
+
+
+def test_two_adapters_on_the_same_tokens_follow_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    if (kernel := native.library()) is None:
+        pytest.skip("no C compiler")
+    monkeypatch.setattr(added, "SERIAL", 0)
+    case = Case(5, (700, 700), kinds=("lora",), n=2, form=Native(kernel), pack=True)
+    uses = tuple((placed, 1.0) for placed in case.patches)
+    assert all(close(*case.run([(16, uses)])) for _ in range(50))
 
 
 @pytest.mark.parametrize("form", forms(), ids=["banked", "native"][: len(forms())])

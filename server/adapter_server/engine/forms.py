@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from adapter_server.engine import cpu, native
+from adapter_server.engine.added import Native
 from adapter_server.engine.grouped import Grouped
 from adapter_server.engine.kv import LayerShape
 from adapter_server.engine.lowrank import Banked, LowRank
@@ -54,7 +55,7 @@ def low_rank(device: torch.device, base: torch.dtype, held: torch.dtype, wanted:
     if found is not None and all(_low_rank_agrees(found, device, given, held) for given in {base, held}):
         return Grouped(found, device)
     library = native.library() if wanted and device.type == "cpu" and held == torch.float32 else None
-    return Banked() if library is None else native.Native(library)
+    return Banked() if library is None else Native(library)
 
 
 def _low_rank_agrees(found: ModuleType, device: torch.device, given: torch.dtype, held: torch.dtype) -> bool:

@@ -10,20 +10,21 @@ nothing is padded, copied or gathered. Its reference, and what runs without the 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from adapter_server.engine.lowrank import Adder, PackedRow, by_adapter
 from adapter_server.engine.routing import Routing, Segment
+from adapter_server.families.base import Patch, as_low_rank
 
 if TYPE_CHECKING:
     from adapter_server.engine.kernels import More, Outputs, Run, Tiles
-    from adapter_server.engine.placed import GroupPatch, Placed
+    from adapter_server.engine.placed import GroupPatch, Placed, Product, Separate
     from adapter_server.engine.site import LinearGroup
 
 FEWEST = 64  # adapters that the table has room for at first
@@ -123,11 +124,15 @@ class Grouped:
     def arrange(self, rows: Sequence[PackedRow]) -> list[int]:
         return by_adapter(rows)
 
+    def laid(self, patch: Patch) -> Patch:
+        return as_low_rank(patch)
+
     def plan(
         self, group: LinearGroup, routing: Routing, touching: Sequence[Segment]
     ) -> tuple[list[Adder], list[Segment]]:
-        small = [s for s in touching if not _is_large(s)]
-        large = [s for s in touching if _is_large(s)]
+        ranked = [s for s in touching if s.placed.groups[group.index].A is not None]
+        small = [s for s in ranked if not _is_large(s)]
+        large = [s for s in ranked if _is_large(s)]
         alone = [s for s in routing.segments if s.sole and not _is_large(s)]
         vectors = frozenset(s.placed for s in alone if _has_vectors(s.placed.groups.get(group.index)))
         if not small and not vectors:
@@ -212,10 +217,15 @@ class Grouped:
 class GroupedSmall:
     """A routing's segments at one group. Kernels add in float32; several adapters on a token round several times."""
 
+    done: frozenset[Any] = frozenset()
+
     def __init__(self, form: Grouped, group: LinearGroup, tiles: Tiles, vectors: frozenset[Placed]) -> None:
         self.kernels, self.tiles, self.held, self.vectors = form.kernels, tiles, group.dtype, vectors
         self.narrow = len({run.tokens for run in tiles.runs}) == len(tiles.runs)  # one of a kind: no token comes twice
         self.table, self.outputs, self.form = form.table.rows, form.outputs(group), form
+
+    def base(self, base: Product | Separate, x: Tensor) -> Tensor:
+        return base(x)
 
     def beside(self, routing: Routing) -> Beside | None:
         """The same beside the base's product, where nobody scales what that gives."""
@@ -245,7 +255,7 @@ class Beside:
     def __init__(self, small: GroupedSmall, live: Tensor, stream: torch.cuda.Stream | None) -> None:
         self.small, self.live, self.stream = small, live, stream
 
-    def run(self, base: Callable[[Tensor], Tensor], x: Tensor, outs: int) -> tuple[Tensor, More]:
+    def run(self, base: Product | Separate, x: Tensor, outs: int) -> tuple[Tensor, More]:
         """(x · Wᵀ + b [T, outs], what is to be added)."""
         value = torch.empty(len(x), outs, dtype=x.dtype, device=x.device)
         if self.stream is None:

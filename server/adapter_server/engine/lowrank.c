@@ -1,156 +1,200 @@
-/* What adapters add on the CPU: low ranks, and sparse products.
+/* What adapters add on the CPU, float32, in one call a site group:
  *
- * The low-rank products of a step's segments at one site group, in one call, float32:
+ *     y[t] += w[t] * (mul ∘ y[t] + add)                      vectors
+ *     y[t, columns of m] += w[t] * Bt_m^T (A_m x[t])         low ranks
+ *     y[t, columns of m] += w[t] * ΔW_m x[t]                 the rest: deltas.c
  *
- *     y[t, columns of m] += w[t] * Bt_m^T (A_m x[t])        for every token t of every segment, every member m
- *
- * A segment is `count` neighbouring tokens of one adapter; its tensors are read where they stand, once per TILE tokens.
- * Segments are shared out among the threads, or of fewer segments than threads the rows of A and columns of y. Each
- * number is computed whole by one thread in one order, so that the result depends neither on how many there are nor on
- * what else is in the step.
+ * An adapter's tensors are read where they stand, once per TILE tokens. Units are shared out among the threads, or of
+ * fewer units than threads the rows of A, columns of y and parts. Each number is computed whole by one thread in one
+ * order, so that the result depends neither on how many there are nor on what else is in the step.
  *
  * Build: cc -O3 -march=native -fopenmp (native.py).
  */
-#include "lowrank.h"
+#include <omp.h>
+#include <string.h>
 
-enum { START, COUNT, WEIGHTS, A, RANKS, MEMBERS };
+#include "added.h"
+
 enum { TILE = 4 }; /* tokens, rows of A, and vectors of columns that are held in registers together */
-enum { CHUNK = TILE * LANES, AHEAD = 2 }; /* chunks that are fetched before their turn */
+enum { AHEAD = 2 }; /* chunks that are fetched before their turn */
 
-static inline float *at(i64 pointer) { return (float *)(intptr_t)pointer; }
-
-/* s[c][r] for `rows` rows of A and `tokens` of x: both constants where this is called. */
-static inline __attribute__((always_inline)) void dots(const float *a, const float *x, i64 in, float *s, i64 ranks,
-                                                       const int rows, const int tokens) {
+/* s[c][r] for `rows_` rows of A and `tokens` of x: both constants where this is called. */
+static inline __attribute__((always_inline)) void dots(const float *a, i64 a_row, const float *x, i64 in, float *s,
+                                                       i64 s_row, const int ranks, const int tokens) {
     vector sum[TILE][TILE] = {0};
     i64 k = 0;
     for (; k + LANES <= in; k += LANES)
-        for (int r = 0; r < rows; r++) {
-            fetch(a + (rows + r) * in + k); /* of the rows that come next */
+        for (int r = 0; r < ranks; r++) {
+            fetch(a + (ranks + r) * a_row + k); /* of the rows that come next */
             for (int c = 0; c < tokens; c++)
-                sum[r][c] += *(const vector *)(a + r * in + k) * *(const vector *)(x + c * in + k);
+                sum[r][c] += *(const vector *)(a + r * a_row + k) * *(const vector *)(x + c * in + k);
         }
-    for (int r = 0; r < rows; r++)
+    for (int r = 0; r < ranks; r++)
         for (int c = 0; c < tokens; c++) {
             float total = across(sum[r][c]);
-            for (i64 j = k; j < in; j++) total += a[r * in + j] * x[c * in + j];
-            s[c * ranks + r] = total;
+            for (i64 j = k; j < in; j++) total += a[r * a_row + j] * x[c * in + j];
+            s[c * s_row + r] = total;
         }
 }
 
-/* Up to TILE rows of A from row r, all tokens of the segment. */
-static void shrink(const i64 *seg, const float *x, i64 in, float *s, i64 r) {
-    const i64 rows = least(TILE, seg[RANKS] - r), count = seg[COUNT];
-    const float *a = at(seg[A]) + r * in, *from = x + seg[START] * in;
+/* Up to TILE rows of A. */
+static void shrink_some(const float *a, i64 a_row, i64 ranks, const rows *of, float *s, i64 s_row) {
+    const i64 in = of->in, count = of->count;
     i64 c = 0;
-    if (rows == TILE) {
-        for (; c + TILE <= count; c += TILE) dots(a, from + c * in, in, s + c * seg[RANKS] + r, seg[RANKS], TILE, TILE);
-        for (; c + 2 <= count; c += 2) dots(a, from + c * in, in, s + c * seg[RANKS] + r, seg[RANKS], TILE, 2);
+    if (ranks == TILE) {
+        for (; c + TILE <= count; c += TILE) dots(a, a_row, of->x + c * in, in, s + c * s_row, s_row, TILE, TILE);
+        for (; c + 2 <= count; c += 2) dots(a, a_row, of->x + c * in, in, s + c * s_row, s_row, TILE, 2);
     }
     for (; c < count; c++) {
-        if (rows == TILE)
-            dots(a, from + c * in, in, s + c * seg[RANKS] + r, seg[RANKS], TILE, 1);
+        if (ranks == TILE)
+            dots(a, a_row, of->x + c * in, in, s + c * s_row, s_row, TILE, 1);
         else
-            for (i64 i = 0; i < rows; i++)
-                dots(a + i * in, from + c * in, in, s + c * seg[RANKS] + r + i, seg[RANKS], 1, 1);
+            for (i64 r = 0; r < ranks; r++)
+                dots(a + r * a_row, a_row, of->x + c * in, in, s + c * s_row + r, s_row, 1, 1);
     }
-    if (seg[WEIGHTS])
+    if (of->weights)
         for (c = 0; c < count; c++)
-            for (i64 i = 0; i < rows; i++) s[c * seg[RANKS] + r + i] *= at(seg[WEIGHTS])[c];
+            for (i64 r = 0; r < ranks; r++) s[c * s_row + r] *= of->weights[c];
 }
 
-/* y[c][CHUNK columns] += s[c] Bt for `tokens` tokens, a constant where this is called. */
-static inline __attribute__((always_inline)) void combine(const float *s, i64 ranks, const float *bt, i64 rank, i64 out,
-                                                          float *y, i64 width, const int tokens) {
+void shrink(const float *a, i64 a_row, i64 ranks, rows of, float *s, i64 s_row) {
+    for (i64 r = 0; r < ranks; r += TILE) shrink_some(a + r * a_row, a_row, least(TILE, ranks - r), &of, s + r, s_row);
+}
+
+/* y[c][CHUNK columns] += scale ∘ s[c] Bt for `tokens` tokens, a constant where this is called. */
+static inline __attribute__((always_inline)) void combine(const float *s, i64 s_row, const float *bt, i64 bt_row,
+                                                          i64 rank, const float *scale, float *y, i64 width,
+                                                          const int tokens) {
     vector sum[TILE][TILE] = {0};
     for (i64 r = 0; r < rank; r++)
         for (int v = 0; v < TILE; v++) {
-            fetch(bt + r * out + (AHEAD * TILE + v) * LANES);
+            fetch(bt + r * bt_row + (AHEAD * TILE + v) * LANES);
             for (int c = 0; c < tokens; c++)
-                sum[c][v] += s[c * ranks + r] * *(const vector *)(bt + r * out + v * LANES);
+                sum[c][v] += s[c * s_row + r] * *(const vector *)(bt + r * bt_row + v * LANES);
         }
     for (int c = 0; c < tokens; c++)
-        for (int v = 0; v < TILE; v++) *(vector *)(y + c * width + v * LANES) += sum[c][v];
+        for (int v = 0; v < TILE; v++) {
+            vector *to = (vector *)(y + c * width + v * LANES);
+            *to += scale ? *(const vector *)(scale + v * LANES) * sum[c][v] : sum[c][v];
+        }
 }
 
-static void expand(const i64 *seg, const float *s, const float *bt, i64 rank, i64 out, float *y, i64 width, i64 from) {
-    float *to = y + seg[START] * width + from;
-    const i64 ranks = seg[RANKS], count = seg[COUNT];
+void expand(const float *s, i64 s_row, const float *bt, i64 bt_row, i64 rank, i64 out, const float *scale, rows of,
+            i64 from) {
+    const i64 width = of.width, count = of.count;
+    float *to = of.y + from;
     bt += from;
+    scale = scale ? scale + from : 0;
+    i64 c = 0;
     if (out - from < CHUNK) { /* the last columns */
-        for (i64 c = 0; c < count; c++)
+        for (; c < count; c++)
             for (i64 k = 0; k < out - from; k++) {
                 float sum = 0;
-                for (i64 r = 0; r < rank; r++) sum += s[c * ranks + r] * bt[r * out + k];
-                to[c * width + k] += sum;
+                for (i64 r = 0; r < rank; r++) sum += s[c * s_row + r] * bt[r * bt_row + k];
+                to[c * width + k] += scale ? scale[k] * sum : sum;
             }
         return;
     }
-    i64 c = 0;
     for (; c + TILE <= count; c += TILE)
-        combine(s + c * ranks, ranks, bt, rank, out, to + c * width, width, TILE);
-    for (; c + 2 <= count; c += 2) combine(s + c * ranks, ranks, bt, rank, out, to + c * width, width, 2);
-    for (; c < count; c++) combine(s + c * ranks, ranks, bt, rank, out, to + c * width, width, 1);
+        combine(s + c * s_row, s_row, bt, bt_row, rank, scale, to + c * width, width, TILE);
+    for (; c + 2 <= count; c += 2) combine(s + c * s_row, s_row, bt, bt_row, rank, scale, to + c * width, width, 2);
+    for (; c < count; c++) combine(s + c * s_row, s_row, bt, bt_row, rank, scale, to + c * width, width, 1);
 }
 
-/* Of one segment, by one thread: no other is waited for between the two products. */
-static void alone(const i64 *seg, float *y, i64 width, const float *x, i64 in, const i64 *outs, i64 members, float *s) {
-    for (i64 r = 0; r < seg[RANKS]; r += TILE) shrink(seg, x, in, s, r);
-    const i64 *member = seg + MEMBERS;
-    for (i64 m = 0; m < members; y += outs[m], s += member[1], member += 2, m++)
-        for (i64 from = 0; member[0] && from < outs[m]; from += CHUNK)
-            expand(seg, s, at(member[0]), member[1], outs[m], y, width, from);
+static rows rows_of(const i64 *unit, float *y, i64 width, const float *x, i64 in) {
+    return (rows){.x = x + unit[START] * in, .y = y + unit[START] * width, .weights = at(unit[WEIGHTS]),
+                  .count = unit[COUNT], .in = in, .width = width};
 }
 
-/* Of one segment, by all threads of the region that this is called in. */
-static void shared(const i64 *seg, float *y, i64 width, const float *x, i64 in, const i64 *outs, i64 members,
-                   float *s) {
-#pragma omp for schedule(dynamic, 2)
-    for (i64 r = 0; r < seg[RANKS]; r += TILE) shrink(seg, x, in, s, r);
-    i64 column = 0, row = 0;
-    for (i64 m = 0; m < members; m++) {
-        const i64 *member = seg + MEMBERS + 2 * m;
-#pragma omp for schedule(dynamic, 4) nowait
-        for (i64 from = 0; from < outs[m]; from += CHUNK)
-            if (member[0]) expand(seg, s + row, at(member[0]), member[1], outs[m], y + column, width, from);
-        column += outs[m], row += member[1];
+/* What multiplies and shifts the outputs, then what mixes them as they were: of whole rows, kept in `room`. */
+static void vectors(const i64 *unit, const i64 *parts, rows of, float *room) {
+    const float *mul = at(unit[MUL]), *add = at(unit[ADD]);
+    if (unit[MIRRORS])
+        for (i64 t = 0; t < of.count; t++) memcpy(room + t * of.width, of.y + t * of.width, of.width * sizeof(float));
+    for (i64 t = 0; t < of.count && (mul || add); t++) {
+        float *y = of.y + t * of.width;
+        const float w = of.weights ? of.weights[t] : 1;
+        if (mul)
+            for (i64 k = 0; k < of.width; k++) y[k] += w * (mul[k] * y[k] + (add ? add[k] : 0));
+        else
+            for (i64 k = 0; k < of.width; k++) y[k] += w * add[k];
+    }
+    for (i64 i = 0; i < unit[MIRRORS]; i++) {
+        const i64 *part = parts + i * PART, *index = (const i64 *)(intptr_t)part[ARGS];
+        const float *factor = at(part[ARGS + 1]), *before = room + part[COLUMN];
+        for (i64 t = 0; t < of.count; t++)
+            for (i64 k = 0; k < part[WIDTH]; k++)
+                of.y[t * of.width + part[COLUMN] + k] +=
+                    (of.weights ? of.weights[t] : 1) * factor[k] * before[t * of.width + index[k]];
     }
 }
 
-void add_within(const lowrank *of, float *y, i64 width, const float *x, i64 in) {
-    const i64 stride = MEMBERS + 2 * of->members;
-    if (of->n < of->threads)
-        for (i64 i = 0; i < of->n; i++)
-            shared(of->segments + i * stride, y, width, x, in, of->outs, of->members, of->scratch + of->offsets[i]);
-    else
-#pragma omp for schedule(dynamic, 1) nowait
-        for (i64 i = 0; i < of->n; i++)
-            alone(of->segments + i * stride, y, width, x, in, of->outs, of->members, of->scratch + of->offsets[i]);
+static void part_add(const i64 *part, rows of, float *room) {
+    of.y += part[COLUMN];
+    delta_add(part, of, room);
 }
 
-void lowrank_add(float *y, i64 width, const float *x, i64 in, const lowrank *of) {
-#pragma omp parallel num_threads((int)of->threads)
-    add_within(of, y, width, x, in);
+/* Of one unit, by one thread: no other is waited for between its products. */
+static void alone(const added *all, const i64 *unit, rows of, float *s) {
+    float *room = all->room + omp_get_thread_num() * all->each;
+    const i64 *parts = all->parts + unit[FIRST] * PART, *member = unit + UNIT;
+    vectors(unit, parts, of, room);
+    rows to = of;
+    if (unit[RANKS]) shrink(at(unit[A]), of.in, unit[RANKS], of, s, unit[RANKS]);
+    for (i64 m = 0; m < all->members; to.y += all->outs[m], s += member[1], member += 2, m++)
+        for (i64 from = 0; member[0] && from < all->outs[m]; from += CHUNK)
+            expand(s, unit[RANKS], at(member[0]), all->outs[m], member[1], all->outs[m], 0, to, from);
+    for (i64 i = unit[MIRRORS]; i < unit[PARTS]; i++) part_add(parts + i * PART, of, room);
 }
 
-/* The sparse products: y[t, i] = Σ values[k] x[t, columns[k]] over the numbers k of row i, starts[i] … starts[i+1] − 1.
- *
- * LANES tokens at a time are laid side by side, scratch [blocks, in, LANES], so that a number is read once for all of
- * them. What stands in the lanes past the last token is nobody's.
- */
-void sparse_times(float *y, i64 rows, const float *x, i64 in, i64 tokens, const int32_t *starts, const int32_t *columns,
-                  const float *values, float *scratch, int threads) {
-#pragma omp parallel for num_threads(threads)
-    for (i64 from = 0; from < tokens; from += LANES) {
-        const i64 count = least(LANES, tokens - from);
-        float *lanes = scratch + from * in;
-        for (i64 t = 0; t < count; t++)
-            for (i64 k = 0; k < in; k++) lanes[k * LANES + t] = x[(from + t) * in + k];
-        for (i64 i = 0; i < rows; i++) {
-            vector sum = {0};
-            for (int32_t k = starts[i]; k < starts[i + 1]; k++)
-                sum += values[k] * *(const vector *)(lanes + columns[k] * (i64)LANES);
-            for (i64 t = 0; t < count; t++) y[(from + t) * rows + i] = sum[t];
+/* Of one unit, by all threads of the region that this is called in. */
+static void shared(const added *all, const i64 *unit, rows of, float *s) {
+    float *room = all->room + omp_get_thread_num() * all->each;
+    const i64 *parts = all->parts + unit[FIRST] * PART;
+    if (unit[MUL] || unit[ADD] || unit[MIRRORS])
+#pragma omp single
+        vectors(unit, parts, of, room);
+    if (unit[RANKS]) {
+#pragma omp for schedule(dynamic, 2)
+        for (i64 r = 0; r < unit[RANKS]; r += TILE)
+            shrink_some(at(unit[A]) + r * of.in, of.in, least(TILE, unit[RANKS] - r), &of, s + r, unit[RANKS]);
+        rows to = of;
+        i64 row = 0;
+        for (i64 m = 0; m < all->members; to.y += all->outs[m], m++) {
+            const i64 *member = unit + UNIT + 2 * m;
+#pragma omp for schedule(dynamic, 4) nowait
+            for (i64 from = 0; from < all->outs[m]; from += CHUNK)
+                if (member[0])
+                    expand(s + row, unit[RANKS], at(member[0]), all->outs[m], member[1], all->outs[m], 0, to, from);
+            row += member[1];
         }
     }
+    if (unit[PARTS] > unit[MIRRORS]) {
+#pragma omp barrier
+#pragma omp for schedule(dynamic, 1) nowait
+        for (i64 i = unit[MIRRORS]; i < unit[PARTS]; i++) part_add(parts + i * PART, of, room);
+    }
+}
+
+void add_within(const added *all, float *y, i64 width, const float *x, i64 in) {
+    const i64 stride = UNIT + 2 * all->members;
+    if (all->n < all->threads || all->overlapping)
+        for (i64 i = 0; i < all->n; i++) {
+            const i64 *unit = all->units + i * stride;
+            shared(all, unit, rows_of(unit, y, width, x, in), all->scratch + all->offsets[i]);
+            if (i + 1 < all->n) {
+#pragma omp barrier
+            }
+        }
+    else
+#pragma omp for schedule(dynamic, 1) nowait
+        for (i64 i = 0; i < all->n; i++) {
+            const i64 *unit = all->units + i * stride;
+            alone(all, unit, rows_of(unit, y, width, x, in), all->scratch + all->offsets[i]);
+        }
+}
+
+void adapters_add(float *y, i64 width, const float *x, i64 in, const added *all) {
+#pragma omp parallel num_threads((int)all->threads)
+    add_within(all, y, width, x, in);
 }

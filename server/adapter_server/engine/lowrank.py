@@ -1,7 +1,7 @@
 """The low-rank products of all adapters of a step, y += w · B (A x), for the sites that read one input.
 
     large   segments of many tokens: plain products on the adapter's own tensors
-    small   all the others together, in a form of the machine's: `Native` (C, `native.py`) or `Banked` (plain torch)
+    small   all the others together, in a form of the machine's: `Native` (C, `added.py`) or `Banked` (plain torch)
 
 Banked pads rows to the largest count, for two batched products against a bank.
 
@@ -19,18 +19,19 @@ steps in which the set of adapters changes.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from adapter_server.engine.routing import Routing, Segment, Use
+from adapter_server.families.base import Patch, as_low_rank
 
 if TYPE_CHECKING:
     from adapter_server.engine.operands import More
-    from adapter_server.engine.placed import Placed
+    from adapter_server.engine.placed import Placed, Product, Separate
     from adapter_server.engine.site import LinearGroup
 
 SMALL = 8  # tokens; below, dispatch costs more than padding
@@ -139,7 +140,7 @@ class Layout:
 class Apart(Protocol):
     """The base's product at a group together with what adapters add to it."""
 
-    def run(self, base: Callable[[Tensor], Tensor], x: Tensor, outs: int) -> tuple[Tensor, More | None]:
+    def run(self, base: Product | Separate, x: Tensor, outs: int) -> tuple[Tensor, More | None]:
         """x [T, in], contiguous → (y [T, outs], what of it is left for y's reader to add)."""
 
 
@@ -147,7 +148,7 @@ class Adder(Protocol):
     """The small segments of a routing at one group, ready to run.
 
     `narrow`: x and y may stay in the base's dtype; what is added is rounded once all the same.
-    `vectors`: the adapters whose mul and add it adds too.
+    `vectors`: the adapters whose mul and add it adds too. `done`: the deltas, mirrors and turns that it runs.
     """
 
     @property
@@ -155,6 +156,12 @@ class Adder(Protocol):
 
     @property
     def vectors(self) -> frozenset[Placed]: ...
+
+    @property
+    def done(self) -> frozenset[Any]: ...
+
+    def base(self, base: Product | Separate, x: Tensor) -> Tensor:
+        """The base's product, of turned inputs where it runs turns."""
 
     def add(self, y: Tensor, x: Tensor) -> None:
         """y [T, outs] += w · B (A x)."""
@@ -169,10 +176,13 @@ class LowRank(Protocol):
     def arrange(self, rows: Sequence[PackedRow]) -> list[int]:
         """The order in which a step's rows are packed: adapter by adapter."""
 
+    def laid(self, patch: Patch) -> Patch:
+        """The same patch in the form that runs fastest here."""
+
     def plan(
         self, group: LinearGroup, routing: Routing, touching: Sequence[Segment]
     ) -> tuple[Sequence[Adder], Sequence[Segment]]:
-        """Who runs small, and what is left to run large, of the segments with a low rank at this group."""
+        """Who runs small, and what is left to run large, of the segments that touch this group."""
 
     def forget(self, placed: Placed) -> None:
         """An adapter has been evicted."""
@@ -192,6 +202,9 @@ class Banked:
 
     def __init__(self) -> None:
         self.banks: dict[int, Bank] = {}
+
+    def laid(self, patch: Patch) -> Patch:
+        return as_low_rank(patch)
 
     def arrange(self, rows: Sequence[PackedRow]) -> list[int]:
         """Adapter by adapter, small ones in the order of their slots, which they are given here."""
@@ -216,6 +229,7 @@ class Banked:
         if "layouts" not in routing.shared:
             routing.shared["layouts"] = self._layouts(routing, group.device)
         made, large = routing.shared["layouts"]
+        touching = [s for s in touching if s.placed.groups[group.index].A is not None]
         runs = [(layout, _touched(layout, group, touching)) for layout in made]
         return [Small(layout, group, run) for layout, run in runs if run], [s for s in large if s in touching]
 
@@ -287,9 +301,13 @@ class Small:
 
     narrow = False
     vectors: frozenset[Placed] = frozenset()
+    done: frozenset[Any] = frozenset()
 
     def beside(self, routing: Routing) -> None:
         """Its products have the same cores."""
+
+    def base(self, base: Product | Separate, x: Tensor) -> Tensor:
+        return base(x)
 
     def __init__(self, layout: Layout, group: LinearGroup, runs: Sequence[int]) -> None:
         stack, n = layout.bank.stack(group), layout.slots

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adapter_server.engine import native
+from adapter_server.engine.added import Entry
 from adapter_server.families.base import Adapter, AnyPatch, BlockPatch, GatedPrompt, linear_params
-from adapter_server.families.deltas import Delta, Mirror, TensorFields, Turn
+from adapter_server.families.deltas import Delta, Mirror, TensorFields, Turn, held_bytes
 
 if TYPE_CHECKING:
     from adapter_server.engine.tree import Tree
@@ -80,6 +82,8 @@ def _packed(weight: Tensor) -> native.Panels | OneDnn | None:
 class Separate:
     """A quantised group's base: each member's own product, side by side. Its weights are read where one is replaced."""
 
+    packed = None
+
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._modules = tuple(modules)
         self._forwards = tuple(module.forward for module in modules)  # before they become sites
@@ -126,26 +130,17 @@ class GroupPatch:
     block: BlockPatch | None = None  # alone
 
     @functools.cached_property
-    def addresses(self) -> tuple[int, ...]:
-        """A and R, and per member Bt and its rank, as `lowrank.c` takes them; 0 for none."""
-        pairs = [(0, 0) if pair is None else (pair[1].data_ptr(), pair[1].shape[0]) for pair in self.pairs]
-        A = (0, 0) if self.A is None else (self.A.data_ptr(), self.A.shape[0])
-        return (*A, *(value for pair in pairs for value in pair))
+    def entry(self) -> Entry:
+        """What the tables of the kernels in C say of it."""
+        return Entry(self)
 
-    @functools.cached_property
-    def numbers(self) -> int:
-        """In A and all Bt: the multiplications of one token."""
-        return sum(t.numel() for t in (self.A, *(pair[1] for pair in self.pairs if pair)) if t is not None)
-
-    @property
-    def bytes(self) -> int:
-        vectors = [self.A, self.mul, self.add, self.shift, *(pair[1] for pair in self.pairs if pair)]
-        for _, delta in self.deltas:
-            vectors += delta.tensors()
-        for part in (*(mirror for _, mirror in self.mirrors), *self.turns):
-            vectors += part.tensors()
-        vectors += self.block.tensors() if self.block else ()
-        return sum(t.nbytes for t in vectors if t is not None) + (self.product.bytes if self.product else 0)
+    def tensors(self) -> Iterator[Tensor]:
+        """All but the product's."""
+        vectors = (self.A, self.mul, self.add, self.shift, *(pair[1] for pair in self.pairs if pair))
+        yield from (t for t in vectors if t is not None)
+        for parts in ((delta for _, delta in self.deltas), (mirror for _, mirror in self.mirrors), self.turns):
+            yield from itertools.chain.from_iterable(part.tensors() for part in parts)
+        yield from self.block.tensors() if self.block else ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -182,12 +177,17 @@ class Placed:
 
     @property
     def bytes(self) -> int:
-        others = sum(t.nbytes for patch in self.others.values() for t in patch.tensors())
-        others += sum(t.nbytes for prompt in self.gated.values() for t in prompt.tensors())
-        before = sum(t.nbytes for t in (self.adapter.embeds, *self.adapter.tasks) if t is not None)
-        kept = sum(k.nbytes + v.nbytes for prefix in self.prefixes.values() for k, v in prefix.layers)
         mixed = sum(placed.bytes for placed in self.tasks.values()) + (self.tree.bytes if self.tree else 0)
-        return sum(patch.bytes for patch in self.groups.values()) + others + before + kept + mixed
+        products = sum(patch.product.bytes for patch in self.groups.values() if patch.product is not None)
+        return held_bytes(self.tensors()) + products + mixed
+
+    def tensors(self) -> Iterator[Tensor]:
+        """What it holds but for products and what is made for single tasks."""
+        for parts in (self.groups, self.others, self.gated):
+            yield from itertools.chain.from_iterable(part.tensors() for part in parts.values())
+        for prefix in self.prefixes.values():
+            yield from itertools.chain.from_iterable(prefix.layers)
+        yield from (t for t in (self.adapter.embeds, *self.adapter.tasks) if t is not None)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

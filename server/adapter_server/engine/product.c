@@ -12,8 +12,9 @@
 #include <omp.h>
 #include <sched.h>
 #include <stdatomic.h>
+#include <string.h>
 
-#include "lowrank.h"
+#include "added.h"
 
 enum { VECTORS = 3, WIDE = VECTORS * LANES, DEEP = 2048 / LANES, STRIDE = 4, TURNS = 1000 };
 #ifdef __AVX512F__
@@ -29,7 +30,7 @@ typedef struct {
     const float *panel, *x, *bias;
     float *y;
     const char *next;
-    i64 in, out, rows, columns, lines;
+    i64 in, out, rows, skip, columns, lines; /* columns from `skip` on are written */
 } work;
 
 static inline __attribute__((always_inline)) void multiply(sums sum, const float *panel, const float *x, i64 in,
@@ -46,14 +47,14 @@ static inline __attribute__((always_inline)) void multiply(sums sum, const float
 static inline __attribute__((always_inline)) void store(const work *to, sums sum, int first, const int tokens) {
     for (int t = 0; t < tokens; t++) {
         float *y = to->y + t * to->out;
-        if (to->columns == WIDE)
+        if (to->columns - to->skip == WIDE)
             for (int v = 0; v < VECTORS; v++) {
                 vector before = {0};
                 if (!first || to->bias) before = *(const vector *)((first ? to->bias : y) + v * LANES);
                 *(vector *)(y + v * LANES) = before + sum[t][v];
             }
         else
-            for (i64 c = 0; c < to->columns; c++)
+            for (i64 c = to->skip; c < to->columns; c++)
                 y[c] = (first ? to->bias ? to->bias[c] : 0 : y[c]) + sum[t][c / LANES][c % LANES];
     }
 }
@@ -99,22 +100,58 @@ static void meet(atomic_int *done) {
         if (turn % TURNS == 0) sched_yield();
 }
 
+/* Columns `first` to `last` of y, by the threads of the region that this is called in. A panel that reaches beyond is
+ * computed whole.
+ */
+static void product_within(float *y, const float *x, i64 tokens, const float *panels, const float *bias, i64 in, i64 out,
+                           i64 first, i64 last) {
+#pragma omp for schedule(guided) nowait
+    for (i64 column = first / WIDE * WIDE; column < last; column += WIDE)
+        for (i64 k = 0; k < in; k += DEEP)
+            block((work){.panel = panels + column * in + k * WIDE, .x = x + k, .bias = bias ? bias + column : 0,
+                         .y = y + column, .in = in, .out = out, .rows = least(DEEP, in - k),
+                         .skip = first > column ? first - column : 0, .columns = least(WIDE, last - column)},
+                  tokens, k == 0);
+}
+
+/* The inputs that members have of their own: x, turned block by block at the tokens of who turns it. */
+static void turn(const added *by, const float *x, i64 tokens, i64 in) {
+#pragma omp for schedule(static) nowait
+    for (i64 i = 0; i < by->own * tokens; i++) {
+        const i64 *how = by->turns + 3 * i, size = how[2];
+        const float *from = x + i % tokens * in;
+        float *to = by->inputs + i * in;
+        if (!how[0]) {
+            memcpy(to, from, in * sizeof(float));
+            continue;
+        }
+        memset(to, 0, in * sizeof(float));
+        for (i64 k = 0; k < in; k++) { /* number k % size of its block */
+            const float *R = at(how[0]) + (how[1] > 1 ? k : k % size) * size;
+            for (i64 j = 0; j < size; j++) to[k / size * size + j] += from[k] * R[j];
+        }
+    }
+}
+
 /* With what adapters add, if any: the threads go on to it together. */
 void product(float *y, const float *x, i64 tokens, const float *panels, const float *bias, i64 in, i64 out,
-             const lowrank *added, int threads) {
-    atomic_int done = 0;
+             const added *more, int threads) {
+    atomic_int turned = 0, done = 0;
 #pragma omp parallel num_threads(threads)
-    {
-#pragma omp for schedule(guided) nowait
-        for (i64 column = 0; column < out; column += WIDE)
-            for (i64 k = 0; k < in; k += DEEP)
-                block((work){.panel = panels + column * in + k * WIDE, .x = x + k, .bias = bias ? bias + column : 0,
-                             .y = y + column, .in = in, .out = out, .rows = least(DEEP, in - k),
-                             .columns = least(WIDE, out - column)},
-                      tokens, k == 0);
-        if (added) {
+    if (more && more->own) {
+        turn(more, x, tokens, in);
+        meet(&turned);
+        for (i64 m = 0, first = 0; m < more->members; first += more->outs[m++]) {
+            const float *own = more->input_of[m] < 0 ? x : more->inputs + more->input_of[m] * tokens * in;
+            product_within(y, own, tokens, panels, bias, in, out, first, first + more->outs[m]);
+        }
+        meet(&done);
+        add_within(more, y, out, x, in);
+    } else {
+        product_within(y, x, tokens, panels, bias, in, out, 0, out);
+        if (more) {
             meet(&done);
-            add_within(added, y, out, x, in);
+            add_within(more, y, out, x, in);
         }
     }
 }

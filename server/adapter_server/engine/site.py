@@ -17,13 +17,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adapter_server.engine import native
 from adapter_server.engine.lowrank import Adder, Apart, LowRank, add_large
 from adapter_server.engine.modules import stream
 from adapter_server.engine.placed import FLOAT32, Dtypes, GroupPatch, Placed, Product, Separate, Turned, joined_biases
@@ -146,13 +145,13 @@ class LinearGroup:
 
     def _mixed(self, x: Tensor, plan: Plan, routing: Routing) -> Tensor:
         if plan.narrow:
-            y = self.base(x)
+            y = self._base(plan, x)
             for small in plan.small:
                 small.add(y, x)
             return y.to(x.dtype)
         narrow, x = x, x.to(self.dtype)
-        y = self.base(narrow if plan.in_scale is None else (x * routing.by_token(plan.in_scale)).to(narrow.dtype))
-        y = y.to(self.dtype)
+        read = narrow if plan.in_scale is None else (x * routing.by_token(plan.in_scale)).to(narrow.dtype)
+        y = self._base(plan, read).to(self.dtype)
         plain = self.base(narrow).to(self.dtype) if routing.composed and plan.in_scale is not None else y
         added: list[Added] = [(s, at, mirror.apply(plain[s.tokens, at])) for s, at, mirror in plan.mirrors]
         added += [(s, at, delta.apply(x[s.tokens])) for s, at, delta in plan.deltas]
@@ -173,6 +172,9 @@ class LinearGroup:
         for segment, delta in after:
             add_to(y, segment, delta)
         return y.to(narrow.dtype)
+
+    def _base(self, plan: Plan, x: Tensor) -> Tensor:
+        return plan.small[0].base(self.base, x) if plan.small else self.base(x)
 
     def _turned(self, x: Tensor, plain: Tensor, turns: Sequence[tuple[Segment, Turned]]) -> list[Added]:
         """What turned inputs change: W (x R) − W x. A few go through the group's own product, each for one member's
@@ -212,17 +214,18 @@ class LinearGroup:
         replaced = [(s, patch.product) for s, patch in here if patch.product is not None]
         if len(replaced) == 1 and replaced[0][0].count == routing.tokens and replaced[0][0].alone:
             return Plan(whole=replaced[0][1])
-        small, large = self.lowrank.plan(self, routing, [s for s, patch in here if patch.A is not None])
+        small, large = self.lowrank.plan(self, routing, [s for s, _ in here])
         done = frozenset[Placed]().union(*(adder.vectors for adder in small))
+        run = frozenset[Any]().union(*(adder.done for adder in small))
         plan = Plan(
             in_scale=None if (shift := self._vectors(routing, "shift")) is None else shift + 1,
             mul=self._vectors(routing, "mul", done),
             add=self._vectors(routing, "add", done),
             small=small,
             large=large,
-            deltas=[(s, *delta) for s, patch in here for delta in patch.deltas],
-            mirrors=[(s, *mirror) for s, patch in here for mirror in patch.mirrors],
-            turns=[(s, turned) for s, patch in here for turned in patch.turns],
+            deltas=[(s, *delta) for s, patch in here for delta in patch.deltas if delta[1] not in run],
+            mirrors=[(s, *mirror) for s, patch in here for mirror in patch.mirrors if mirror[1] not in run],
+            turns=[(s, turned) for s, patch in here for turned in patch.turns if turned not in run],
             replaced=replaced,
             blocks=[(s, patch.block) for s, patch in here if patch.block is not None],
         )
@@ -255,7 +258,7 @@ class LinearGroup:
 
     def place(self, patches: Mapping[str, Patch]) -> GroupPatch:
         """Lay an adapter's patches at this group's sites out for the run. Called on a loader's thread."""
-        mine = [patches.get(path) for path in self.paths]
+        mine = [None if (p := patches.get(path)) is None else self.lowrank.laid(p) for path in self.paths]
         if any(p is not None and self._is_override(p) for p in mine):
             return GroupPatch(pairs=(None,) * len(mine), product=self._override(mine))
         A, pairs = self._low_rank(mine)
@@ -268,7 +271,7 @@ class LinearGroup:
                 [None if p is None else self._add(b, p) for b, p in zip(self.biases, mine, strict=True)]
             ),
             shift=next((self._cast(p.in_scale - 1) for p in mine if p and p.in_scale is not None), None),
-            deltas=tuple((at, native.laid(self._moved(p.delta))) for at, p in members if p.delta is not None),
+            deltas=tuple((at, self._moved(p.delta)) for at, p in members if p.delta is not None),
             mirrors=tuple((at, self._moved(p.mirror)) for at, p in members if p.mirror is not None),
             turns=tuple(
                 self._moved(Turned(m, p.turn, _scale(p))) for m, p in enumerate(mine) if p and p.turn is not None
@@ -330,8 +333,8 @@ class LinearGroup:
                 continue
             B = p.B if p.out_scale is None else p.B * p.out_scale.to(p.B.device)[:, None]
             Bt = self._cast(B).T.clone(memory_format=torch.contiguous_format)  # holds nothing of what B is a view of
-            pairs.append((A[at : at + p.rank], Bt))
-            at += p.rank
+            pairs.append((A[at : at + len(p.A)], Bt))
+            at += len(p.A)
         return A, tuple(pairs)
 
     def _add(self, base_bias: Tensor | None, patch: Patch) -> Tensor | None:

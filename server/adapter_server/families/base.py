@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adapter_server.core import Spec
-from adapter_server.families.deltas import Delta, Mirror, TensorFields, Turn
+from adapter_server.families.deltas import Delta, Kronecker, Mirror, Scaled, TensorFields, Turn, held_bytes
 from adapter_server.families.quantised import dequantised, is_quantised
 
 Kind = Literal["linear", "conv1d", "embedding", "experts", "experts_transposed", "other"]
@@ -119,6 +119,8 @@ class Patch(TensorFields):
 
     @property
     def rank(self) -> int:
+        if isinstance(self.delta, Scaled):
+            return len(self.delta.mid)
         return 0 if self.A is None else self.A.shape[0]
 
     def apply(self, x: Tensor, module: nn.Module, *more: Tensor) -> Tensor:
@@ -152,6 +154,22 @@ class Patch(TensorFields):
         b = b if wide.bias is None else wide.bias if b is None else b + wide.bias
         W, b = wide.out(W.T).T, b if b is None else wide.out(b)
         return {"weight": W.clone()} if b is None else {"weight": W.clone(), "bias": b.clone()}
+
+
+def as_low_rank(patch: Patch) -> Patch:
+    """The same with a delta that is a low rank in A and B, which may take many times its memory."""
+    pair = patch.delta.low_rank() if isinstance(patch.delta, Kronecker | Scaled) else None
+    if pair is None:
+        return patch
+    A, B = pair
+    A = A if patch.A is None else torch.cat([patch.A, A])
+    B = B if patch.B is None else torch.cat([patch.B, B], 1)
+    return replace(patch, A=A, B=B, delta=None)
+
+
+def with_whole_factors(patch: Patch) -> Patch:
+    """The same with a Kronecker product of whole factors."""
+    return replace(patch, delta=patch.delta.whole()) if isinstance(patch.delta, Kronecker) else patch
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -378,7 +396,7 @@ class Adapter:
 
     @property
     def bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in self.tensors())
+        return held_bytes(self.tensors())
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Adapter:
         """A copy on the device, in the dtype that the engine computes in; skills stay, since their mixes move."""

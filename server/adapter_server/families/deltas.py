@@ -2,6 +2,7 @@
 
 Delta   y += ΔW x           Sparse: some numbers of W    Spectral: some of its Fourier coefficients
                             Kronecker: w₁ ⊗ w₂           Circulant: blocks of one row each    Rows: some outputs
+                            Scaled: vectors around matrices that modules share
 Turn    W (x R)             the input rotated, block by block
 Mirror  y += f ∘ y[index]   outputs mixed in pairs
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from typing import Protocol, Self
 
@@ -40,6 +41,17 @@ class Delta(Protocol):
     def tensors(self) -> Iterator[Tensor]: ...
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Self: ...
+
+
+def held_bytes(tensors: Iterable[Tensor]) -> int:
+    """What tensors take of memory. Of one memory that several are parts of, no more than all of it."""
+    whole: dict[int, int] = {}
+    parts: dict[int, int] = {}
+    for t in tensors:
+        storage = t.untyped_storage()
+        at = storage.data_ptr()
+        whole[at], parts[at] = storage.nbytes(), parts.get(at, 0) + t.nbytes
+    return sum(min(size, whole[at]) for at, size in parts.items())
 
 
 class TensorFields:
@@ -102,7 +114,7 @@ class Sparse(TensorFields):
 class Spectral(TensorFields):
     """ΔW = Re ifft2(S), S a sparse matrix: the input transformed, S, the output transformed back."""
 
-    S: Delta
+    S: Sparse
 
     def apply(self, x: Tensor) -> Tensor:
         waves = torch.fft.ifft(x.float())
@@ -121,17 +133,69 @@ class Spectral(TensorFields):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Kronecker(TensorFields):
-    """ΔW = left ⊗ right: output (a, b) reads input (i, j) by left[a, i] · right[b, j]."""
+    """ΔW = left ⊗ right: output (a, b) reads input (i, j) by left[a, i] · right[b, j].
 
-    left: Tensor  # [o1, i1]
-    right: Tensor  # [o2, i2]
+    A factor that is a low rank is left · left_in, right · right_in.
+    """
+
+    left: Tensor  # [o1, i1 or a rank]
+    right: Tensor  # [o2, i2 or a rank]
+    left_in: Tensor | None = None  # [rank, i1]
+    right_in: Tensor | None = None  # [rank, i2]
+
+    def whole(self) -> Kronecker:
+        """The same from factors that are no products."""
+        return Kronecker(_product(self.left, self.left_in), _product(self.right, self.right_in))
+
+    def low_rank(self) -> tuple[Tensor, Tensor] | None:
+        """(A, B) with ΔW = B A, of the product of the factors' ranks; None where that is no low rank."""
+        (L1, R1), (L2, R2) = _halves(self.left, self.left_in), _halves(self.right, self.right_in)
+        if 2 * L1.shape[1] * L2.shape[1] > min(len(L1) * len(L2), R1.shape[1] * R2.shape[1]):
+            return None
+        return torch.kron(R1, R2), torch.kron(L1, L2)
 
     def apply(self, x: Tensor) -> Tensor:
-        pairs = x.float().view(-1, self.left.shape[1], self.right.shape[1])  # [T, i1, i2]
-        return (self.left.float() @ F.linear(pairs, self.right.float())).flatten(1)
+        left, right = _product(self.left, self.left_in), _product(self.right, self.right_in)
+        pairs = x.float().view(-1, left.shape[1], right.shape[1])  # [T, i1, i2]
+        return (left @ F.linear(pairs, right)).flatten(1)
 
     def dense(self) -> Tensor:
-        return torch.kron(self.left.float(), self.right.float())
+        return torch.kron(_product(self.left, self.left_in), _product(self.right, self.right_in))
+
+
+def _product(a: Tensor, b: Tensor | None) -> Tensor:
+    return a.float() if b is None else a.float() @ b.float()
+
+
+def _halves(a: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A factor [out, in] as L · R; a whole one's smaller side is its rank."""
+    if b is not None:
+        return a, b
+    out, inp = a.shape
+    eye = torch.eye(min(out, inp), dtype=a.dtype, device=a.device)
+    return (a, eye) if inp <= out else (eye, a)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scaled(TensorFields):
+    """ΔW = outer ∘ B (mid ∘ A), A and B parts of what all modules of an adapter share."""
+
+    A: Tensor  # [r, in]
+    mid: Tensor  # [r]
+    Bt: Tensor  # [r, out]
+    outer: Tensor  # [out]
+
+    def low_rank(self) -> tuple[Tensor, Tensor]:
+        """(A, B) with ΔW = B A, of this module alone."""
+        return self.mid[:, None] * self.A, (self.Bt * self.outer).T
+
+    def apply(self, x: Tensor) -> Tensor:
+        A, B = self.low_rank()
+        return F.linear(F.linear(x.float(), A.float()), B.float())
+
+    def dense(self) -> Tensor:
+        A, B = self.low_rank()
+        return B.float() @ A.float()
 
 
 @dataclass(frozen=True, slots=True, eq=False)

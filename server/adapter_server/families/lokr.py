@@ -1,13 +1,12 @@
 """LoKr (PEFT `tuners/lokr/layer.py`): a Kronecker product, each factor whole or itself a low rank.
 
-ΔW = s·w₁ ⊗ w₂      s = α/r      w₁ = L₁R₁, w₂ = L₂R₂  ⇒  ΔW = s·(L₁ ⊗ L₂)(R₁ ⊗ R₂), of the product of their ranks
+ΔW = s·w₁ ⊗ w₂      s = α/r      w₁ = L₁R₁, w₂ = L₂R₂ where they are low ranks
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from adapter_server.errors import AdapterRefused
@@ -35,10 +34,8 @@ class LoKr(Wrapping):
 
     def patch(self, at: Wrapped, read: Reader, common: Any) -> Patch:
         scaling = as_number(at.config.get("alpha", 8), "alpha") / at.rank()
-        (L1, R1), (L2, R2) = (_split(read, name, whole) for name, (_, whole) in _factors(at).items())
-        if 2 * L1.shape[1] * L2.shape[1] > min(at.inp, at.out):
-            return Patch(delta=Kronecker(scaling * L1 @ R1, L2 @ R2))
-        return Patch(A=torch.kron(R1, R2), B=scaling * torch.kron(L1, L2))
+        (left, left_in), (right, right_in) = (_read(read, name, whole) for name, (_, whole) in _factors(at).items())
+        return Patch(delta=Kronecker(scaling * left, right, left_in, right_in))
 
 
 def _factors(at: Wrapped) -> dict[str, tuple[tuple[int, int], bool]]:
@@ -60,13 +57,11 @@ def _factorised(dimension: int, factor: int) -> tuple[int, int]:
     return least, dimension // least
 
 
-def _split(read: Reader, name: str, whole: bool) -> tuple[Tensor, Tensor]:
-    """L and R of a factor; a whole one's smaller side is its rank."""
-    if not whole:
-        return read(f"lokr_{name}_a"), read(f"lokr_{name}_b")
-    w = read(f"lokr_{name}")
-    out, inp = w.shape
-    return (w, torch.eye(inp)) if inp <= out else (torch.eye(out), w)
+def _read(read: Reader, name: str, whole: bool) -> tuple[Tensor, Tensor | None]:
+    """A factor, or its two halves."""
+    if whole:
+        return read(f"lokr_{name}"), None
+    return read(f"lokr_{name}_a"), read(f"lokr_{name}_b")
 
 
 FAMILY: Family = LoKr()

@@ -1,0 +1,59 @@
+/* What the adapters of a step add at one site group. */
+#include "vectors.h"
+
+/* The tables, int64; pointers as integers, 0 for none.
+ *
+ *   units     up to BLOCK neighbouring tokens of one adapter, UNIT numbers and then per member: Bt, rank
+ *   parts     what is no low rank, PART numbers each: what it is, its first column, its width, and what deltas.c says
+ *   turns     per member of its own input and token: R, its blocks, their size; 0 for a token's own
+ *
+ * A is [R, in] with the members' rows one after another, Bt [rank, out], weights [count], mul and add [width]. A unit's
+ * parts are `count` from `first`, of which the first `mirrors` read what was there before. `scratch` holds the shrunk
+ * tokens: offsets[i] is where unit i's begin. `room` has `each` numbers per thread. `inputs` [own, T, in] is what the
+ * members read that have an input of their own, `input_of` [members] which one, −1 for x. `threads`: how many are worth
+ * it; `overlapping`: tokens may have several units, which then follow one another.
+ */
+typedef struct {
+    const i64 *units;
+    i64 n;
+    const i64 *outs;
+    i64 members;
+    float *scratch;
+    const i64 *offsets;
+    const i64 *parts;
+    float *room;
+    i64 each;
+    i64 threads, overlapping;
+    const i64 *turns;
+    float *inputs;
+    const i64 *input_of;
+    i64 own;
+} added;
+
+enum { START, COUNT, WEIGHTS, MUL, ADD, FIRST, PARTS, MIRRORS, A, RANKS, UNIT };
+enum { SCALED, SPARSE, SPECTRAL, KRONECKER, CIRCULANT, ROWS, MIRROR }; /* what a part is */
+enum { KIND, COLUMN, WIDTH, ARGS, PART = 12 };
+
+static inline float *at(i64 pointer) { return (float *)(intptr_t)pointer; }
+
+/* y [T, width] += what they add to x [T, in]. Called by all threads of a parallel region, which wait behind it. */
+void add_within(const added *of, float *y, i64 width, const float *x, i64 in);
+
+/* Some tokens of x [count, in] and y [count, …], whose rows are `width` apart, and what scales them. */
+typedef struct {
+    const float *x;
+    float *y;
+    const float *weights;
+    i64 count, in, width;
+} rows;
+
+/* y += what one part adds to x. */
+void delta_add(const i64 *part, rows of, float *room);
+
+/* s [count, ranks] = A x for `ranks` rows of A, which stand a_row apart. */
+void shrink(const float *a, i64 a_row, i64 ranks, rows of, float *s, i64 s_row);
+
+/* y += scale ∘ Bt^T s, of Bt [rank, out], whose rows stand bt_row apart, the columns from `from` on. */
+enum { CHUNK = 4 * LANES };
+void expand(const float *s, i64 s_row, const float *bt, i64 bt_row, i64 rank, i64 out, const float *scale, rows of,
+            i64 from);

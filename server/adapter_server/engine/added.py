@@ -1,0 +1,286 @@
+"""What a step's adapters add at a group of Linears on the CPU, by `lowrank.c` and `deltas.c`: one call for all of it.
+
+The tables that those read (`added.h`) name the adapters' own tensors, of which nothing is padded, copied or kept. An
+adapter's part of them is made once, an `Entry`; a routing's once, a `NativeSmall`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from adapter_server.engine.lowrank import Adder, PackedRow, by_adapter
+from adapter_server.engine.native import MOST_ROWS, SERIAL, Panels, Table
+from adapter_server.engine.routing import Routing, Segment
+from adapter_server.families.base import Patch, with_whole_factors
+from adapter_server.families.deltas import Circulant, Delta, Kronecker, Mirror, Rows, Scaled, Sparse, Spectral
+
+if TYPE_CHECKING:
+    from adapter_server.engine.placed import GroupPatch, Placed, Product, Separate, Turned
+    from adapter_server.engine.site import LinearGroup
+
+BLOCK = 16  # tokens that one thread takes at a time
+LANES = 16  # numbers in a vector of any processor, at most
+PART = 12  # numbers of a part, in `added.h`
+SCALED, SPARSE, SPECTRAL, KRONECKER, CIRCULANT, ROWS, MIRROR = range(7)
+COUNT, RANKS = 1, 9  # where a unit says them
+LARGEST = 64  # prime factor of a length that is worth transforming here
+
+
+class Native:
+    """`LowRank` by the kernel."""
+
+    def __init__(self, kernel: ctypes.CDLL) -> None:
+        self.kernel = kernel
+
+    def arrange(self, rows: Sequence[PackedRow]) -> list[int]:
+        return by_adapter(rows)
+
+    def laid(self, patch: Patch) -> Patch:
+        """Kronecker products run as they are."""
+        return with_whole_factors(patch)
+
+    def plan(
+        self, group: LinearGroup, routing: Routing, touching: Sequence[Segment]
+    ) -> tuple[list[Adder], list[Segment]]:
+        small = [s for s in touching if isinstance(s.tokens, slice) and s.placed.groups[group.index].entry.acts]
+        large = [s for s in touching if not isinstance(s.tokens, slice)]
+        return ([NativeSmall(self.kernel, group, routing, small)] if small else []), large
+
+    def forget(self, placed: Placed) -> None:
+        """Nothing is kept."""
+
+
+class Entry:
+    """What the tables say of one adapter at one group."""
+
+    def __init__(self, patch: GroupPatch) -> None:
+        self.kept: list[Tensor] = []  # whose addresses are named
+        pairs = [(0, 0) if pair is None else (self._at(pair[1]), len(pair[0])) for pair in patch.pairs]
+        A = (0, 0) if patch.A is None else (self._at(patch.A), len(patch.A))
+        self.low_rank = (*A, *itertools.chain.from_iterable(pairs))
+        self.vectors = self._at(patch.mul), self._at(patch.add)
+        self.numbers = sum(t.numel() for t in (patch.A, *(pair[1] for pair in patch.pairs if pair)) if t is not None)
+        self.lanes, self.room = 0, 0  # multiplications of LANES tokens in the parts; numbers that they need for it
+        self.done: list[Delta | Mirror] = []
+        self.parts: list[tuple[int, ...]] = []
+        for columns, mirror in patch.mirrors:
+            self._add(columns, mirror, MIRROR, (mirror.index, mirror.factor), 0, len(mirror.index))
+        self.mirrors = len(self.parts)
+        for columns, delta in patch.deltas:
+            if (known := PARTS.get(type(delta))) is not None:
+                known(self, columns, delta)
+        self.turns = {turned.member: self._turn(turned) for turned in patch.turns}
+
+    @property
+    def acts(self) -> bool:
+        """Whether there is anything for the kernel to do."""
+        return any((self.low_rank[0], *self.vectors, self.parts, self.turns))
+
+    def _at(self, t: Tensor | None) -> int:
+        if t is None:
+            return 0
+        self.kept.append(t.contiguous())
+        return self.kept[-1].data_ptr()
+
+    def _turn(self, turned: Turned) -> tuple[int, int, int]:
+        R = turned.turn.R
+        return self._at(R), R.shape[0], R.shape[-1]
+
+    def _add(
+        self, columns: slice, part: Delta | Mirror, kind: int, args: Sequence[Tensor | int], room: int, work: int
+    ) -> None:
+        numbers = [a if isinstance(a, int) else self._at(a) for a in args]
+        row = (kind, columns.start, columns.stop - columns.start, *numbers)
+        self.parts.append((*row, *(PART - len(row)) * (0,)))
+        self.done.append(part)
+        self.room, self.lanes = max(self.room, room), self.lanes + work
+
+    def sparse(self, columns: slice, delta: Sparse) -> None:
+        args = delta.starts, delta.columns, delta.values
+        self._add(columns, delta, SPARSE, args, LANES * delta.inp, LANES * len(delta.values))
+
+    def spectral(self, columns: slice, delta: Spectral) -> None:
+        S, out = delta.S, columns.stop - columns.start
+        plans = (plan_of(S.inp), plan_of(out))
+        if not all(plans):
+            return
+        passes = S.inp * S.inp.bit_length() + out * out.bit_length()
+        args, room = (S.starts, S.columns, S.values, *plans), 4 * LANES * max(S.inp, out)
+        self._add(columns, delta, SPECTRAL, args, room, 2 * LANES * (len(S.values) + passes))
+
+    def kronecker(self, columns: slice, delta: Kronecker) -> None:
+        (o1, i1), (o2, i2) = delta.left.shape, delta.right.shape
+        args = delta.left, delta.right, o1, i1, o2, i2
+        self._add(columns, delta, KRONECKER, args, LANES * i1 * (i2 + o2), LANES * i1 * o2 * (i2 + o1))
+
+    def circulant(self, columns: slice, delta: Circulant) -> None:
+        (half, n, m), b = delta.spectrum.shape, delta.size
+        if not (plan := plan_of(b)):
+            return
+        room, work = half * n + b * m + 4 * b, half * n * m + (n + m) * b * b.bit_length()
+        self._add(columns, delta, CIRCULANT, (delta.spectrum, plan), LANES * room, LANES * work)
+
+    def rows(self, columns: slice, delta: Rows) -> None:
+        n = len(delta.index)
+        self._add(columns, delta, ROWS, (delta.index, delta.values, n), BLOCK * n, LANES * delta.values.numel())
+
+    def scaled(self, columns: slice, delta: Scaled) -> None:
+        r, (A, Bt) = len(delta.mid), (delta.A, delta.Bt)
+        args = A.data_ptr(), A.stride(0), r, delta.mid, Bt.data_ptr(), Bt.stride(0), delta.outer
+        self.kept += [A, Bt]
+        self._add(columns, delta, SCALED, args, BLOCK * r, LANES * (A.numel() + Bt.numel()))
+
+
+PARTS: dict[type, Callable[[Entry, slice, Any], None]] = {
+    Sparse: Entry.sparse,
+    Spectral: Entry.spectral,
+    Kronecker: Entry.kronecker,
+    Circulant: Entry.circulant,
+    Rows: Entry.rows,
+    Scaled: Entry.scaled,
+}
+
+
+class NativeSmall:
+    """The segments of a routing at one group: one call a step. Long ones go in as units, each for one thread."""
+
+    def __init__(self, kernel: ctypes.CDLL, group: LinearGroup, routing: Routing, segments: Sequence[Segment]) -> None:
+        self.narrow = group.base_dtype == group.dtype
+        self.entries = [s.placed.groups[group.index].entry for s in segments]
+        self.vectors = frozenset(s.placed for s in segments if s.sole)
+        self.inputs = Inputs(group, routing.tokens, segments) if _panels(group.base) is not None else None
+        self.done = frozenset(self._done(segments, group.index))
+        self._call, self._width, self._inp = kernel.adapters_add, sum(group.outs), group.inp
+        self.threads = 1 if self._work(segments) < SERIAL else torch.get_num_threads()
+        self.table = self._table(group.outs, segments)
+
+    def _done(self, segments: Sequence[Segment], index: int) -> Iterator[Any]:
+        for segment, entry in zip(segments, self.entries, strict=True):
+            yield from entry.done if segment.sole else entry.done[entry.mirrors :]
+            if self.inputs is not None and segment.alone:
+                yield from segment.placed.groups[index].turns
+
+    def _work(self, segments: Sequence[Segment]) -> int:
+        each = zip(segments, self.entries, strict=True)
+        return sum(s.count * entry.numbers + -(-s.count // LANES) * entry.lanes for s, entry in each)
+
+    def _table(self, outs: Sequence[int], segments: Sequence[Segment]) -> Table:
+        """The struct `added`."""
+        firsts = itertools.accumulate((len(entry.parts) for entry in self.entries), initial=0)
+        each = zip(segments, self.entries, firsts, strict=False)
+        units = [unit for segment, entry, first in each for unit in _units(segment, entry, first)]
+        ends = list(itertools.accumulate(unit[COUNT] * unit[RANKS] for unit in units))
+        room = max(max(entry.room, BLOCK * sum(outs) if entry.mirrors else 0) for entry in self.entries)
+        scratch, rooms = torch.empty(ends[-1]), torch.empty(torch.get_num_threads() * room)
+        parts = (number for entry in self.entries for part in entry.parts for number in part)
+        arrays = [_array(itertools.chain.from_iterable(units)), _array(outs), _array([0, *ends[:-1]]), _array(parts)]
+        at_units, at_outs, offsets, at_parts = (ctypes.addressof(array) for array in arrays)
+        self._alive = segments, scratch, rooms, arrays  # the table points into their memory
+        overlapping = not all(segment.sole for segment in segments)
+        return _array([
+            *(at_units, len(units), at_outs, len(outs), scratch.data_ptr(), offsets),
+            *(at_parts, rooms.data_ptr(), room, self.threads, overlapping),
+            *((0, 0, 0, 0) if self.inputs is None else self.inputs.table),
+        ])  # fmt: skip
+
+    def beside(self, routing: Routing) -> NativeBeside:
+        """In the base's own call, where that is ours."""
+        return NativeBeside(self)
+
+    def base(self, base: Product | Separate, x: Tensor) -> Tensor:
+        """The base's product of x, or of what members read instead."""
+        panels = _panels(base)
+        if panels is None or self.inputs is None or not self.inputs.own:
+            return base(x)
+        return panels(x, base.bias, self.inputs.alone, self.threads)
+
+    def add(self, y: Tensor, x: Tensor) -> None:
+        """y [T, outs] += what the segments add, all contiguous float32."""
+        self._call(y.data_ptr(), self._width, x.data_ptr(), self._inp, self.table)
+
+
+class Inputs:
+    """What members read instead of x: turned at the tokens of who turns it, and is there alone."""
+
+    def __init__(self, group: LinearGroup, tokens: int, segments: Sequence[Segment]) -> None:
+        each = [(s, s.placed.groups[group.index].entry.turns) for s in segments if s.alone]
+        members = sorted({member for _, turns in each for member in turns})
+        self.own = len(members)
+        self.turns = torch.zeros(self.own, tokens, 3, dtype=torch.int64)
+        for segment, turns in each:
+            for member, turn in turns.items():
+                self.turns[members.index(member), segment.tokens] = torch.tensor(turn)
+        self.room = torch.empty(self.own, tokens, group.inp)
+        self.order = _array(members.index(m) if m in members else -1 for m in range(len(group.outs)))
+        self.outs = _array(group.outs)
+        self.table = (self.turns.data_ptr(), self.room.data_ptr(), ctypes.addressof(self.order), self.own)
+        self.alone = _array([0, 0, ctypes.addressof(self.outs), len(group.outs), *7 * (0,), *self.table])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NativeBeside:
+    """The base's product and what adapters add to it, in one call."""
+
+    small: NativeSmall
+
+    def run(self, base: Product | Separate, x: Tensor, outs: int) -> tuple[Tensor, None]:
+        """x [T, in] → (y [T, outs], nothing that is left for the reader to add)."""
+        panels, inputs = _panels(base), self.small.inputs
+        if panels is not None and (len(x) <= MOST_ROWS or (inputs is not None and inputs.own)):
+            return panels(x, base.bias, self.small.table, self.small.threads), None
+        y = base(x)
+        self.small.add(y, x)
+        return y, None
+
+
+def _units(segment: Segment, entry: Entry, first: int) -> Iterator[tuple[int, ...]]:
+    """A segment's rows in the kernel's table; its parts begin at `first`."""
+    start = segment.tokens.start if isinstance(segment.tokens, slice) else 0
+    weights = 0 if segment.weights is None else segment.weights.data_ptr()
+    parts = (*entry.vectors, first, len(entry.parts), entry.mirrors)
+    if not segment.sole:
+        parts = (0, 0, first + entry.mirrors, len(entry.parts) - entry.mirrors, 0)
+    for i in range(0, segment.count, BLOCK):
+        count = min(BLOCK, segment.count - i)
+        yield start + i, count, weights and weights + 4 * i, *parts, *entry.low_rank
+
+
+@functools.cache
+def _plan(n: int) -> tuple[Table, Tensor] | None:
+    """A plan of `deltas.c` for n complex numbers, and what it points to; None where a prime factor is too large."""
+    factors: list[int] = []
+    left = n
+    while left % 4 == 0:
+        factors, left = [*factors, 4], left // 4
+    for prime in range(2, LARGEST):
+        while left % prime == 0:
+            factors, left = [*factors, prime], left // prime
+    if left > 1:
+        return None
+    angles = torch.arange(n, dtype=torch.float64) * (2 * math.pi / n)
+    waves = torch.stack([angles.cos(), angles.sin()], 1).float()
+    return _array([n, len(factors), waves.data_ptr(), *factors]), waves
+
+
+def plan_of(n: int) -> int:
+    """Its address, or 0."""
+    made = _plan(n)
+    return 0 if made is None else ctypes.addressof(made[0])
+
+
+def _panels(base: Product | Separate) -> Panels | None:
+    return base.packed if isinstance(base.packed, Panels) else None
+
+
+def _array(values: Iterable[int]) -> Table:
+    listed = list(values)
+    return (ctypes.c_int64 * len(listed))(*listed)
