@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import beyond
 import rig
-from adapter_server.engine import cpu, forms, native, proofs
+from adapter_server.core import Member, Request
+from adapter_server.engine import Engine, cpu, forms, native, proofs
 from adapter_server.engine.kv import LayerShape, SlotPool
 from adapter_server.engine.operands import Form
+from adapter_server.engine.routing import Routing
 
 CPU, DTYPE = torch.device("cpu"), torch.float32
 FAR = 1e-6  # differences of rounding alone
@@ -121,3 +126,54 @@ def test_engines_with_and_without_are_peft_alone(arch: str, kernels: bool) -> No
         assert tuple(answer.ids) == ids, name
         assert (answer.matrix() - logprobs).abs().max().item() < 1e-4, name
     engine.close()
+
+
+BESIDE = ("ln_tuning", "lora_saved", "trainable_tokens", "lora_embed", "lora")  # norms, embeddings
+
+
+@pytest.fixture
+def unfused(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether steps ran fused, as they asked."""
+    asked: list[bool] = []
+    real = Routing.unfused.fget  # type: ignore[attr-defined]
+
+    def noted(routing: Routing) -> bool:
+        asked.append(real(routing))
+        return asked[-1]
+
+    monkeypatch.setattr(Routing, "unfused", property(noted))
+    return asked
+
+
+def test_norms_and_embeddings_of_adapters_leave_the_batch_fused(unfused: list[bool]) -> None:
+    """A norm is linear in its weight: those of several adapters on a token add up as the engine without them says."""
+    engine, plain = (rig.engine("llama", BESIDE, kernels=kernels, fuse=kernels) for kernels in (True, False))
+    asked = [rig.ask(engine, name, rig.PROMPTS[i % 3]) for i, name in enumerate((None, *BESIDE))]
+    for i, (name, answer) in enumerate(zip((None, *BESIDE), rig.run(engine, asked, stagger=1), strict=True)):
+        ids, logprobs = rig.peft_alone("llama", name, rig.PROMPTS[i % 3], rig.NEW)
+        assert tuple(answer.ids) == ids, name
+        assert (answer.matrix() - logprobs).abs().max().item() < 1e-4, name
+    assert unfused
+    assert not any(unfused)
+    [got], [want] = (rig.run(each, [_both(each)]) for each in (engine, plain))
+    assert got.ids == want.ids
+    assert (got.matrix() - want.matrix()).abs().max().item() < 1e-4
+    assert not any(unfused)
+
+
+def _both(engine: Engine) -> Request:
+    one, other = (engine.pool.store.resolve(name) for name in ("ln_tuning", "lora_saved"))
+    return dataclasses.replace(
+        rig.ask(engine, "ln_tuning", rig.PROMPTS[0]), members=(Member(one, 0.5), Member(other, 0.7))
+    )
+
+
+def test_networks_behind_blocks_leave_the_batch_fused(unfused: list[bool], tmp_path: Path) -> None:
+    case = beyond.KINDS["ADAPTERHUB"]
+    case.save("llama", tmp_path / "hub")
+    engine = beyond.engine("llama", tmp_path)
+    assert "layer" in engine.model.fused
+    [answer] = rig.run(engine, [beyond.ask(engine, {"hub": 1.0}, rig.PROMPTS[0])])
+    beyond.hold(answer, case.judge("llama", rig.PROMPTS[0]))
+    assert unfused
+    assert not any(unfused)

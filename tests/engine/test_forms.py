@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from adapter_server.engine import forms
+from adapter_server.engine.added import Native
 from adapter_server.engine.grouped import Grouped
-from adapter_server.engine.native import Native
 
 kernels = pytest.importorskip("adapter_server.engine.kernels", reason="Triton is not installed")
 CPU = torch.device("cpu")

@@ -65,8 +65,8 @@ def test_what_computes_something_else_stays(part: str, left: list[str]) -> None:
     assert torch.allclose(logits(model), logits(Model(other, fuse=False)), atol=1e-4)
 
 
-def test_an_adapter_that_acts_inside_finds_the_modules_as_they_are() -> None:
-    """Norms trained with IA3, beside a row without adapters."""
+def test_norms_of_adapters_run_in_the_fused_ones() -> None:
+    """Trained with IA3, beside a row without adapters."""
     names = ("ia3_saved",)
     engine = rig.engine("llama", names, kv_layout="pages", kernels=True, graphs=False)
     assert "layer" in engine.model.fused

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import re
 
 import pytest
@@ -15,6 +16,7 @@ from adapter_server.engine.placed import OneDnn, Placed, Product
 from adapter_server.engine.routing import Routing, Step, route, running
 from adapter_server.engine.site import LinearGroup
 from adapter_server.families.base import Adapter, Patch
+from adapter_server.families.bottleneck import Bottleneck
 from adapter_server.families.deltas import (
     Circulant,
     Delta,
@@ -156,3 +158,27 @@ def kernel() -> ctypes.CDLL:
     if found is None:
         pytest.skip("no C compiler")
     return found
+
+
+@pytest.mark.parametrize("act", ["relu", "silu", "gelu", "gelu_pytorch_tanh", "tanh", "mish"])
+@pytest.mark.parametrize("flags", list(itertools.product((False, True), repeat=4)), ids=str)
+def test_a_network_behind_a_block_is_its_formula(flags: tuple[bool, ...], act: str) -> None:
+    """Whatever it reads, and how often the stream is added; an activation that C has not is left to torch."""
+    parallel, joins, own, adds = flags
+    down, up = torch.randn(8, OUT) / 8, torch.randn(OUT, 8) / 8
+    block = Bottleneck(
+        "norm", act, down, torch.randn(8), up, torch.randn(OUT), None, None, parallel, joins, own, adds=adds
+    )
+    module = torch.nn.Linear(IN, OUT).requires_grad_(False)
+    group = LinearGroup(0, {"m": module}, Native(kernel()), pack=True, head=False)
+    placed = Placed(
+        Adapter(Spec("a", "0" * 12, "", "X", {}, 0), {}, blocks={"m": block}), {0: group.place_block(block)}, {}
+    )
+    x, r = torch.randn(37, IN), torch.randn(1, 37, OUT)
+    routing = route([(2, ()), (35, ((placed, 1.0),))], torch.device("cpu"))
+    with running(Step(routing, Routing(1), streams={"norm": r})):
+        y = group.apart(x)[0]
+    plain = module(x)
+    assert torch.allclose(y[:2], plain[:2], atol=1e-5)
+    assert torch.allclose(y[2:], block.apply(plain[2:], r[0, 2:]), atol=1e-4)
+    assert bool(placed.groups[0].entry.done) == (act in added.ACTS)

@@ -54,6 +54,7 @@ LINES: tuple[tuple[str, Mode], ...] = (
     ("ia3", "merged"),
     ("prefix", "unmerged"),
     ("prompt", "unmerged"),
+    ("bottleneck", "unmerged"),
 )
 
 

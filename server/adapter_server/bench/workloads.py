@@ -23,6 +23,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
@@ -35,6 +36,8 @@ ZIPF = 1.5  # Punica's skew (arXiv 2310.18547)
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")  # what S-LoRA's adapters touch
 LINEARS = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
 VIRTUAL_TOKENS = 16
+REDUCTION = 16  # of a bottleneck
+BLOCKS = ("attention_adapters", "output_adapters")  # where AdapterHub keeps them
 FIRST_TOKEN = 3  # prompts leave out the ids below, which are special in most vocabularies
 
 
@@ -114,7 +117,9 @@ def one_of_each(size: str, seed: int = 0) -> Iterator[Workload]:
     with random_base(size, seed) as (model, adapters):
         for i, (kind, config) in enumerate(kinds().items()):
             save_adapters(model, config, [adapters / kind], seed + i)
-        yield Workload(size, model, adapters, {kind: kind for kind in kinds()}, SHAPES[size], seed)
+        save_bottleneck(SHAPES[size], adapters / "bottleneck", seed)
+        names = (*kinds(), "bottleneck")
+        yield Workload(size, model, adapters, {name: name for name in names}, SHAPES[size], seed)
 
 
 @contextmanager
@@ -237,6 +242,26 @@ def save_adapters(
             noise = torch.Generator(device).manual_seed(1000 * seed + i)
             weights = {name: weight(name, value, noise).to(dtype).cpu() for name, value in fresh.items()}
             peft.save_pretrained(folder, state_dict=peft.state_dict() | weights)
+
+
+def save_bottleneck(shape: Shape, folder: Path, seed: int) -> None:
+    """Two networks a layer, behind attention and behind the MLP (Houlsby), a sixteenth as wide, as AdapterHub saves."""
+    noise, inner = torch.Generator().manual_seed(seed), shape.hidden // REDUCTION
+    parts = {
+        "adapter_down.0.weight": (inner, shape.hidden), "adapter_down.0.bias": (inner,),
+        "adapter_up.weight": (shape.hidden, inner), "adapter_up.bias": (shape.hidden,),
+    }  # fmt: skip
+    blocks = [f"model.layers.{i}.{at}" for i in range(shape.layers) for at in BLOCKS]
+    tensors = {
+        f"{block}.adapters.mine.{part}": torch.randn(size, generator=noise).mul_(0.02)
+        for block in blocks
+        for part, size in parts.items()
+    }
+    own = {"mh_adapter": True, "output_adapter": True, "reduction_factor": REDUCTION, "non_linearity": "swish"}
+    config = {"model_type": "llama", "name": "mine", "version": "adapters.1.3.0", "config": own}
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "adapter_model.safetensors")
 
 
 def _module(model: Path, config: Any) -> Any:

@@ -5,10 +5,10 @@
  *
  *   units     up to BLOCK neighbouring tokens of one adapter, UNIT numbers and then per member: Bt, rank
  *   parts     what is no low rank, PART numbers each: what it is, its first column, its width, and what deltas.c says
- *   turns     per member of its own input and token: R, its blocks, their size; 0 for a token's own
+ *   turns     per member of its own input and token: R, its blocks, their size; of size 0 x + R ∘ x; R 0: x
  *
  * A is [R, in] with the members' rows one after another, Bt [rank, out], weights [count], mul and add [width]. A unit's
- * parts are `count` from `first`, of which the first `mirrors` read what was there before. `scratch` holds the shrunk
+ * parts are `count` from `first`, of which the first `before` read y as the base gives it. `scratch` holds the shrunk
  * tokens: offsets[i] is where unit i's begin. `room` has `each` numbers per thread. `inputs` [own, T, in] is what the
  * members read that have an input of their own, `input_of` [members] which one, −1 for x. `threads`: how many are worth
  * it; `overlapping`: tokens may have several units, which then follow one another.
@@ -30,8 +30,8 @@ typedef struct {
     i64 own;
 } added;
 
-enum { START, COUNT, WEIGHTS, MUL, ADD, FIRST, PARTS, MIRRORS, A, RANKS, UNIT };
-enum { SCALED, SPARSE, SPECTRAL, KRONECKER, CIRCULANT, ROWS, MIRROR }; /* what a part is */
+enum { START, COUNT, WEIGHTS, MUL, ADD, FIRST, PARTS, BEFORE, A, RANKS, UNIT };
+enum { SCALED, SPARSE, SPECTRAL, KRONECKER, CIRCULANT, ROWS, MIRROR, NETWORK }; /* what a part is */
 enum { KIND, COLUMN, WIDTH, ARGS, PART = 12 };
 
 static inline float *at(i64 pointer) { return (float *)(intptr_t)pointer; }
@@ -49,6 +49,9 @@ typedef struct {
 
 /* y += what one part adds to x. */
 void delta_add(const i64 *part, rows of, float *room);
+
+/* y += what a network behind a block adds, of tokens from `start` on. */
+void network_add(const i64 *part, i64 start, rows of, float *room);
 
 /* s [count, ranks] = A x for `ranks` rows of A, which stand a_row apart. */
 void shrink(const float *a, i64 a_row, i64 ranks, rows of, float *s, i64 s_row);

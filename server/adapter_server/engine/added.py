@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from adapter_server.engine.lowrank import Adder, PackedRow, by_adapter
+from adapter_server.engine.modules import stream
 from adapter_server.engine.native import MOST_ROWS, SERIAL, Panels, Table
 from adapter_server.engine.routing import Routing, Segment
-from adapter_server.families.base import Patch, with_whole_factors
+from adapter_server.families.base import BlockPatch, Network, Patch, network_of, with_whole_factors
 from adapter_server.families.deltas import Circulant, Delta, Kronecker, Mirror, Rows, Scaled, Sparse, Spectral
 
 if TYPE_CHECKING:
@@ -30,8 +31,11 @@ if TYPE_CHECKING:
 BLOCK = 16  # tokens that one thread takes at a time
 LANES = 16  # numbers in a vector of any processor, at most
 PART = 12  # numbers of a part, in `added.h`
-SCALED, SPARSE, SPECTRAL, KRONECKER, CIRCULANT, ROWS, MIRROR = range(7)
+SCALED, SPARSE, SPECTRAL, KRONECKER, CIRCULANT, ROWS, MIRROR, NETWORK = range(8)
+STREAM = 9  # where a network's part names the residual stream
 COUNT, RANKS = 1, 9  # where a unit says them
+ACTS = {"silu": 0, "swish": 0, "gelu": 1, "gelu_pytorch_tanh": 2, "relu": 3, "tanh": 4}
+READS = ("y", "y + r", "r")
 LARGEST = 64  # prime factor of a length that is worth transforming here
 
 
@@ -69,16 +73,23 @@ class Entry:
         self.low_rank = (*A, *itertools.chain.from_iterable(pairs))
         self.vectors = self._at(patch.mul), self._at(patch.add)
         self.numbers = sum(t.numel() for t in (patch.A, *(pair[1] for pair in patch.pairs if pair)) if t is not None)
-        self.lanes, self.room = 0, 0  # multiplications of LANES tokens in the parts; numbers that they need for it
-        self.done: list[Delta | Mirror] = []
+        self.stream = ""  # path of the module whose input is the residual stream that a network reads
+        self.lanes, self.room = 0, 0  # multiplications of LANES tokens at once; numbers that parts need room for
+        self.done: list[Delta | Mirror | BlockPatch] = []
         self.parts: list[tuple[int, ...]] = []
         for columns, mirror in patch.mirrors:
-            self._add(columns, mirror, MIRROR, (mirror.index, mirror.factor), 0, len(mirror.index))
-        self.mirrors = len(self.parts)
+            self._add(columns, mirror, MIRROR, (mirror.index, mirror.factor), 0, each=len(mirror.index))
+        network = None if patch.block is None else network_of(patch.block)
+        if patch.block is not None and network is not None and network.act in ACTS:
+            self._network(patch.block, network)
+        self.before = len(self.parts)
         for columns, delta in patch.deltas:
             if (known := PARTS.get(type(delta))) is not None:
                 known(self, columns, delta)
+        self.by_token = any(part[0] in (SCALED, NETWORK) for part in self.parts)  # what costs less for fewer tokens
         self.turns = {turned.member: self._turn(turned) for turned in patch.turns}
+        if patch.shift is not None:  # of a Linear that stands alone
+            self.turns[0] = (self._at(patch.shift), 1, 0)
 
     @property
     def acts(self) -> bool:
@@ -95,14 +106,30 @@ class Entry:
         R = turned.turn.R
         return self._at(R), R.shape[0], R.shape[-1]
 
+    def _network(self, block: BlockPatch, network: Network) -> None:
+        d, n = network.down.shape
+        args = (network.down, network.down_bias, network.up.T, network.up_bias, d, ACTS[network.act])
+        again = (0, READS.index(network.reads), network.again)
+        self.stream = block.reads if any(again) else ""
+        self._add(slice(0, n), block, NETWORK, (*args, *again), BLOCK * (n + d), each=2 * n * d)
+
     def _add(
-        self, columns: slice, part: Delta | Mirror, kind: int, args: Sequence[Tensor | int], room: int, work: int
+        self,
+        columns: slice,
+        part: Delta | Mirror | BlockPatch,
+        kind: int,
+        args: Sequence[Tensor | int],
+        room: int,
+        lanes: int = 0,
+        each: int = 0,
     ) -> None:
+        """`lanes`: multiplications of LANES tokens at once; `each`: of one token."""
+        self.numbers += each
         numbers = [a if isinstance(a, int) else self._at(a) for a in args]
         row = (kind, columns.start, columns.stop - columns.start, *numbers)
         self.parts.append((*row, *(PART - len(row)) * (0,)))
         self.done.append(part)
-        self.room, self.lanes = max(self.room, room), self.lanes + work
+        self.room, self.lanes = max(self.room, room), self.lanes + lanes
 
     def sparse(self, columns: slice, delta: Sparse) -> None:
         args = delta.starts, delta.columns, delta.values
@@ -120,7 +147,7 @@ class Entry:
     def kronecker(self, columns: slice, delta: Kronecker) -> None:
         (o1, i1), (o2, i2) = delta.left.shape, delta.right.shape
         args = delta.left, delta.right, o1, i1, o2, i2
-        self._add(columns, delta, KRONECKER, args, LANES * i1 * (i2 + o2), LANES * i1 * o2 * (i2 + o1))
+        self._add(columns, delta, KRONECKER, args, LANES * (i1 * (i2 + o2) + o1), LANES * i1 * o2 * (i2 + o1))
 
     def circulant(self, columns: slice, delta: Circulant) -> None:
         (half, n, m), b = delta.spectrum.shape, delta.size
@@ -131,13 +158,13 @@ class Entry:
 
     def rows(self, columns: slice, delta: Rows) -> None:
         n = len(delta.index)
-        self._add(columns, delta, ROWS, (delta.index, delta.values, n), BLOCK * n, LANES * delta.values.numel())
+        self._add(columns, delta, ROWS, (delta.index, delta.values, n), BLOCK * n, each=delta.values.numel())
 
     def scaled(self, columns: slice, delta: Scaled) -> None:
         r, (A, Bt) = len(delta.mid), (delta.A, delta.Bt)
         args = A.data_ptr(), A.stride(0), r, delta.mid, Bt.data_ptr(), Bt.stride(0), delta.outer
         self.kept += [A, Bt]
-        self._add(columns, delta, SCALED, args, BLOCK * r, LANES * (A.numel() + Bt.numel()))
+        self._add(columns, delta, SCALED, args, BLOCK * r, each=A.numel() + Bt.numel())
 
 
 PARTS: dict[type, Callable[[Entry, slice, Any], None]] = {
@@ -158,6 +185,7 @@ class NativeSmall:
         self.entries = [s.placed.groups[group.index].entry for s in segments]
         self.vectors = frozenset(s.placed for s in segments if s.sole)
         self.inputs = Inputs(group, routing.tokens, segments) if _panels(group.base) is not None else None
+        self.scaled = frozenset(s.placed for s in segments if self.inputs is not None and s.alone)
         self.done = frozenset(self._done(segments, group.index))
         self._call, self._width, self._inp = kernel.adapters_add, sum(group.outs), group.inp
         self.threads = 1 if self._work(segments) < SERIAL else torch.get_num_threads()
@@ -165,7 +193,7 @@ class NativeSmall:
 
     def _done(self, segments: Sequence[Segment], index: int) -> Iterator[Any]:
         for segment, entry in zip(segments, self.entries, strict=True):
-            yield from entry.done if segment.sole else entry.done[entry.mirrors :]
+            yield from entry.done if segment.sole else entry.done[entry.before :]
             if self.inputs is not None and segment.alone:
                 yield from segment.placed.groups[index].turns
 
@@ -173,16 +201,24 @@ class NativeSmall:
         each = zip(segments, self.entries, strict=True)
         return sum(s.count * entry.numbers + -(-s.count // LANES) * entry.lanes for s, entry in each)
 
+    def _most(self, segment: Segment) -> int:
+        """Tokens of a unit: fewer of one adapter whose parts are worth it, so that every thread has some."""
+        alone = len(self.entries) == 1 and self.entries[0].by_token
+        return min(BLOCK, -(-segment.count // self.threads)) if alone else BLOCK
+
     def _table(self, outs: Sequence[int], segments: Sequence[Segment]) -> Table:
         """The struct `added`."""
         firsts = itertools.accumulate((len(entry.parts) for entry in self.entries), initial=0)
         each = zip(segments, self.entries, firsts, strict=False)
-        units = [unit for segment, entry, first in each for unit in _units(segment, entry, first)]
+        units = [unit for segment, entry, first in each for unit in _units(segment, entry, first, self._most(segment))]
         ends = list(itertools.accumulate(unit[COUNT] * unit[RANKS] for unit in units))
-        room = max(max(entry.room, BLOCK * sum(outs) if entry.mirrors else 0) for entry in self.entries)
+        room = max(max(entry.room, BLOCK * sum(outs) if entry.before else 0) for entry in self.entries)
         scratch, rooms = torch.empty(ends[-1]), torch.empty(torch.get_num_threads() * room)
-        parts = (number for entry in self.entries for part in entry.parts for number in part)
-        arrays = [_array(itertools.chain.from_iterable(units)), _array(outs), _array([0, *ends[:-1]]), _array(parts)]
+        parts = [part for entry in self.entries for part in entry.parts]
+        tables = (itertools.chain.from_iterable(units), outs, [0, *ends[:-1]], itertools.chain.from_iterable(parts))
+        arrays = [_array(table) for table in tables]
+        self._parts, paths = arrays[-1], [entry.stream for entry in self.entries for _ in entry.parts]
+        self._streams = [(i * PART + STREAM, path) for i, path in enumerate(paths) if path]
         at_units, at_outs, offsets, at_parts = (ctypes.addressof(array) for array in arrays)
         self._alive = segments, scratch, rooms, arrays  # the table points into their memory
         overlapping = not all(segment.sole for segment in segments)
@@ -203,13 +239,20 @@ class NativeSmall:
             return base(x)
         return panels(x, base.bias, self.inputs.alone, self.threads)
 
+    def note_streams(self) -> None:
+        """Where the step's residual stream is, for networks that read it."""
+        self._noted = [stream(path).float().contiguous() for _, path in self._streams]
+        for (place, _), noted in zip(self._streams, self._noted, strict=True):
+            self._parts[place] = noted.data_ptr()
+
     def add(self, y: Tensor, x: Tensor) -> None:
         """y [T, outs] += what the segments add, all contiguous float32."""
+        self.note_streams()
         self._call(y.data_ptr(), self._width, x.data_ptr(), self._inp, self.table)
 
 
 class Inputs:
-    """What members read instead of x: turned at the tokens of who turns it, and is there alone."""
+    """What members read instead of x: scaled or turned at the tokens of who does that, and is there alone."""
 
     def __init__(self, group: LinearGroup, tokens: int, segments: Sequence[Segment]) -> None:
         each = [(s, s.placed.groups[group.index].entry.turns) for s in segments if s.alone]
@@ -236,21 +279,22 @@ class NativeBeside:
         """x [T, in] → (y [T, outs], nothing that is left for the reader to add)."""
         panels, inputs = _panels(base), self.small.inputs
         if panels is not None and (len(x) <= MOST_ROWS or (inputs is not None and inputs.own)):
+            self.small.note_streams()
             return panels(x, base.bias, self.small.table, self.small.threads), None
         y = base(x)
         self.small.add(y, x)
         return y, None
 
 
-def _units(segment: Segment, entry: Entry, first: int) -> Iterator[tuple[int, ...]]:
-    """A segment's rows in the kernel's table; its parts begin at `first`."""
+def _units(segment: Segment, entry: Entry, first: int, most: int) -> Iterator[tuple[int, ...]]:
+    """A segment's rows in the kernel's table, of at most so many tokens; its parts begin at `first`."""
     start = segment.tokens.start if isinstance(segment.tokens, slice) else 0
     weights = 0 if segment.weights is None else segment.weights.data_ptr()
-    parts = (*entry.vectors, first, len(entry.parts), entry.mirrors)
+    parts = (*entry.vectors, first, len(entry.parts), entry.before)
     if not segment.sole:
-        parts = (0, 0, first + entry.mirrors, len(entry.parts) - entry.mirrors, 0)
-    for i in range(0, segment.count, BLOCK):
-        count = min(BLOCK, segment.count - i)
+        parts = (0, 0, first + entry.before, len(entry.parts) - entry.before, 0)
+    for i in range(0, segment.count, most):
+        count = min(most, segment.count - i)
         yield start + i, count, weights and weights + 4 * i, *parts, *entry.low_rank
 
 

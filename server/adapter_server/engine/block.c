@@ -2,11 +2,8 @@
  *
  * A row's numbers depend on that row alone, whatever the number of threads.
  */
-#include <math.h>
-
 #include "vectors.h"
 
-enum { SILU, GELU, GELU_TANH };
 enum { NEAR = 8 }; /* positions whose keys or values are fetched before their turn */
 
 typedef int32_t whole __attribute__((vector_size(sizeof(vector))));
@@ -43,9 +40,9 @@ static inline void normalise(float *out, const float *x, const float *weight, i6
     for (i64 i = 0; i < n; i++) out[i] = (one + weight[i]) * (x[i] * factor);
 }
 
-/* total = residual + x, where there is a residual, and the norm of that. */
+/* total = residual + x, where there is a residual, and the norm of that; weights of rows stand weight_row apart. */
 void rms_norm(float *out, float *total, const float *x, i64 x_row, const float *residual, i64 residual_row,
-              const float *weight, i64 rows, i64 n, float eps, int centred, int threads) {
+              const float *weight, i64 weight_row, i64 rows, i64 n, float eps, int centred, int threads) {
 #pragma omp parallel for num_threads(threads)
     for (i64 r = 0; r < rows; r++) {
         const float *from = x + r * x_row;
@@ -53,13 +50,8 @@ void rms_norm(float *out, float *total, const float *x, i64 x_row, const float *
             for (i64 i = 0; i < n; i++) total[r * n + i] = residual[r * residual_row + i] + from[i];
             from = total + r * n;
         }
-        normalise(out + r * n, from, weight, n, eps, centred);
+        normalise(out + r * n, from, weight + r * weight_row, n, eps, centred);
     }
-}
-
-static inline float activated(float x, int act) {
-    if (act == GELU) return 0.5f * x * (1 + erff(x * 0.70710678f));
-    return 0.5f * x * (1 + tanhf(0.79788456f * (x + 0.044715f * x * x * x)));
 }
 
 void gated(float *out, const float *both, i64 row, i64 tokens, i64 n, int act, int threads) {
@@ -71,8 +63,7 @@ void gated(float *out, const float *both, i64 row, i64 tokens, i64 n, int act, i
             const vector x = *(const vector *)(gate + i);
             *(vector *)(out + t * n + i) = x / (1 + exponential(-x)) * *(const vector *)(up + i);
         }
-        for (; i < n; i++)
-            out[t * n + i] = (act == SILU ? gate[i] / (1 + expf(-gate[i])) : activated(gate[i], act)) * up[i];
+        for (; i < n; i++) out[t * n + i] = activated(gate[i], act) * up[i];
     }
 }
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from adapter_server.engine import native
-from adapter_server.engine.operands import Form, More, Norm, Rows
+from adapter_server.engine.operands import Form, More, Norm, Rows, weight_row
 
 __all__ = ["Form", "More", "Norm", "Rows", "add_rms_norm", "gated", "paged_decode", "rms_norm", "rope_write"]
 
@@ -27,7 +27,7 @@ SERIAL = 1 << 18  # numbers; below, waking a second thread costs more than it sa
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, centred: bool = False) -> Tensor:
-    """x [..., n] normalised row by row, as a new tensor."""
+    """x [..., n] normalised row by row, as a new tensor; weight [n], or [rows, n] of each its own."""
     rows = _rows(x)
     out = torch.empty(x.shape)
     _normalise(out, None, rows, None, weight, eps, centred)
@@ -49,7 +49,8 @@ def _normalise(
     count, n = rows.shape
     _kernel().rms_norm(
         out.data_ptr(), _address(total), rows.data_ptr(), rows.stride(0), _address(others),
-        0 if others is None else others.stride(0), weight.data_ptr(), count, n, eps, centred, _threads(rows.numel()),
+        0 if others is None else others.stride(0), weight.data_ptr(), weight_row(weight), count, n, eps, centred,
+        _threads(rows.numel()),
     )  # fmt: skip
 
 

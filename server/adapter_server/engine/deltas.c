@@ -6,6 +6,8 @@
  *   KRONECKER   left [o1, i1], right [o2, i2], o1, i1, o2, i2         y[a, b] = Σ left[a, i] right[b, j] x[i, j]
  *   CIRCULANT   spectrum [b/2 + 1, 2 in/b, 2 out/b], a plan of b      per frequency a complex product
  *   ROWS        index [n], values [n, in], n                          y[index[i]] = values[i] · x
+ *   NETWORK     down [d, in], its bias, up [d, in], its bias, d, act, r [T, in], what it reads, how often r is added
+ *               y += up act(down z + …) + … + again · r, z = y, y + r or r, r the residual stream
  *
  * `deltas.py` has each as a class, and its formula in torch. LANES tokens lie side by side wherever a number of ΔW
  * would else be read once for each. A plan of n: n, how many factors, cos and sin of 2π k / n [n, 2], the factors.
@@ -13,6 +15,8 @@
 #include <string.h>
 
 #include "added.h"
+
+enum { ROWS_AT_ONCE = 4 }; /* sums of which none waits for another */
 
 static inline float weight(const rows *of, i64 t) { return of->weights ? of->weights[t] : 1; }
 
@@ -125,43 +129,50 @@ static void spectral(const i64 *args, i64 out, const rows *of, vector *room) {
     for (i64 i = 0; i < out; i++) add(of, i, y[2 * i] * (1.0f / of->in / out));
 }
 
+/* to[r] = Σ_k M[r, k] x[k · apart], of `rows` rows at once: a constant where this is called. */
+static inline __attribute__((always_inline)) void some_products(const float *M, i64 n, const vector *x, i64 apart,
+                                                                vector *to, const int rows) {
+    vector sum[ROWS_AT_ONCE] = {0};
+    for (i64 k = 0; k < n; k++)
+        for (int r = 0; r < rows; r++) sum[r] += M[r * n + k] * x[k * apart];
+    for (int r = 0; r < rows; r++) to[r] = sum[r];
+}
+
+/* to [rows] = M [rows, n] x, whose numbers stand `apart`. */
+static void products(const float *M, i64 rows, i64 n, const vector *x, i64 apart, vector *to) {
+    i64 r = 0;
+    for (; r + ROWS_AT_ONCE <= rows; r += ROWS_AT_ONCE) some_products(M + r * n, n, x, apart, to + r, ROWS_AT_ONCE);
+    for (; r < rows; r++) some_products(M + r * n, n, x, apart, to + r, 1);
+}
+
 static void kronecker(const i64 *args, const rows *of, vector *room) {
     const float *left = at(args[0]), *right = at(args[1]);
     const i64 o1 = args[2], i1 = args[3], o2 = args[4], i2 = args[5];
-    vector *half = room + of->in; /* [i1, o2] */
+    vector *half = room + of->in, *column = half + i1 * o2; /* half [i1, o2] */
     spread(of, room, 1);
-    for (i64 i = 0; i < i1; i++)
-        for (i64 b = 0; b < o2; b++) {
-            vector sum = {0};
-            for (i64 j = 0; j < i2; j++) sum += right[b * i2 + j] * room[i * i2 + j];
-            half[i * o2 + b] = sum;
-        }
-    for (i64 a = 0; a < o1; a++)
-        for (i64 b = 0; b < o2; b++) {
-            vector sum = {0};
-            for (i64 i = 0; i < i1; i++) sum += left[a * i1 + i] * half[i * o2 + b];
-            add(of, a * o2 + b, sum);
-        }
+    for (i64 i = 0; i < i1; i++) products(right, o2, i2, room + i * i2, 1, half + i * o2);
+    for (i64 b = 0; b < o2; b++) {
+        products(left, o1, i1, half + b, o2, column);
+        for (i64 a = 0; a < o1; a++) add(of, a * o2 + b, column[a]);
+    }
 }
 
-/* Y [m, b], complex, of which the first `half` frequencies are made: Σ over the blocks of X [n, half]. */
+/* Y [m, b], complex, of real numbers' transforms: Σ over the blocks of X [n, b/2 + 1]. */
 static void by_frequency(const float *spectrum, const vector *X, i64 n, vector *Y, i64 m, i64 b) {
     const i64 half = b / 2 + 1;
-    memset(Y, 0, 2 * m * b * sizeof(vector));
     for (i64 f = 0; f < half; f++)
-        for (i64 i = 0; i < n; i++) {
-            const float *c = spectrum + (f * 2 * n + i) * 2 * m, *d = c + m;
-            const vector re = X[2 * (i * half + f)], im = X[2 * (i * half + f) + 1];
-            for (i64 o = 0; o < m; o++) {
-                Y[2 * (o * b + f)] += c[o] * re - d[o] * im;
-                Y[2 * (o * b + f) + 1] += c[o] * im + d[o] * re;
+        for (i64 o = 0; o < m; o++) {
+            const float *c = spectrum + f * 4 * n * m + o, *d = c + m;
+            vector sum[4] = {0}; /* one product each: none waits for another */
+            for (i64 i = 0; i < n; i++, c += 2 * m, d += 2 * m) {
+                const vector re = X[2 * (i * half + f)], im = X[2 * (i * half + f) + 1];
+                sum[0] += *c * re, sum[1] += *d * im, sum[2] += *c * im, sum[3] += *d * re;
             }
+            Y[2 * (o * b + f)] = sum[0] - sum[1], Y[2 * (o * b + f) + 1] = sum[2] + sum[3];
         }
     for (i64 o = 0; o < m; o++)
-        for (i64 f = half; f < b; f++) { /* of real numbers */
-            Y[2 * (o * b + f)] = Y[2 * (o * b + b - f)];
-            Y[2 * (o * b + f) + 1] = -Y[2 * (o * b + b - f) + 1];
-        }
+        for (i64 f = half; f < b; f++)
+            Y[2 * (o * b + f)] = Y[2 * (o * b + b - f)], Y[2 * (o * b + f) + 1] = -Y[2 * (o * b + b - f) + 1];
 }
 
 static void circulant(const i64 *args, i64 out, const rows *of, vector *room) {
@@ -212,4 +223,20 @@ void delta_add(const i64 *part, rows of, float *room) {
         if (part[KIND] == KRONECKER) kronecker(args, &some, lanes);
         if (part[KIND] == CIRCULANT) circulant(args, out, &some, lanes);
     }
+}
+
+void network_add(const i64 *part, i64 start, rows of, float *room) {
+    const i64 *args = part + ARGS, n = of.width, d = args[4], reads = args[7], again = args[8];
+    const float *bias = at(args[1]), *up_bias = at(args[3]), *r = at(args[6]);
+    float *z = room, *s = z + of.count * n;
+    if (r) r += start * n;
+    for (i64 i = 0; i < of.count * n; i++)
+        z[i] = (reads < 2 ? of.y[i / n * of.width + i % n] : 0) + (reads ? r[i] : 0);
+    shrink(at(args[0]), n, d, (rows){.x = z, .count = of.count, .in = n}, s, d);
+    for (i64 t = 0; t < of.count; t++) {
+        for (i64 k = 0; k < d; k++) s[t * d + k] = weight(&of, t) * activated(s[t * d + k] + bias[k], args[5]);
+        for (i64 k = 0; k < n; k++)
+            of.y[t * of.width + k] += weight(&of, t) * (up_bias[k] + (again ? again * r[t * n + k] : 0));
+    }
+    for (i64 from = 0; from < n; from += CHUNK) expand(s, d, at(args[2]), n, d, n, 0, of, from);
 }

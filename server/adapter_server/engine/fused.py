@@ -6,8 +6,9 @@
     layer       x + attention(norm x), + MLP(norm …): sums are formed where the next norm reads them
 
 A module is taken for one of these by what it consists of, never by name, and only if on random input it computes what
-the module itself does; one that does not stays as it is. In a step in which some adapter acts elsewhere than at Linears
-(`Routing.inside`) every module runs as the base has it.
+the module itself does; one that does not stays as it is. Norms between blocks take adapters' own weights, and note the
+residual stream for who reads it. In a step in which some adapter acts where none of these looks (`Routing.unfused`)
+every module runs as the base has it.
 """
 
 from __future__ import annotations
@@ -21,13 +22,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from adapter_server.engine.attention import Probe, Scores, attend
 from adapter_server.engine.kv import Chunk, KvStep, LayerShape, PagePool
-from adapter_server.engine.routing import Routing, Step, current, running
+from adapter_server.engine.routing import Routing, Step, Use, current, running
+from adapter_server.families.base import AnyPatch, ParamPatch
 
 if TYPE_CHECKING:
     from adapter_server.engine.operands import More
+    from adapter_server.engine.placed import Placed
     from adapter_server.engine.site import LinearGroup
 
 log = logging.getLogger(__name__)
@@ -41,33 +45,74 @@ TOKENS, PAGE = 5, 16  # of the proof's input
 class FusedNorm:
     """An RMS norm in one launch; where a fused layer has left a sum to form, that too."""
 
-    def __init__(self, kernels: ModuleType, module: nn.Module, eps: float, centred: bool) -> None:
-        self.kernels, self.module, self.base = kernels, module, module.forward
+    def __init__(self, kernels: ModuleType, path: str, module: nn.Module, eps: float, centred: bool) -> None:
+        self.kernels, self.path, self.base = kernels, path, module.forward
         self.weight: Tensor = module.get_parameter("weight")
         self.eps, self.centred = eps, centred
+        self.between = (
+            False  # whether it stands between blocks: an input is a token of the step, and adapters' are here
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype != self.weight.dtype:
             y: Tensor = self.base(x)
             return y
         step = current()
-        return self.enter(step, x)[0] if step is not None and _carried(step, x) else self.norm(x)
+        return self.norm(x) if step is None else self.enter(step, x)[0]
 
-    def norm(self, x: Tensor) -> Tensor:
-        y: Tensor = self.kernels.rms_norm(x, self.weight, self.eps, self.centred)
+    def norm(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
+        """`weight`: [n], or [T, n] of each token its own; None: the module's."""
+        y: Tensor = self.kernels.rms_norm(x, self.weight if weight is None else weight, self.eps, self.centred)
         return y
 
     def enter(self, step: Step, x: Tensor) -> tuple[Tensor, Tensor]:
         """(norm of the stream, the stream), x being the stream or what a fused layer gave for it."""
         if not _carried(step, x) or step.carry is None:
-            return self.norm(x), x
+            return self.norm(x, self._weight(step.routing)), self._noted(step, x)
         (total, x, more), step.carry = step.carry, None
-        return self.add(x, total, more)
+        return self.add(step, x, total, more)
 
-    def add(self, x: Tensor, total: Tensor, more: More | None = None) -> tuple[Tensor, Tensor]:
+    def add(self, step: Step, x: Tensor, total: Tensor, more: More | None = None) -> tuple[Tensor, Tensor]:
         """(norm of the sum, the sum)."""
-        y, both = self.kernels.add_rms_norm(x, total, self.weight, self.eps, self.centred, more)
-        return y, both
+        weight = self._weight(step.routing)
+        y, both = self.kernels.add_rms_norm(x, total, weight, self.eps, self.centred, more)
+        return y, self._noted(step, both)
+
+    def _noted(self, step: Step, stream: Tensor) -> Tensor:
+        """For bottleneck adapters that read it."""
+        if self.between and not step.routing.plain:
+            step.streams[self.path] = stream
+        return stream
+
+    def _weight(self, routing: Routing) -> Tensor:
+        """[n], or [T, n] where adapters of the step have weights of their own here."""
+        if not self.between or routing.plain or routing.unfused:
+            return self.weight
+        if self not in routing.shared:
+            routing.shared[self] = self._mixed(routing)
+        found: Tensor = routing.shared[self]
+        return found
+
+    def _mixed(self, routing: Routing) -> Tensor:
+        """W + Σ wᵢ (Wᵢ − W) by token: an RMS norm is linear in its weight."""
+        each = [self._of(uses) for uses in routing.uses]
+        if all(weight is self.weight for weight in each):
+            return self.weight
+        return each[routing.sole_use] if routing.sole_use is not None else routing.by_token(torch.stack(each))
+
+    def _of(self, uses: Sequence[Use]) -> Tensor:
+        own = [(patch.params["weight"], w) for p, w in uses if isinstance(patch := self.patch_of(p), ParamPatch)]
+        if len(own) <= 1 and all(w == 1 for _, w in own):
+            return own[0][0] if own else self.weight
+        base = self.weight.float()
+        return (base + sum(w * (weight.float() - base) for weight, w in own)).to(self.weight.dtype)
+
+    def patch_of(self, placed: Placed) -> AnyPatch | None:
+        return placed.others.get(self.path)
+
+    def takes(self, patch: AnyPatch) -> bool:
+        """Whether what it changes is the weight alone."""
+        return self.between and isinstance(patch, ParamPatch) and patch.params.keys() == {"weight"}
 
 
 def _carried(step: Step, x: Tensor) -> bool:
@@ -85,7 +130,7 @@ class FusedMlp:
     act: str
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) if _inside() else self.down.run(self._within(x)).view(*x.shape[:-1], -1)
+        return self.base(x) if _unfused() else self.down.run(self._within(x)).view(*x.shape[:-1], -1)
 
     def apart(self, x: Tensor) -> tuple[Tensor, More | None]:
         """As `forward`, where what adapters add to it may be left to its reader."""
@@ -117,7 +162,7 @@ class FusedAttention:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         step, places = current(), kwargs.get("position_embeddings")
-        if step is None or step.kv is None or places is None or len(args) > 1 or step.routing.inside:
+        if step is None or step.kv is None or places is None or len(args) > 1 or step.routing.unfused:
             return self.base(*args, **kwargs)
         x: Tensor = args[0] if args else kwargs["hidden_states"]
         return self.out.run(self._attended(step, step.kv, x, *places)).view(*x.shape[:-1], -1), None
@@ -152,11 +197,11 @@ class FusedLayer:
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         step = current()
-        if step is None or args or step.routing.inside or hidden_states.dtype != self.first.weight.dtype:
+        if step is None or args or step.routing.unfused or hidden_states.dtype != self.first.weight.dtype:
             return self.base(hidden_states, *args, **kwargs)
         x, total = self.first.enter(step, hidden_states)
         y, more = self._attended(step, x, kwargs)
-        x, total = self.second.add(y, total, more)
+        x, total = self.second.add(step, y, total, more)
         step.carry = (total, *(self.gating.apart(x) if self.gating is not None else (self.rest(x), None)))
         return total
 
@@ -167,19 +212,25 @@ class FusedLayer:
         return self.attending.apart(step, step.kv, x, places)
 
 
-def _inside() -> bool:
+def _unfused() -> bool:
     step = current()
-    return step is not None and step.routing.inside
+    return step is not None and step.routing.unfused
 
 
 class Fuser:
     """Finds and tries; what is accepted has taken its module's `forward`."""
 
     def __init__(
-        self, kernels: ModuleType, module: nn.Module, groups: Mapping[str, LinearGroup], seen: Probe, dtype: torch.dtype
+        self,
+        kernels: ModuleType,
+        module: PreTrainedModel,
+        groups: Mapping[str, LinearGroup],
+        seen: Probe,
+        dtype: torch.dtype,
     ) -> None:
         self.kernels, self.module, self.groups, self.seen, self.dtype = kernels, module, groups, seen, dtype
         self.modules = dict(module.named_modules())
+        self.hidden: int = module.get_input_embeddings().weight.shape[1]
         self.device = next(module.parameters()).device
         self.norms: dict[nn.Module, FusedNorm] = {}
         self.fused: dict[nn.Module, Any] = {}
@@ -188,11 +239,12 @@ class Fuser:
     @torch.inference_mode()
     def run(self) -> dict[str, int]:
         """How many modules of each structure run fused from now on."""
-        for module in self.modules.values():
-            self._norm(module)
+        for path, module in self.modules.items():
+            self._norm(path, module)
         for path, module in self.modules.items():
             self._mlp(path, module)
         callers = {id(caller): layer for layer, caller in self.seen.callers.items()}
+        self._between(callers)
         for path, module in self.modules.items():
             if id(module) in callers:
                 self._attention(path, module, callers[id(module)])
@@ -218,7 +270,7 @@ class Fuser:
         far = (got - want).abs().max() / want.abs().max().clamp(min=1e-6)
         return got.shape == want.shape and bool(far <= slack * TOLERANCE[self.dtype])
 
-    def _norm(self, module: nn.Module) -> None:
+    def _norm(self, path: str, module: nn.Module) -> None:
         weight = dict(module.named_parameters()).get("weight")
         alone = weight is not None and weight.dim() == 1 and len(list(module.parameters())) == 1
         if weight is None or not alone or weight.dtype != self.dtype or list(module.children()):
@@ -226,11 +278,17 @@ class Fuser:
         x = self._draw(3, len(weight)) * 2 + 0.5
         small = {value for value in vars(module).values() if isinstance(value, float) and 0 < value < 1e-2}
         for eps, centred in itertools.product(small, (False, True)):
-            fused = FusedNorm(self.kernels, module, eps, centred)
+            fused = FusedNorm(self.kernels, path, module, eps, centred)
             if self._agree(lambda: module(x), lambda fused=fused: fused.norm(x)):  # type: ignore[misc]
                 self.norms[module] = fused
                 self._take("norm", module, fused)
                 return
+
+    def _between(self, callers: Mapping[int, int]) -> None:
+        """All norms that are as wide as the stream, and no attention's own."""
+        of_heads = {child for module in self.modules.values() if id(module) in callers for child in module.modules()}
+        for module, norm in self.norms.items():
+            norm.between = module not in of_heads and len(norm.weight) == self.hidden
 
     def _parts(self, path: str) -> list[LinearGroup]:
         """The groups whose Linears all stand below a module, in the order of their calls."""
@@ -330,7 +388,11 @@ def _is_attention(mixed: LinearGroup, out: LinearGroup, shape: LayerShape) -> bo
 
 
 def fuse(
-    kernels: ModuleType, module: nn.Module, groups: Mapping[str, LinearGroup], seen: Probe, dtype: torch.dtype
-) -> Sequence[str]:
-    """Gives modules of the base their fused forward; the names of the structures that were found."""
-    return [kind for kind, count in Fuser(kernels, module, groups, seen, dtype).run().items() if count]
+    kernels: ModuleType, module: PreTrainedModel, groups: Mapping[str, LinearGroup], seen: Probe, dtype: torch.dtype
+) -> tuple[Sequence[str], Mapping[str, FusedNorm]]:
+    """Gives modules of the base their fused forward; the names of the structures that were found, and by their paths
+    the norms between blocks.
+    """
+    fuser = Fuser(kernels, module, groups, seen, dtype)
+    names = [kind for kind, count in fuser.run().items() if count]
+    return names, {norm.path: norm for norm in fuser.norms.values() if norm.between}

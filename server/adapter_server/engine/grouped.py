@@ -217,6 +217,7 @@ class Grouped:
 class GroupedSmall:
     """A routing's segments at one group. Kernels add in float32; several adapters on a token round several times."""
 
+    scaled: frozenset[Placed] = frozenset()
     done: frozenset[Any] = frozenset()
 
     def __init__(self, form: Grouped, group: LinearGroup, tiles: Tiles, vectors: frozenset[Placed]) -> None:

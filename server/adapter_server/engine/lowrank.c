@@ -106,10 +106,22 @@ static rows rows_of(const i64 *unit, float *y, i64 width, const float *x, i64 in
                   .count = unit[COUNT], .in = in, .width = width};
 }
 
-/* What multiplies and shifts the outputs, then what mixes them as they were: of whole rows, kept in `room`. */
+/* y[i] += factor[i] y'[index[i]], y' [count, width] what was there before. */
+static void mirror(const i64 *part, const rows *of, const float *before) {
+    const i64 *index = (const i64 *)(intptr_t)part[ARGS];
+    const float *factor = at(part[ARGS + 1]);
+    for (i64 t = 0; t < of->count; t++) {
+        const float w = of->weights ? of->weights[t] : 1, *from = before + t * of->width + part[COLUMN];
+        for (i64 k = 0; k < part[WIDTH]; k++)
+            of->y[t * of->width + part[COLUMN] + k] += w * factor[k] * from[index[k]];
+    }
+}
+
+/* What multiplies and shifts the outputs, and what reads them as they were. */
 static void vectors(const i64 *unit, const i64 *parts, rows of, float *room) {
     const float *mul = at(unit[MUL]), *add = at(unit[ADD]);
-    if (unit[MIRRORS])
+    if (unit[BEFORE] && parts[KIND] == NETWORK) return network_add(parts, unit[START], of, room);
+    if (unit[BEFORE])
         for (i64 t = 0; t < of.count; t++) memcpy(room + t * of.width, of.y + t * of.width, of.width * sizeof(float));
     for (i64 t = 0; t < of.count && (mul || add); t++) {
         float *y = of.y + t * of.width;
@@ -119,14 +131,7 @@ static void vectors(const i64 *unit, const i64 *parts, rows of, float *room) {
         else
             for (i64 k = 0; k < of.width; k++) y[k] += w * add[k];
     }
-    for (i64 i = 0; i < unit[MIRRORS]; i++) {
-        const i64 *part = parts + i * PART, *index = (const i64 *)(intptr_t)part[ARGS];
-        const float *factor = at(part[ARGS + 1]), *before = room + part[COLUMN];
-        for (i64 t = 0; t < of.count; t++)
-            for (i64 k = 0; k < part[WIDTH]; k++)
-                of.y[t * of.width + part[COLUMN] + k] +=
-                    (of.weights ? of.weights[t] : 1) * factor[k] * before[t * of.width + index[k]];
-    }
+    for (i64 i = 0; i < unit[BEFORE]; i++) mirror(parts + i * PART, &of, room);
 }
 
 static void part_add(const i64 *part, rows of, float *room) {
@@ -144,14 +149,14 @@ static void alone(const added *all, const i64 *unit, rows of, float *s) {
     for (i64 m = 0; m < all->members; to.y += all->outs[m], s += member[1], member += 2, m++)
         for (i64 from = 0; member[0] && from < all->outs[m]; from += CHUNK)
             expand(s, unit[RANKS], at(member[0]), all->outs[m], member[1], all->outs[m], 0, to, from);
-    for (i64 i = unit[MIRRORS]; i < unit[PARTS]; i++) part_add(parts + i * PART, of, room);
+    for (i64 i = unit[BEFORE]; i < unit[PARTS]; i++) part_add(parts + i * PART, of, room);
 }
 
 /* Of one unit, by all threads of the region that this is called in. */
 static void shared(const added *all, const i64 *unit, rows of, float *s) {
     float *room = all->room + omp_get_thread_num() * all->each;
     const i64 *parts = all->parts + unit[FIRST] * PART;
-    if (unit[MUL] || unit[ADD] || unit[MIRRORS])
+    if (unit[MUL] || unit[ADD] || unit[BEFORE])
 #pragma omp single
         vectors(unit, parts, of, room);
     if (unit[RANKS]) {
@@ -169,11 +174,11 @@ static void shared(const added *all, const i64 *unit, rows of, float *s) {
             row += member[1];
         }
     }
-    if (unit[PARTS] > unit[MIRRORS]) {
+    if (unit[RANKS] && unit[PARTS] > unit[BEFORE]) {
 #pragma omp barrier
-#pragma omp for schedule(dynamic, 1) nowait
-        for (i64 i = unit[MIRRORS]; i < unit[PARTS]; i++) part_add(parts + i * PART, of, room);
     }
+#pragma omp for schedule(dynamic, 1) nowait
+    for (i64 i = unit[BEFORE]; i < unit[PARTS]; i++) part_add(parts + i * PART, of, room);
 }
 
 void add_within(const added *all, float *y, i64 width, const float *x, i64 in) {

@@ -148,7 +148,8 @@ class Adder(Protocol):
     """The small segments of a routing at one group, ready to run.
 
     `narrow`: x and y may stay in the base's dtype; what is added is rounded once all the same.
-    `vectors`: the adapters whose mul and add it adds too. `done`: the deltas, mirrors and turns that it runs.
+    `vectors`: the adapters whose mul and add it adds too. `scaled`: those whose in_scale it applies. `done`: the
+    deltas, mirrors, turns and blocks that it runs.
     """
 
     @property
@@ -158,10 +159,13 @@ class Adder(Protocol):
     def vectors(self) -> frozenset[Placed]: ...
 
     @property
+    def scaled(self) -> frozenset[Placed]: ...
+
+    @property
     def done(self) -> frozenset[Any]: ...
 
     def base(self, base: Product | Separate, x: Tensor) -> Tensor:
-        """The base's product, of turned inputs where it runs turns."""
+        """The base's product, of scaled and turned inputs where it does that."""
 
     def add(self, y: Tensor, x: Tensor) -> None:
         """y [T, outs] += w · B (A x)."""
@@ -301,6 +305,7 @@ class Small:
 
     narrow = False
     vectors: frozenset[Placed] = frozenset()
+    scaled: frozenset[Placed] = frozenset()
     done: frozenset[Any] = frozenset()
 
     def beside(self, routing: Routing) -> None:

@@ -20,7 +20,7 @@ from transformers.utils import is_bitsandbytes_available
 
 from adapter_server.engine import few, forms
 from adapter_server.engine.attention import NAME, Probe, set_probe
-from adapter_server.engine.fused import fuse
+from adapter_server.engine.fused import FusedNorm, fuse
 from adapter_server.engine.int8 import hold_in_int8
 from adapter_server.engine.kv import LayerShape, bytes_per_token
 from adapter_server.engine.modules import AttentionSite, ModuleSite, Tap
@@ -114,12 +114,12 @@ class Model:
         self.rope_border = _rope_border(module.config.get_text_config())
         self.loading = _stream(self.device)
         self._choose_few(kernels and fuse)
-        self.fused = self._fused(kernels and fuse)
+        self.fused, self.norms = self._fused(kernels and fuse)
 
-    def _fused(self, wanted: bool) -> Sequence[str]:
+    def _fused(self, wanted: bool) -> tuple[Sequence[str], Mapping[str, FusedNorm]]:
         """What runs in fewer launches."""
         found = forms.between(self.device, self.dtype, wanted)
-        return () if found is None else fuse(found, self.module, self._group_of, self.seen, self.dtype)
+        return ((), {}) if found is None else fuse(found, self.module, self._group_of, self.seen, self.dtype)
 
     def _choose_few(self, wanted: bool) -> None:
         """Products with few rows get the form that is faster here."""
@@ -221,7 +221,14 @@ class Model:
         if before.prefix is not None:
             prefixes[None] = Prefix(before.prefix, adapter.shifts)
         gated = {self._layer_of(path): prompt for path, prompt in before.gated.items()}
-        return Placed(before, groups, others, prefixes, gated)
+        return Placed(before, groups, others, prefixes, gated, unfused=self._unfused(adapter))
+
+    def _unfused(self, adapter: Adapter) -> bool:
+        """Whether it acts elsewhere than at Linears, the embedding and norms between blocks, and behind these."""
+        others = {path: patch for path, patch in adapter.patches.items() if not isinstance(patch, Patch)}
+        taken = {path for path, patch in others.items() if (n := self.norms.get(path)) is not None and n.takes(patch)}
+        reads = {block.reads for block in adapter.blocks.values()}
+        return bool(adapter.gated or others.keys() - taken - {self.base.shapes.embed} or reads - self.norms.keys())
 
     def _laid(self, group: LinearGroup, patches: Mapping[str, Patch]) -> GroupPatch:
         """A group's part of an adapter. A snapshot's is waited for before the next one is begun: a step that comes
@@ -251,7 +258,7 @@ class Model:
         """Turn the modules that are no Linear, and that this adapter touches, into sites. On the engine's thread."""
         for path in placed.others:
             if path not in self._sites:
-                self._sites[path] = ModuleSite(path, self._modules[path], self._axes[path])
+                self._sites[path] = ModuleSite(path, self._modules[path], self._axes[path], path in self.norms)
         for path, prompt in placed.adapter.gated.items():
             if prompt.behind and path not in self._behind:
                 self._behind[path] = AttentionSite(self._layer_of(path), self._modules[path])

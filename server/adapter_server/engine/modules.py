@@ -17,17 +17,18 @@ from adapter_server.families.base import AnyPatch, ParamPatch
 class ModuleSite:
     """A module that is no Linear (embedding, norm, experts): its own forward for everybody, patched segments over it.
 
-    `axis` is the tokens' in its input and output: norms of single heads see [1, heads, T, dim] in some models.
+    `axis` is the tokens' in its input and output: norms of single heads see [1, heads, T, dim] in some models. One
+    that is `fused` applies the patches itself, but for steps in which nothing is.
     """
 
-    def __init__(self, path: str, module: nn.Module, axis: int) -> None:
-        self.path, self.module, self.axis = path, module, axis
+    def __init__(self, path: str, module: nn.Module, axis: int, fused: bool) -> None:
+        self.path, self.module, self.axis, self.fused = path, module, axis, fused
         self.base = module.forward
         module.forward = self.forward
 
     def forward(self, x: Tensor, *args: Tensor, **kwargs: Tensor) -> Tensor | tuple[Tensor, ...]:
         step, more = current(), (*args, *kwargs.values())
-        if step is None or step.routing.plain:
+        if step is None or step.routing.plain or (self.fused and not step.routing.unfused):
             plain: Tensor | tuple[Tensor, ...] = self.base(x, *args, **kwargs)
             return plain
         routing = step.routing

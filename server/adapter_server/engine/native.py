@@ -39,7 +39,7 @@ SIGNATURES = {
     "panels_fill": "ppnni",
     "panels_size": "nn",
     "adapters_add": "pnpnp",
-    "rms_norm": "pppnpnpnnfii",
+    "rms_norm": "pppnpnpnnnfii",
     "gated": "ppnnnii",
     "rope_write": "ppnpnpnpppnnnnpfipfipi",
     "paged_decode": "pnnpnnpppnppnnnnnnnffnppi",

@@ -46,3 +46,8 @@ class Form:
     cap: float | None = None
     window: int | None = None
     sinks: Tensor | None = None
+
+
+def weight_row(weight: Tensor) -> int:
+    """How far apart the weights of two rows stand: a norm's weight is one [n] for all, or [rows, n]."""
+    return weight.stride(0) if weight.dim() > 1 else 0

@@ -154,6 +154,7 @@ class Placed:
     gated: Mapping[int, GatedPrompt] = field(default_factory=dict)  # by layer
     tasks: dict[int, Placed] = field(default_factory=dict)  # what skills are for a task, the last used at the end
     tree: Tree | None = None  # what PEFT runs, in its own lane
+    unfused: bool = False  # whether some of it acts where fused modules do not look
 
     @property
     def rank(self) -> int:

@@ -114,21 +114,21 @@ static void product_within(float *y, const float *x, i64 tokens, const float *pa
                   tokens, k == 0);
 }
 
-/* The inputs that members have of their own: x, turned block by block at the tokens of who turns it. */
+/* The inputs that members have of their own: x, scaled or turned block by block at the tokens of who does that. */
 static void turn(const added *by, const float *x, i64 tokens, i64 in) {
 #pragma omp for schedule(static) nowait
     for (i64 i = 0; i < by->own * tokens; i++) {
         const i64 *how = by->turns + 3 * i, size = how[2];
-        const float *from = x + i % tokens * in;
+        const float *from = x + i % tokens * in, *R = at(how[0]);
         float *to = by->inputs + i * in;
-        if (!how[0]) {
-            memcpy(to, from, in * sizeof(float));
-            continue;
-        }
+        memcpy(to, from, in * sizeof(float));
+        if (R && !size)
+            for (i64 k = 0; k < in; k++) to[k] += R[k] * from[k];
+        if (!R || !size) continue;
         memset(to, 0, in * sizeof(float));
         for (i64 k = 0; k < in; k++) { /* number k % size of its block */
-            const float *R = at(how[0]) + (how[1] > 1 ? k : k % size) * size;
-            for (i64 j = 0; j < size; j++) to[k / size * size + j] += from[k] * R[j];
+            const float *row = R + (how[1] > 1 ? k : k % size) * size;
+            for (i64 j = 0; j < size; j++) to[k / size * size + j] += from[k] * row[j];
         }
     }
 }

@@ -193,14 +193,15 @@ def _draws(device: torch.device) -> Callable[..., Tensor]:
 def norm_error(
     found: ModuleType, device: torch.device, dtype: torch.dtype, n: int = 1040, rows: int = 3, centred: bool = False
 ) -> float:
-    """Of `rms_norm` over strided rows, and of `add_rms_norm`."""
+    """Of `rms_norm` over strided rows, of weights by row, and of `add_rms_norm`."""
     draw = _draws(device)
     x, residual = (draw(rows, n + 8).to(dtype)[:, :n] for _ in range(2))
-    weight = draw(n).to(dtype)
+    weight, each = draw(n).to(dtype), draw(rows, n).to(dtype)
     total = residual + x
     got, summed = found.add_rms_norm(x, residual, weight, 1e-5, centred)
     pairs = [
         (found.rms_norm(x, weight, 1e-5, centred), _norm(x, weight, 1e-5, centred)),
+        (found.rms_norm(x, each, 1e-5, centred), _norm(x, each, 1e-5, centred)),
         (got, _norm(total, weight, 1e-5, centred)),
         (summed, total),
     ]

@@ -65,10 +65,17 @@ class Routing:
 
     @property
     def inside(self) -> bool:
-        """Whether some adapter acts elsewhere than at Linears: then every module runs as the base has it."""
+        """Whether some adapter acts elsewhere than at Linears."""
         if "inside" not in self.shared:
             self.shared["inside"] = any(segment.placed.acts_inside for segment in self.segments)
         return bool(self.shared["inside"])
+
+    @property
+    def unfused(self) -> bool:
+        """Whether some adapter acts where fused modules do not look: then every module runs as the base has it."""
+        if "unfused" not in self.shared:
+            self.shared["unfused"] = any(segment.placed.unfused for segment in self.segments)
+        return bool(self.shared["unfused"])
 
     def use_of(self, device: torch.device) -> Tensor:
         """[T] index into `uses`. Made when it is first wanted, which is seldom: to copy it waits for the device."""

@@ -216,9 +216,10 @@ class LinearGroup:
             return Plan(whole=replaced[0][1])
         small, large = self.lowrank.plan(self, routing, [s for s, _ in here])
         done = frozenset[Placed]().union(*(adder.vectors for adder in small))
+        scaled = frozenset[Placed]().union(*(adder.scaled for adder in small))
         run = frozenset[Any]().union(*(adder.done for adder in small))
         plan = Plan(
-            in_scale=None if (shift := self._vectors(routing, "shift")) is None else shift + 1,
+            in_scale=None if (shift := self._vectors(routing, "shift", scaled)) is None else shift + 1,
             mul=self._vectors(routing, "mul", done),
             add=self._vectors(routing, "add", done),
             small=small,
@@ -227,7 +228,7 @@ class LinearGroup:
             mirrors=[(s, *mirror) for s, patch in here for mirror in patch.mirrors if mirror[1] not in run],
             turns=[(s, turned) for s, patch in here for turned in patch.turns if turned not in run],
             replaced=replaced,
-            blocks=[(s, patch.block) for s, patch in here if patch.block is not None],
+            blocks=[(s, patch.block) for s, patch in here if patch.block is not None and patch.block not in run],
         )
         if plan.narrow and len(small) == 1:
             plan.beside = small[0].beside(routing)

@@ -1,4 +1,5 @@
 /* What the kernels in C share. */
+#include <math.h>
 #include <stdint.h>
 
 #ifdef __AVX512F__
@@ -25,3 +26,12 @@ static inline float across(vector v) {
 
 /* Have memory on its way that may be wanted soon; an address of nothing does no harm. */
 static inline void fetch(const void *from) { __builtin_prefetch(from, 0, 2); }
+
+enum { SILU, GELU, GELU_TANH, RELU, TANH };
+
+static inline float activated(float x, i64 act) {
+    if (act == SILU) return x / (1 + expf(-x));
+    if (act == GELU) return 0.5f * x * (1 + erff(x * 0.70710678f));
+    if (act == GELU_TANH) return 0.5f * x * (1 + tanhf(0.79788456f * (x + 0.044715f * x * x * x)));
+    return act == TANH ? tanhf(x) : x > 0 ? x : 0;
+}

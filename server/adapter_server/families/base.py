@@ -103,6 +103,30 @@ class BlockPatch(Protocol):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Network(TensorFields):
+    """What a block's patch adds, where that is up · act(down · z + …) + … + again · r; z is what it reads."""
+
+    down: Tensor  # [d, hidden]
+    down_bias: Tensor  # [d]
+    up: Tensor  # [hidden, d]
+    up_bias: Tensor  # [hidden]
+    act: str
+    reads: Literal["y", "y + r", "r"]
+    again: int = 0
+
+
+@runtime_checkable
+class Networked(Protocol):
+    """A block's patch that may be a plain network, which kernels know."""
+
+    def network(self) -> Network | None: ...
+
+
+def network_of(block: BlockPatch) -> Network | None:
+    return block.network() if isinstance(block, Networked) else None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Patch(TensorFields):
     """The normal form at a Linear or Conv1D. A field left None does nothing. s (and gain) are folded into B."""
 

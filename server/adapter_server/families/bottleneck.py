@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from adapter_server.errors import AdapterRefused
+from adapter_server.families.base import Network
 from adapter_server.families.deltas import TensorFields
 from adapter_server.families.options import Config, as_integer, as_number, choice, flag, integer
 from adapter_server.families.parts import Expected, Taker
@@ -82,6 +84,14 @@ class Bottleneck(TensorFields):
     def apply(self, y: Tensor, r: Tensor) -> Tensor:
         out = self._parallel(y, r) if self.parallel else self._sequential(y, r)
         return out if self.adds else out - r
+
+    def network(self) -> Network | None:
+        """The same without norms and gates; None where it has some."""
+        if self.before is not None or self.after is not None or self.gate is not None:
+            return None
+        reads: Literal["y", "y + r", "r"] = "r" if self.parallel else "y + r" if self.joins else "y"
+        again = int(not self.parallel and self.joins and not self.own) - int(not self.adds)
+        return Network(self.down, self.down_bias, self.up, self.up_bias, self.act, reads, again)
 
     def _parallel(self, y: Tensor, r: Tensor) -> Tensor:
         return y + _norm(self._f(r), self.after)

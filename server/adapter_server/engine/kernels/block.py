@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from adapter_server.engine.kernels.launch import OPTIONS, on
-from adapter_server.engine.operands import More, Norm
+from adapter_server.engine.operands import More, Norm, weight_row
 
 WIDEST = 16384  # elements of a normalised row: all of it is in registers at once
 SPAN = 4096  # logits that one program looks at: four 16-byte loads a thread in bfloat16
@@ -34,6 +34,8 @@ def _more(x: Tensor, more: More | None) -> tuple[Tensor, Tensor, int, bool]:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, centred: bool = False) -> Tensor:
     """x [..., n] normalised row by row, as a new tensor; n ≤ WIDEST, the last dimension contiguous.
+
+    weight [n], or [rows, n] of each row its own.
 
     Reference: weight * (x.float() * torch.rsqrt(x.float().pow(2).mean(-1, True) + eps)).to(x.dtype)
     """
@@ -68,14 +70,15 @@ def _normalise(
     block, (value, live, value_row, has) = triton.next_power_of_2(n), _more(rows, more)
     with on(rows):
         _rms_norm[count,](
-            rows, others, weight, out, total, value, live, rows.stride(0), others.stride(0), value_row, eps, n,
-            ADDED=added, MORE=has, CENTRED=centred, BLOCK=block, num_warps=max(1, min(16, block // 512)), **OPTIONS,
+            rows, others, weight, out, total, value, live, rows.stride(0), others.stride(0), value_row,
+            weight_row(weight), eps, n, ADDED=added, MORE=has, CENTRED=centred, BLOCK=block,
+            num_warps=max(1, min(16, block // 512)), **OPTIONS,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["eps"])
 def _rms_norm(
-    x, residual, weight, out, total, more, lives, x_row, residual_row, more_row, eps, n,
+    x, residual, weight, out, total, more, lives, x_row, residual_row, more_row, weight_row, eps, n,
     ADDED: tl.constexpr, MORE: tl.constexpr, CENTRED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """out[row] = norm(x[row] + residual[row]) · weight; one program a row."""
@@ -83,7 +86,7 @@ def _rms_norm(
     i = tl.arange(0, BLOCK)
     live = i < n
     here = tl.load(x + row * x_row + i, mask=live, other=0.0)
-    scale = tl.load(weight + i, mask=live, other=0.0)
+    scale = tl.load(weight + row * weight_row + i, mask=live, other=0.0)
     if MORE:
         here = _with(here, more + row * more_row + i, live & (tl.load(lives + row) != 0))
     if ADDED:
