@@ -38,6 +38,7 @@ DELTAS = {
     "Kronecker": "Kronecker product",
     "Circulant": "circulant blocks",
     "Rows": "rows of tokens",
+    "Scaled": "vectors around shared matrices",
 }
 PLACES = {  # the same of an adapter's
     "prefix": "keys and values",
@@ -119,7 +120,7 @@ def row(kind: str, cost: dict[str, Any]) -> tuple[str, ...]:
         f"`{kind}`",
         *(grafted(kind) if kind in (*fallback.KINDS, unipelt.NAME) else patched(compiled(kind))),
         f"{cost['bytes']:,}" if "bytes" in cost else "–",
-        f"{cost['overhead']:+.0%}".replace("%", " %") if "overhead" in cost else "–",
+        f"{cost['overhead']:+.0f} %" if "overhead" in cost else "–",
     )
 
 

@@ -60,9 +60,9 @@ def test_any_mix_of_adapters_is_one_graph() -> None:
     rig.run(engine, [ask(engine, name, new=1) for name in names])  # so that no row waits for its adapter
     for order in (("lora", "velora", None), ("velora", None, "lora"), (None, "lora", "velora")):
         for (i, name), answer in zip(
-            enumerate(order), rig.run(engine, [ask(engine, n, i, 4) for i, n in enumerate(order)]), strict=True
+            enumerate(order), rig.run(engine, [ask(engine, n, i, 3) for i, n in enumerate(order)]), strict=True
         ):
-            assert answer.ids == right(name, i, 4), (order, name)
+            assert answer.ids == right(name, i, 3), (order, name)
         found.append(set(captured(engine).captured))
     assert any(key.tiles for key in found[0])
     assert found[0] == found[2]

@@ -15,6 +15,7 @@ from adapter_server.engine.added import Native
 from adapter_server.engine.placed import OneDnn, Placed, Product
 from adapter_server.engine.routing import Routing, Step, route, running
 from adapter_server.engine.site import LinearGroup
+from adapter_server.errors import AdapterRefused
 from adapter_server.families.base import Adapter, Patch
 from adapter_server.families.bottleneck import Bottleneck
 from adapter_server.families.deltas import (
@@ -182,3 +183,17 @@ def test_a_network_behind_a_block_is_its_formula(flags: tuple[bool, ...], act: s
     assert torch.allclose(y[:2], plain[:2], atol=1e-5)
     assert torch.allclose(y[2:], block.apply(plain[2:], r[0, 2:]), atol=1e-4)
     assert bool(placed.groups[0].entry.done) == (act in added.ACTS)
+
+
+def test_an_index_outside_the_weight_is_refused() -> None:
+    """Kernels read and write where they are told: a family of somebody else's may not have looked."""
+    group = LinearGroup(0, {"m": torch.nn.Linear(IN, OUT)}, Native(kernel()), pack=True, head=False)
+    few = sparse(OUT, IN, 5)
+    for delta in (
+        Rows(torch.tensor([0, OUT]), torch.randn(2, IN), OUT),
+        Rows(torch.tensor([-1]), torch.randn(1, IN), OUT),
+        Sparse(few.starts, few.columns + IN, few.values, IN),
+        Spectral(Sparse(few.starts, few.columns - IN, few.values, IN)),
+    ):
+        with pytest.raises(AdapterRefused, match="outside the weight"):
+            group.place({"m": Patch(delta=delta)})

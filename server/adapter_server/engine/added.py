@@ -11,7 +11,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +21,7 @@ from adapter_server.engine.lowrank import Adder, PackedRow, by_adapter
 from adapter_server.engine.modules import stream
 from adapter_server.engine.native import MOST_ROWS, SERIAL, Panels, Table
 from adapter_server.engine.routing import Routing, Segment
+from adapter_server.errors import AdapterRefused
 from adapter_server.families.base import BlockPatch, Network, Patch, network_of, with_whole_factors
 from adapter_server.families.deltas import Circulant, Delta, Kronecker, Mirror, Rows, Scaled, Sparse, Spectral
 
@@ -36,14 +37,22 @@ STREAM = 9  # where a network's part names the residual stream
 COUNT, RANKS = 1, 9  # where a unit says them
 ACTS = {"silu": 0, "swish": 0, "gelu": 1, "gelu_pytorch_tanh": 2, "relu": 3, "tanh": 4}
 READS = ("y", "y + r", "r")
+_NOTHING = torch.empty(0)
 LARGEST = 64  # prime factor of a length that is worth transforming here
 
 
 class Native:
-    """`LowRank` by the kernel."""
+    """`LowRank` by the kernel. Groups run one after another, and so share the memory that they work in."""
 
     def __init__(self, kernel: ctypes.CDLL) -> None:
         self.kernel = kernel
+        self._rooms: dict[str, Tensor] = {}
+
+    def room(self, name: str, numbers: int) -> Tensor:
+        """Working memory. Who was given a smaller one keeps that."""
+        if numbers > self._rooms.get(name, _NOTHING).numel():
+            self._rooms[name] = torch.empty(numbers)
+        return self._rooms.get(name, _NOTHING)
 
     def arrange(self, rows: Sequence[PackedRow]) -> list[int]:
         return by_adapter(rows)
@@ -52,12 +61,16 @@ class Native:
         """Kronecker products run as they are."""
         return with_whole_factors(patch)
 
+    def prepared(self, patch: GroupPatch) -> GroupPatch:
+        """With its entry. Raises AdapterRefused."""
+        return replace(patch, entry=Entry(patch))
+
     def plan(
         self, group: LinearGroup, routing: Routing, touching: Sequence[Segment]
     ) -> tuple[list[Adder], list[Segment]]:
-        small = [s for s in touching if isinstance(s.tokens, slice) and s.placed.groups[group.index].entry.acts]
+        small = [s for s in touching if isinstance(s.tokens, slice) and _entry(s, group).acts]
         large = [s for s in touching if not isinstance(s.tokens, slice)]
-        return ([NativeSmall(self.kernel, group, routing, small)] if small else []), large
+        return ([NativeSmall(self, group, routing, small)] if small else []), large
 
     def forget(self, placed: Placed) -> None:
         """Nothing is kept."""
@@ -78,6 +91,7 @@ class Entry:
         self.done: list[Delta | Mirror | BlockPatch] = []
         self.parts: list[tuple[int, ...]] = []
         for columns, mirror in patch.mirrors:
+            _check(mirror.index, columns.stop - columns.start)
             self._add(columns, mirror, MIRROR, (mirror.index, mirror.factor), 0, each=len(mirror.index))
         network = None if patch.block is None else network_of(patch.block)
         if patch.block is not None and network is not None and network.act in ACTS:
@@ -132,11 +146,13 @@ class Entry:
         self.room, self.lanes = max(self.room, room), self.lanes + lanes
 
     def sparse(self, columns: slice, delta: Sparse) -> None:
+        _check(delta.columns, delta.inp)
         args = delta.starts, delta.columns, delta.values
         self._add(columns, delta, SPARSE, args, LANES * delta.inp, LANES * len(delta.values))
 
     def spectral(self, columns: slice, delta: Spectral) -> None:
         S, out = delta.S, columns.stop - columns.start
+        _check(S.columns, S.inp)
         plans = (plan_of(S.inp), plan_of(out))
         if not all(plans):
             return
@@ -158,6 +174,7 @@ class Entry:
 
     def rows(self, columns: slice, delta: Rows) -> None:
         n = len(delta.index)
+        _check(delta.index, delta.out)
         self._add(columns, delta, ROWS, (delta.index, delta.values, n), BLOCK * n, each=delta.values.numel())
 
     def scaled(self, columns: slice, delta: Scaled) -> None:
@@ -180,14 +197,14 @@ PARTS: dict[type, Callable[[Entry, slice, Any], None]] = {
 class NativeSmall:
     """The segments of a routing at one group: one call a step. Long ones go in as units, each for one thread."""
 
-    def __init__(self, kernel: ctypes.CDLL, group: LinearGroup, routing: Routing, segments: Sequence[Segment]) -> None:
-        self.narrow = group.base_dtype == group.dtype
-        self.entries = [s.placed.groups[group.index].entry for s in segments]
+    def __init__(self, form: Native, group: LinearGroup, routing: Routing, segments: Sequence[Segment]) -> None:
+        self.form, self.narrow = form, group.base_dtype == group.dtype
+        self.entries = [_entry(s, group) for s in segments]
         self.vectors = frozenset(s.placed for s in segments if s.sole)
-        self.inputs = Inputs(group, routing.tokens, segments) if _panels(group.base) is not None else None
+        self.inputs = Inputs(form, group, routing.tokens, segments) if _panels(group.base) is not None else None
         self.scaled = frozenset(s.placed for s in segments if self.inputs is not None and s.alone)
         self.done = frozenset(self._done(segments, group.index))
-        self._call, self._width, self._inp = kernel.adapters_add, sum(group.outs), group.inp
+        self._call, self._width, self._inp = form.kernel.adapters_add, sum(group.outs), group.inp
         self.threads = 1 if self._work(segments) < SERIAL else torch.get_num_threads()
         self.table = self._table(group.outs, segments)
 
@@ -213,7 +230,8 @@ class NativeSmall:
         units = [unit for segment, entry, first in each for unit in _units(segment, entry, first, self._most(segment))]
         ends = list(itertools.accumulate(unit[COUNT] * unit[RANKS] for unit in units))
         room = max(max(entry.room, BLOCK * sum(outs) if entry.before else 0) for entry in self.entries)
-        scratch, rooms = torch.empty(ends[-1]), torch.empty(torch.get_num_threads() * room)
+        scratch = self.form.room("shrunk", ends[-1])
+        rooms = self.form.room("parts", torch.get_num_threads() * room)
         parts = [part for entry in self.entries for part in entry.parts]
         tables = (itertools.chain.from_iterable(units), outs, [0, *ends[:-1]], itertools.chain.from_iterable(parts))
         arrays = [_array(table) for table in tables]
@@ -254,15 +272,15 @@ class NativeSmall:
 class Inputs:
     """What members read instead of x: scaled or turned at the tokens of who does that, and is there alone."""
 
-    def __init__(self, group: LinearGroup, tokens: int, segments: Sequence[Segment]) -> None:
-        each = [(s, s.placed.groups[group.index].entry.turns) for s in segments if s.alone]
+    def __init__(self, form: Native, group: LinearGroup, tokens: int, segments: Sequence[Segment]) -> None:
+        each = [(s, _entry(s, group).turns) for s in segments if s.alone]
         members = sorted({member for _, turns in each for member in turns})
         self.own = len(members)
         self.turns = torch.zeros(self.own, tokens, 3, dtype=torch.int64)
         for segment, turns in each:
             for member, turn in turns.items():
                 self.turns[members.index(member), segment.tokens] = torch.tensor(turn)
-        self.room = torch.empty(self.own, tokens, group.inp)
+        self.room = form.room("inputs", self.own * tokens * group.inp)
         self.order = _array(members.index(m) if m in members else -1 for m in range(len(group.outs)))
         self.outs = _array(group.outs)
         self.table = (self.turns.data_ptr(), self.room.data_ptr(), ctypes.addressof(self.order), self.own)
@@ -284,6 +302,13 @@ class NativeBeside:
         y = base(x)
         self.small.add(y, x)
         return y, None
+
+
+def _entry(segment: Segment, group: LinearGroup) -> Entry:
+    """Raises RuntimeError where the adapter was laid out by another form."""
+    if (entry := segment.placed.groups[group.index].entry) is None:
+        raise RuntimeError(f"{segment.placed.adapter.spec.name} was not prepared for the kernels in C")
+    return entry
 
 
 def _units(segment: Segment, entry: Entry, first: int, most: int) -> Iterator[tuple[int, ...]]:
@@ -319,6 +344,12 @@ def plan_of(n: int) -> int:
     """Its address, or 0."""
     made = _plan(n)
     return 0 if made is None else ctypes.addressof(made[0])
+
+
+def _check(index: Tensor, size: int) -> None:
+    """Kernels read and write where they are told. Raises AdapterRefused."""
+    if len(index) and not 0 <= int(index.min()) <= int(index.max()) < size:
+        raise AdapterRefused("an index of what it changes lies outside the weight")
 
 
 def _panels(base: Product | Separate) -> Panels | None:

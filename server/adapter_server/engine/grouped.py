@@ -127,6 +127,9 @@ class Grouped:
     def laid(self, patch: Patch) -> Patch:
         return as_low_rank(patch)
 
+    def prepared(self, patch: GroupPatch) -> GroupPatch:
+        return patch
+
     def plan(
         self, group: LinearGroup, routing: Routing, touching: Sequence[Segment]
     ) -> tuple[list[Adder], list[Segment]]:

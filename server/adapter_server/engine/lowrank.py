@@ -31,7 +31,7 @@ from adapter_server.families.base import Patch, as_low_rank
 
 if TYPE_CHECKING:
     from adapter_server.engine.operands import More
-    from adapter_server.engine.placed import Placed, Product, Separate
+    from adapter_server.engine.placed import GroupPatch, Placed, Product, Separate
     from adapter_server.engine.site import LinearGroup
 
 SMALL = 8  # tokens; below, dispatch costs more than padding
@@ -183,6 +183,9 @@ class LowRank(Protocol):
     def laid(self, patch: Patch) -> Patch:
         """The same patch in the form that runs fastest here."""
 
+    def prepared(self, patch: GroupPatch) -> GroupPatch:
+        """With what can be made of it beforehand, on a loader's thread."""
+
     def plan(
         self, group: LinearGroup, routing: Routing, touching: Sequence[Segment]
     ) -> tuple[Sequence[Adder], Sequence[Segment]]:
@@ -209,6 +212,9 @@ class Banked:
 
     def laid(self, patch: Patch) -> Patch:
         return as_low_rank(patch)
+
+    def prepared(self, patch: GroupPatch) -> GroupPatch:
+        return patch
 
     def arrange(self, rows: Sequence[PackedRow]) -> list[int]:
         """Adapter by adapter, small ones in the order of their slots, which they are given here."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adapter_server.engine import native
-from adapter_server.engine.added import Entry
 from adapter_server.families.base import Adapter, AnyPatch, BlockPatch, GatedPrompt, linear_params
 from adapter_server.families.deltas import Delta, Mirror, TensorFields, Turn, held_bytes
 
 if TYPE_CHECKING:
+    from adapter_server.engine.added import Entry
     from adapter_server.engine.tree import Tree
 
 
@@ -128,11 +127,7 @@ class GroupPatch:
     turns: tuple[Turned, ...] = ()
     product: Product | None = None  # replaces the base's, and all the above
     block: BlockPatch | None = None  # alone
-
-    @functools.cached_property
-    def entry(self) -> Entry:
-        """What the tables of the kernels in C say of it."""
-        return Entry(self)
+    entry: Entry | None = None  # what the tables of the kernels in C say of it, where those run
 
     def tensors(self) -> Iterator[Tensor]:
         """All but the product's."""

@@ -16,7 +16,7 @@
 
 #include "added.h"
 
-enum { VECTORS = 3, WIDE = VECTORS * LANES, DEEP = 2048 / LANES, STRIDE = 4, TURNS = 1000 };
+enum { VECTORS = 3, WIDE = VECTORS * LANES, DEEP = 2048 / LANES, STRIDE = 4, MANY = 128, TURNS = 1000 };
 #ifdef __AVX512F__
 enum { TOKENS = 8 }; /* 24 sums, 3 numbers of the panel and 1 of x in 32 registers */
 #else
@@ -100,18 +100,20 @@ static void meet(atomic_int *done) {
         if (turn % TURNS == 0) sched_yield();
 }
 
-/* Columns `first` to `last` of y, by the threads of the region that this is called in. A panel that reaches beyond is
- * computed whole.
+/* Columns `first` to `last` of y, by the threads of the region that this is called in, MANY rows after another, which
+ * fit into a cache. A panel that reaches beyond is computed whole.
  */
 static void product_within(float *y, const float *x, i64 tokens, const float *panels, const float *bias, i64 in, i64 out,
                            i64 first, i64 last) {
+    for (i64 t = 0; t < tokens; t += MANY)
 #pragma omp for schedule(guided) nowait
-    for (i64 column = first / WIDE * WIDE; column < last; column += WIDE)
-        for (i64 k = 0; k < in; k += DEEP)
-            block((work){.panel = panels + column * in + k * WIDE, .x = x + k, .bias = bias ? bias + column : 0,
-                         .y = y + column, .in = in, .out = out, .rows = least(DEEP, in - k),
-                         .skip = first > column ? first - column : 0, .columns = least(WIDE, last - column)},
-                  tokens, k == 0);
+        for (i64 column = first / WIDE * WIDE; column < last; column += WIDE)
+            for (i64 k = 0; k < in; k += DEEP)
+                block((work){.panel = panels + column * in + k * WIDE, .x = x + t * in + k,
+                             .bias = bias ? bias + column : 0, .y = y + t * out + column, .in = in, .out = out,
+                             .rows = least(DEEP, in - k), .skip = first > column ? first - column : 0,
+                             .columns = least(WIDE, last - column)},
+                      least(MANY, tokens - t), k == 0);
 }
 
 /* The inputs that members have of their own: x, scaled or turned block by block at the tokens of who does that. */

@@ -10,6 +10,8 @@ A `Site` replaces a module's `forward` (never the module) and holds no adapter. 
     y[segment] += w · (W x R − W x)  turned inputs: one product for all that turn theirs
     y[segment] = x · W'ᵀ + b'      replaced weights: saved modules, merged snapshots
     y[segment] = f(y[segment], r)  bottleneck adapters, r the residual stream, which a `Tap` has noted
+
+On the CPU all of it but the replaced weights comes in the base's own call (`added.py`), where no tokens are shared.
 """
 
 from __future__ import annotations
@@ -261,10 +263,10 @@ class LinearGroup:
         """Lay an adapter's patches at this group's sites out for the run. Called on a loader's thread."""
         mine = [None if (p := patches.get(path)) is None else self.lowrank.laid(p) for path in self.paths]
         if any(p is not None and self._is_override(p) for p in mine):
-            return GroupPatch(pairs=(None,) * len(mine), product=self._override(mine))
+            return self.lowrank.prepared(GroupPatch(pairs=(None,) * len(mine), product=self._override(mine)))
         A, pairs = self._low_rank(mine)
         members = [(at, p) for at, p in zip(self.columns, mine, strict=True) if p is not None]
-        return GroupPatch(
+        made = GroupPatch(
             A=A,
             pairs=pairs,
             mul=self._joined_vectors([None if p is None else _mul(p) for p in mine]),
@@ -278,12 +280,13 @@ class LinearGroup:
                 self._moved(Turned(m, p.turn, _scale(p))) for m, p in enumerate(mine) if p and p.turn is not None
             ),
         )
+        return self.lowrank.prepared(made)
 
     def place_block(self, block: BlockPatch) -> GroupPatch:
         """The same for a block's patch, which needs the group's output for itself. Raises AdapterRefused."""
         if len(self.paths) > 1:
             raise AdapterRefused(f"{self.paths[0]} is no block's last Linear: it shares its input with others")
-        return GroupPatch(pairs=(None,), block=block.to(self.device, self.dtype))
+        return self.lowrank.prepared(GroupPatch(pairs=(None,), block=block.to(self.device, self.dtype)))
 
     @property
     def folded_bytes(self) -> int:

@@ -211,13 +211,14 @@ class Options:
         scaling = self._scaling(at, take)
         up, up_bias = self._read(f"{at}adapter_up.", "up", self.width(layer), self.hidden, take)
         down, down_bias = self._read(f"{at}adapter_down.{first}.", "down", self.hidden, self.width(layer), take)
+        up = (scaling[:, None] * up).T.contiguous().T  # by column, as kernels read it
         before = _pair(f"{at}adapter_norm_before.", take) if first else None
         if before is not None and not torch.equal(before, _pair(f"{at}adapter_down.0.", take)):
             raise AdapterRefused(
                 f"the file holds two different norms at {at}adapter_down.0 and {at}adapter_norm_before"
             )
         return Bottleneck(
-            reads, act, down, down_bias, scaling[:, None] * up, scaling * up_bias, before,
+            reads, act, down, down_bias, up, scaling * up_bias, before,
             _pair(f"{at}adapter_norm_after.", take) if flag(config, "ln_after") else None,
             parallel=flag(config, "is_parallel"),
             joins=flag(config, "original_ln_before"),
