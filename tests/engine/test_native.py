@@ -19,6 +19,7 @@ from adapter_server.errors import AdapterRefused
 from adapter_server.families.base import Adapter, Patch
 from adapter_server.families.bottleneck import Bottleneck
 from adapter_server.families.deltas import (
+    SIDE,
     Circulant,
     Delta,
     Kronecker,
@@ -47,7 +48,9 @@ def deltas(out: int, inp: int) -> dict[str, Delta]:
         "circulant": Circulant.of(torch.randn(out // 2, inp // 2, 2)),
         "one block": Circulant.of(torch.randn(1, 1, out)),
         "rows": Rows(torch.randperm(out)[:5], torch.randn(5, inp), out),
-        "scaled": Scaled(torch.randn(6, inp + 2)[:, :inp], torch.randn(6), torch.randn(6, out), torch.randn(out)),
+        "scaled": Scaled(
+            torch.randn(6, inp + 2)[:, :inp], torch.randn(6), Scaled.blocks(torch.randn(out, 6)), torch.randn(out)
+        ),
     }
 
 
@@ -89,11 +92,11 @@ def test_a_length_with_a_large_prime_factor_is_left_to_torch() -> None:
 
 
 def test_what_modules_share_is_held_once() -> None:
-    A, Bt = torch.randn(6, 40), torch.randn(6, 50)
-    parts = [Scaled(A[:, :n], torch.randn(6), Bt[:, :n], torch.randn(n)) for n in (40, 30)]
-    shared = (A.numel() + Bt[:, :40].numel() + Bt[:, :30].numel()) * 4
+    A, B = torch.randn(6, 200), Scaled.blocks(torch.randn(200, 6))
+    parts = [Scaled(A[:, :n], torch.randn(6), B[: -(-n // SIDE)], torch.randn(n)) for n in (200, 130)]
+    apart = sum(t.nbytes for part in parts for t in part.tensors())
     held = held_bytes(t for part in parts for t in part.tensors())
-    assert held == A.nbytes + Bt.nbytes + 4 * (6 + 40 + 6 + 30) < shared + 4 * 82
+    assert held == A.nbytes + B.nbytes + 4 * (6 + 200 + 6 + 130) < apart
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4, 7, 8, 13, 32])

@@ -35,7 +35,8 @@ def few(out: int) -> Sparse:
 
 def scaled(out: int) -> Scaled:
     """Of matrices for wider modules."""
-    return Scaled(torch.randn(5, IN + 3)[:, :IN], torch.randn(5), torch.randn(5, out + 4)[:, :out], torch.randn(out))
+    blocks = Scaled.blocks(torch.randn(out + 70, 5))[:1]
+    return Scaled(torch.randn(5, IN + 3)[:, :IN], torch.randn(5), blocks, torch.randn(out))
 
 
 def other(out: int) -> Mirror:

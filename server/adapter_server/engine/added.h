@@ -1,4 +1,8 @@
 /* What the adapters of a step add at one site group. */
+#include <omp.h>
+#include <sched.h>
+#include <stdatomic.h>
+
 #include "vectors.h"
 
 /* The tables, int64; pointers as integers, 0 for none.
@@ -36,8 +40,27 @@ enum { KIND, COLUMN, WIDTH, ARGS, PART = 12 };
 
 static inline float *at(i64 pointer) { return (float *)(intptr_t)pointer; }
 
+/* Where the threads of a region meet, as often as they like. Begins as zeros. */
+typedef struct {
+    atomic_int there, times;
+} gate;
+
+enum { TURNS = 1000 };
+
+/* Wait for the other threads, which are nearly done too: to sleep and be woken would take longer. */
+static inline void meet(gate *door) {
+    const int times = atomic_load(&door->times);
+    if (atomic_fetch_add(&door->there, 1) + 1 == omp_get_num_threads()) {
+        atomic_store(&door->there, 0);
+        atomic_store(&door->times, times + 1);
+        return;
+    }
+    for (int turn = 1; atomic_load(&door->times) == times; turn++)
+        if (turn % TURNS == 0) sched_yield();
+}
+
 /* y [T, width] += what they add to x [T, in]. Called by all threads of a parallel region, which wait behind it. */
-void add_within(const added *of, float *y, i64 width, const float *x, i64 in);
+void add_within(const added *of, float *y, i64 width, const float *x, i64 in, gate *door);
 
 /* Some tokens of x [count, in] and y [count, …], whose rows are `width` apart, and what scales them. */
 typedef struct {
@@ -49,6 +72,9 @@ typedef struct {
 
 /* y += what one part adds to x. */
 void delta_add(const i64 *part, rows of, float *room);
+
+/* The CHUNK columns from `from` on of a SCALED part, s its shrunk tokens; its blocks are as wide or wider. */
+void scaled_expand(const i64 *part, const float *s, rows of, i64 from);
 
 /* y += what a network behind a block adds, of tokens from `start` on. */
 void network_add(const i64 *part, i64 start, rows of, float *room);

@@ -23,7 +23,7 @@ from adapter_server.engine.native import MOST_ROWS, SERIAL, Panels, Table
 from adapter_server.engine.routing import Routing, Segment
 from adapter_server.errors import AdapterRefused
 from adapter_server.families.base import BlockPatch, Network, Patch, network_of, with_whole_factors
-from adapter_server.families.deltas import Circulant, Delta, Kronecker, Mirror, Rows, Scaled, Sparse, Spectral
+from adapter_server.families.deltas import SIDE, Circulant, Delta, Kronecker, Mirror, Rows, Scaled, Sparse, Spectral
 
 if TYPE_CHECKING:
     from adapter_server.engine.placed import GroupPatch, Placed, Product, Separate, Turned
@@ -34,7 +34,7 @@ LANES = 16  # numbers in a vector of any processor, at most
 PART = 12  # numbers of a part, in `added.h`
 SCALED, SPARSE, SPECTRAL, KRONECKER, CIRCULANT, ROWS, MIRROR, NETWORK = range(8)
 STREAM = 9  # where a network's part names the residual stream
-COUNT, RANKS = 1, 9  # where a unit says them
+COUNT = 1  # where a unit says how many tokens it has
 ACTS = {"silu": 0, "swish": 0, "gelu": 1, "gelu_pytorch_tanh": 2, "relu": 3, "tanh": 4}
 READS = ("y", "y + r", "r")
 _NOTHING = torch.empty(0)
@@ -87,6 +87,7 @@ class Entry:
         self.vectors = self._at(patch.mul), self._at(patch.add)
         self.numbers = sum(t.numel() for t in (patch.A, *(pair[1] for pair in patch.pairs if pair)) if t is not None)
         self.stream = ""  # path of the module whose input is the residual stream that a network reads
+        self.shrunk = A[1]  # numbers of a token's that are shared by all threads
         self.lanes, self.room = 0, 0  # multiplications of LANES tokens at once; numbers that parts need room for
         self.done: list[Delta | Mirror | BlockPatch] = []
         self.parts: list[tuple[int, ...]] = []
@@ -100,7 +101,9 @@ class Entry:
         for columns, delta in patch.deltas:
             if (known := PARTS.get(type(delta))) is not None:
                 known(self, columns, delta)
-        self.by_token = any(part[0] in (SCALED, NETWORK) for part in self.parts)  # what costs less for fewer tokens
+        self.by_token = bool(
+            self.before and self.parts[0][0] == NETWORK
+        )  # whose tokens are shared out, not its numbers
         self.turns = {turned.member: self._turn(turned) for turned in patch.turns}
         if patch.shift is not None:  # of a Linear that stands alone
             self.turns[0] = (self._at(patch.shift), 1, 0)
@@ -178,10 +181,11 @@ class Entry:
         self._add(columns, delta, ROWS, (delta.index, delta.values, n), BLOCK * n, each=delta.values.numel())
 
     def scaled(self, columns: slice, delta: Scaled) -> None:
-        r, (A, Bt) = len(delta.mid), (delta.A, delta.Bt)
-        args = A.data_ptr(), A.stride(0), r, delta.mid, Bt.data_ptr(), Bt.stride(0), delta.outer
-        self.kept += [A, Bt]
-        self._add(columns, delta, SCALED, args, BLOCK * r, each=A.numel() + Bt.numel())
+        r, out = len(delta.mid), columns.stop - columns.start
+        args = delta.A.data_ptr(), delta.A.stride(0), r, delta.mid, delta.B, SIDE, delta.outer
+        self.kept.append(delta.A)
+        self.shrunk = max(self.shrunk, r)
+        self._add(columns, delta, SCALED, args, BLOCK * r, each=r * (delta.A.shape[1] + out))
 
 
 PARTS: dict[type, Callable[[Entry, slice, Any], None]] = {
@@ -227,8 +231,8 @@ class NativeSmall:
         """The struct `added`."""
         firsts = itertools.accumulate((len(entry.parts) for entry in self.entries), initial=0)
         each = zip(segments, self.entries, firsts, strict=False)
-        units = [unit for segment, entry, first in each for unit in _units(segment, entry, first, self._most(segment))]
-        ends = list(itertools.accumulate(unit[COUNT] * unit[RANKS] for unit in units))
+        made = [(u, e.shrunk) for s, e, first in each for u in _units(s, e, first, self._most(s))]
+        units, ends = [unit for unit, _ in made], list(itertools.accumulate(unit[COUNT] * n for unit, n in made))
         room = max(max(entry.room, BLOCK * sum(outs) if entry.before else 0) for entry in self.entries)
         scratch = self.form.room("shrunk", ends[-1])
         rooms = self.form.room("parts", torch.get_num_threads() * room)

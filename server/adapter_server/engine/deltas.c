@@ -1,6 +1,7 @@
 /* Changes of a weight that are no low rank, each at one Linear of one adapter: y += w * ΔW x. What they consist of:
  *
- *   SCALED      A, its row's stride, rank, mid [rank], Bt, its row's stride, outer [out]     outer ∘ B (mid ∘ A x)
+ *   SCALED      A, its row's stride, rank, mid [rank], B [out/side, rank, side], side, outer [out]
+ *               outer ∘ B (mid ∘ A x)
  *   SPARSE      starts [out + 1], columns, values                     y[i] = Σ values[k] x[columns[k]]
  *   SPECTRAL    the same, a plan of in, one of out                    Re F⁻¹ (S F⁻¹ x)
  *   KRONECKER   left [o1, i1], right [o2, i2], o1, i1, o2, i2         y[a, b] = Σ left[a, i] right[b, j] x[i, j]
@@ -45,9 +46,14 @@ static void sparse(const i64 *args, i64 out, const rows *of, vector *room) {
     const numbers S = numbers_of(args);
     spread(of, room, 1);
     for (i64 i = 0; i < out; i++) {
-        vector sum = {0};
-        for (int32_t k = S.starts[i]; k < S.starts[i + 1]; k++) sum += S.values[k] * room[S.columns[k]];
-        if (S.starts[i] < S.starts[i + 1]) add(of, i, sum);
+        vector even = {0}, odd = {0}; /* neither waits for the other */
+        int32_t k = S.starts[i];
+        for (; k + 2 <= S.starts[i + 1]; k += 2) {
+            even += S.values[k] * room[S.columns[k]];
+            odd += S.values[k + 1] * room[S.columns[k + 1]];
+        }
+        if (k < S.starts[i + 1]) even += S.values[k] * room[S.columns[k]];
+        if (S.starts[i] < S.starts[i + 1]) add(of, i, even + odd);
     }
 }
 
@@ -56,8 +62,10 @@ static inline void combine(i64 r, const vector *from, i64 apart, vector *to, i64
                            i64 turn, float sign) {
     for (i64 j = 0; j < r; j++) {
         vector re = {0}, im = {0};
-        for (i64 k = 0; k < r; k++) {
-            const float *wave = waves + (j * (k * (n / r) + turn)) % n * 2, c = wave[0], s = sign * wave[1];
+        i64 wave = j * turn % n;
+        const i64 step = j * (n / r) % n;
+        for (i64 k = 0; k < r; k++, wave = wave + step < n ? wave + step : wave + step - n) {
+            const float c = waves[2 * wave], s = sign * waves[2 * wave + 1];
             re += c * from[2 * k * apart] - s * from[2 * k * apart + 1];
             im += c * from[2 * k * apart + 1] + s * from[2 * k * apart];
         }
@@ -200,18 +208,25 @@ static void some_rows(const i64 *args, const rows *of, float *s) {
         for (i64 i = 0; i < n; i++) of->y[t * of->width + index[i]] += s[t * n + i];
 }
 
-static void scaled(const i64 *args, i64 out, const rows *of, float *s) {
-    const i64 rank = args[2];
+void scaled_expand(const i64 *part, const float *s, rows of, i64 from) {
+    const i64 *args = part + ARGS, rank = args[2], side = args[5], start = from / side * side;
+    of.y += start;
+    expand(s, rank, at(args[4]) + start * rank, side, rank, least(side, part[WIDTH] - start), at(args[6]) + start, of,
+           from - start);
+}
+
+static void scaled(const i64 *part, const rows *of, float *s) {
+    const i64 *args = part + ARGS, rank = args[2];
     const float *mid = at(args[3]);
     shrink(at(args[0]), args[1], rank, *of, s, rank);
     for (i64 t = 0; t < of->count; t++)
         for (i64 r = 0; r < rank; r++) s[t * rank + r] *= mid[r];
-    for (i64 from = 0; from < out; from += CHUNK) expand(s, rank, at(args[4]), args[5], rank, out, at(args[6]), *of, from);
+    for (i64 from = 0; from < part[WIDTH]; from += CHUNK) scaled_expand(part, s, *of, from);
 }
 
 void delta_add(const i64 *part, rows of, float *room) {
     const i64 *args = part + ARGS, out = part[WIDTH], count = of.count;
-    if (part[KIND] == SCALED) return scaled(args, out, &of, room);
+    if (part[KIND] == SCALED) return scaled(part, &of, room);
     if (part[KIND] == ROWS) return some_rows(args, &of, room);
     for (i64 from = 0; from < count; from += LANES) {
         vector *lanes = (vector *)room;

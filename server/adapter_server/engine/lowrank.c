@@ -10,7 +10,6 @@
  *
  * Build: cc -O3 -march=native -fopenmp (native.py).
  */
-#include <omp.h>
 #include <string.h>
 
 #include "added.h"
@@ -152,17 +151,38 @@ static void alone(const added *all, const i64 *unit, rows of, float *s) {
     for (i64 i = unit[BEFORE]; i < unit[PARTS]; i++) part_add(parts + i * PART, of, room);
 }
 
+/* A low rank of ΔW's own by all threads, as the unit's; s is scratch of all. */
+static void scaled(const i64 *part, rows of, float *s, gate *door) {
+    const i64 *args = part + ARGS, rank = args[2];
+    const float *mid = at(args[3]);
+#pragma omp for schedule(dynamic, 2) nowait
+    for (i64 r = 0; r < rank; r += TILE) {
+        const i64 some = least(TILE, rank - r);
+        shrink_some(at(args[0]) + r * args[1], args[1], some, &of, s + r, rank);
+        for (i64 t = 0; t < of.count; t++)
+            for (i64 i = r; i < r + some; i++) s[t * rank + i] *= mid[i];
+    }
+    meet(door);
+    of.y += part[COLUMN];
+#pragma omp for schedule(dynamic, 4) nowait
+    for (i64 from = 0; from < part[WIDTH]; from += CHUNK)
+        scaled_expand(part, s, of, from);
+    meet(door);
+}
+
 /* Of one unit, by all threads of the region that this is called in. */
-static void shared(const added *all, const i64 *unit, rows of, float *s) {
+static void shared(const added *all, const i64 *unit, rows of, float *s, gate *door) {
     float *room = all->room + omp_get_thread_num() * all->each;
     const i64 *parts = all->parts + unit[FIRST] * PART;
-    if (unit[MUL] || unit[ADD] || unit[BEFORE])
-#pragma omp single
-        vectors(unit, parts, of, room);
+    if (unit[MUL] || unit[ADD] || unit[BEFORE]) {
+        if (omp_get_thread_num() == 0) vectors(unit, parts, of, room);
+        meet(door);
+    }
     if (unit[RANKS]) {
-#pragma omp for schedule(dynamic, 2)
+#pragma omp for schedule(dynamic, 2) nowait
         for (i64 r = 0; r < unit[RANKS]; r += TILE)
             shrink_some(at(unit[A]) + r * of.in, of.in, least(TILE, unit[RANKS] - r), &of, s + r, unit[RANKS]);
+        meet(door);
         rows to = of;
         i64 row = 0;
         for (i64 m = 0; m < all->members; to.y += all->outs[m], m++) {
@@ -173,23 +193,22 @@ static void shared(const added *all, const i64 *unit, rows of, float *s) {
                     expand(s + row, unit[RANKS], at(member[0]), all->outs[m], member[1], all->outs[m], 0, to, from);
             row += member[1];
         }
+        meet(door);
     }
-    if (unit[RANKS] && unit[PARTS] > unit[BEFORE]) {
-#pragma omp barrier
-    }
+    for (i64 i = unit[BEFORE]; i < unit[PARTS]; i++)
+        if (parts[i * PART + KIND] == SCALED) scaled(parts + i * PART, of, s, door);
 #pragma omp for schedule(dynamic, 1) nowait
-    for (i64 i = unit[BEFORE]; i < unit[PARTS]; i++) part_add(parts + i * PART, of, room);
+    for (i64 i = unit[BEFORE]; i < unit[PARTS]; i++)
+        if (parts[i * PART + KIND] != SCALED) part_add(parts + i * PART, of, room);
 }
 
-void add_within(const added *all, float *y, i64 width, const float *x, i64 in) {
+void add_within(const added *all, float *y, i64 width, const float *x, i64 in, gate *door) {
     const i64 stride = UNIT + 2 * all->members;
     if (all->n < all->threads || all->overlapping)
         for (i64 i = 0; i < all->n; i++) {
             const i64 *unit = all->units + i * stride;
-            shared(all, unit, rows_of(unit, y, width, x, in), all->scratch + all->offsets[i]);
-            if (i + 1 < all->n) {
-#pragma omp barrier
-            }
+            shared(all, unit, rows_of(unit, y, width, x, in), all->scratch + all->offsets[i], door);
+            if (i + 1 < all->n) meet(door);
         }
     else
 #pragma omp for schedule(dynamic, 1) nowait
@@ -200,6 +219,7 @@ void add_within(const added *all, float *y, i64 width, const float *x, i64 in) {
 }
 
 void adapters_add(float *y, i64 width, const float *x, i64 in, const added *all) {
+    gate door = {0};
 #pragma omp parallel num_threads((int)all->threads)
-    add_within(all, y, width, x, in);
+    add_within(all, y, width, x, in, &door);
 }

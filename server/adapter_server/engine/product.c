@@ -9,14 +9,11 @@
  *
  * The blocking is Goto's and van de Geijn's (ACM TOMS 34, 2008).
  */
-#include <omp.h>
-#include <sched.h>
-#include <stdatomic.h>
 #include <string.h>
 
 #include "added.h"
 
-enum { VECTORS = 3, WIDE = VECTORS * LANES, DEEP = 2048 / LANES, STRIDE = 4, MANY = 128, TURNS = 1000 };
+enum { VECTORS = 3, WIDE = VECTORS * LANES, DEEP = 2048 / LANES, STRIDE = 4, MANY = 128 };
 #ifdef __AVX512F__
 enum { TOKENS = 8 }; /* 24 sums, 3 numbers of the panel and 1 of x in 32 registers */
 #else
@@ -92,14 +89,6 @@ static void block(work of, i64 tokens, int first) {
     }
 }
 
-/* Wait for the other threads, which are nearly done too: to sleep and be woken would take longer. */
-static void meet(atomic_int *done) {
-    const int all = omp_get_num_threads();
-    atomic_fetch_add(done, 1);
-    for (int turn = 1; atomic_load(done) < all; turn++)
-        if (turn % TURNS == 0) sched_yield();
-}
-
 /* Columns `first` to `last` of y, by the threads of the region that this is called in, MANY rows after another, which
  * fit into a cache. A panel that reaches beyond is computed whole.
  */
@@ -128,32 +117,31 @@ static void turn(const added *by, const float *x, i64 tokens, i64 in) {
             for (i64 k = 0; k < in; k++) to[k] += R[k] * from[k];
         if (!R || !size) continue;
         memset(to, 0, in * sizeof(float));
-        for (i64 k = 0; k < in; k++) { /* number k % size of its block */
-            const float *row = R + (how[1] > 1 ? k : k % size) * size;
-            for (i64 j = 0; j < size; j++) to[k / size * size + j] += from[k] * row[j];
-        }
+        for (i64 block = 0; block < in; block += size, R += how[1] > 1 ? size * size : 0)
+            for (i64 k = 0; k < size; k++)
+                for (i64 j = 0; j < size; j++) to[block + j] += from[block + k] * R[k * size + j];
     }
 }
 
 /* With what adapters add, if any: the threads go on to it together. */
 void product(float *y, const float *x, i64 tokens, const float *panels, const float *bias, i64 in, i64 out,
              const added *more, int threads) {
-    atomic_int turned = 0, done = 0;
+    gate door = {0};
 #pragma omp parallel num_threads(threads)
     if (more && more->own) {
         turn(more, x, tokens, in);
-        meet(&turned);
+        meet(&door);
         for (i64 m = 0, first = 0; m < more->members; first += more->outs[m++]) {
             const float *own = more->input_of[m] < 0 ? x : more->inputs + more->input_of[m] * tokens * in;
             product_within(y, own, tokens, panels, bias, in, out, first, first + more->outs[m]);
         }
-        meet(&done);
-        add_within(more, y, out, x, in);
+        meet(&door);
+        add_within(more, y, out, x, in, &door);
     } else {
         product_within(y, x, tokens, panels, bias, in, out, 0, out);
         if (more) {
-            meet(&done);
-            add_within(more, y, out, x, in);
+            meet(&door);
+            add_within(more, y, out, x, in, &door);
         }
     }
 }

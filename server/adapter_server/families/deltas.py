@@ -23,6 +23,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # torch says once that CSR is in beta: the products used here have tests
     torch.sparse_csr_tensor([0, 1], [0], torch.zeros(1), (1, 1), check_invariants=True)
 
+SIDE = 64  # columns of a block
 DENSE = 4  # a matrix is held as sparse when no more than one in so many of its numbers is not zero
 
 
@@ -182,12 +183,19 @@ class Scaled(TensorFields):
 
     A: Tensor  # [r, in]
     mid: Tensor  # [r]
-    Bt: Tensor  # [r, out]
+    B: Tensor  # [⌈out/SIDE⌉, r, SIDE], its columns' transposes side by side, as kernels read them
     outer: Tensor  # [out]
+
+    @staticmethod
+    def blocks(B: Tensor) -> Tensor:
+        """B [out, r] in that form, of which a narrower module's is the first part."""
+        out, r = B.shape
+        return F.pad(B.T, (0, -out % SIDE)).view(r, -1, SIDE).transpose(0, 1).contiguous()
 
     def low_rank(self) -> tuple[Tensor, Tensor]:
         """(A, B) with ΔW = B A, of this module alone."""
-        return self.mid[:, None] * self.A, (self.Bt * self.outer).T
+        B = self.B.transpose(1, 2).flatten(0, 1)[: len(self.outer)]
+        return self.mid[:, None] * self.A, self.outer[:, None] * B
 
     def apply(self, x: Tensor) -> Tensor:
         A, B = self.low_rank()

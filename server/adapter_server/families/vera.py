@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from adapter_server.families.base import Family, Patch
-from adapter_server.families.deltas import Scaled
+from adapter_server.families.deltas import SIDE, Scaled
 from adapter_server.families.options import Config, flag, integer
 from adapter_server.families.parts import Expected, Taker
 from adapter_server.families.wrapping import TARGETS, Reader, Wrapped, Wrapping
@@ -26,7 +26,7 @@ SHARED = (TARGETS - {"exclude_modules"}) | {
 @dataclass(frozen=True, slots=True)
 class Projection:
     A: Tensor  # [r, widest in]
-    Bt: Tensor  # [r, widest out]
+    B: Tensor  # of the widest out, in blocks of columns
 
 
 class Vera(Wrapping):
@@ -47,15 +47,15 @@ class Vera(Wrapping):
     def common(self, config: Config, wrapped: list[Wrapped], take: Taker) -> Projection:
         if _saved(config):
             A, B = take(f"base_model.{self.prefix}_A"), take(f"base_model.{self.prefix}_B")
-            return Projection(A, B.T.contiguous())
+            return Projection(A, Scaled.blocks(B))
         generator = torch.Generator().manual_seed(seed(config, "projection_prng_key", 0))
         a, b = self._shapes(wrapped)
         A, B = _kaiming(a, generator), _kaiming(b, generator)
-        return Projection(A, B.T.contiguous())
+        return Projection(A, Scaled.blocks(B))
 
     def patch(self, at: Wrapped, read: Reader, common: Projection) -> Patch:
         r, b, d = _rank(at), read(f"{self.prefix}_lambda_b"), read(f"{self.prefix}_lambda_d")[: _rank(at)]
-        return Patch(delta=Scaled(common.A[:r, : at.inp], d, common.Bt[:, : at.out], b))
+        return Patch(delta=Scaled(common.A[:r, : at.inp], d, common.B[: -(-at.out // SIDE)], b))
 
     def _shapes(self, wrapped: list[Wrapped]) -> tuple[tuple[int, int], tuple[int, int]]:
         r = _rank(wrapped[0])
