@@ -12,7 +12,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -296,6 +296,7 @@ class NativeBeside:
     """The base's product and what adapters add to it, in one call."""
 
     small: NativeSmall
+    whole: ClassVar[bool] = True
 
     def run(self, base: Product | Separate, x: Tensor, outs: int) -> tuple[Tensor, None]:
         """x [T, in] → (y [T, outs], nothing that is left for the reader to add)."""

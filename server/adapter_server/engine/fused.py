@@ -43,15 +43,16 @@ TOKENS, PAGE = 5, 16  # of the proof's input
 
 
 class FusedNorm:
-    """An RMS norm in one launch; where a fused layer has left a sum to form, that too."""
+    """An RMS norm in one launch; where a fused layer has left a sum to form, that too.
+
+    One that stands between blocks runs on adapters' own weights, and notes the stream.
+    """
 
     def __init__(self, kernels: ModuleType, path: str, module: nn.Module, eps: float, centred: bool) -> None:
         self.kernels, self.path, self.base = kernels, path, module.forward
         self.weight: Tensor = module.get_parameter("weight")
         self.eps, self.centred = eps, centred
-        self.between = (
-            False  # whether it stands between blocks: an input is a token of the step, and adapters' are here
-        )
+        self.between = False  # whether it stands between blocks: then its rows are the step's tokens
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype != self.weight.dtype:

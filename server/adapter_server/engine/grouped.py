@@ -256,6 +256,8 @@ class Beside:
     `live` [T] int32: the tokens that have adapters.
     """
 
+    whole = False
+
     def __init__(self, small: GroupedSmall, live: Tensor, stream: torch.cuda.Stream | None) -> None:
         self.small, self.live, self.stream = small, live, stream
 

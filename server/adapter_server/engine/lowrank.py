@@ -138,7 +138,13 @@ class Layout:
 
 
 class Apart(Protocol):
-    """The base's product at a group together with what adapters add to it."""
+    """The base's product at a group together with what adapters add to it.
+
+    `whole`: nothing of it is ever left for y's reader.
+    """
+
+    @property
+    def whole(self) -> bool: ...
 
     def run(self, base: Product | Separate, x: Tensor, outs: int) -> tuple[Tensor, More | None]:
         """x [T, in], contiguous → (y [T, outs], what of it is left for y's reader to add)."""

@@ -127,6 +127,8 @@ class LinearGroup:
         if routing is None or routing.plain:
             return self.base(x)
         plan = self._planned(routing, x)
+        if plan.beside is not None and plan.beside.whole:
+            return plan.beside.run(self.base, x.contiguous(), sum(self.outs))[0]
         return plan.whole(x) if plan.whole else self._mixed(x.contiguous(), plan, routing)
 
     def apart(self, x: Tensor) -> tuple[Tensor, More | None]:
