@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ import beyond
 import rig
 from adapter_server.core import Member, Request
 from adapter_server.engine import Engine, cpu, forms, native, proofs
+from adapter_server.engine.fused import FusedNorm
 from adapter_server.engine.kv import LayerShape, SlotPool
 from adapter_server.engine.operands import Form
-from adapter_server.engine.routing import Routing
+from adapter_server.engine.routing import Routing, Step
 
 CPU, DTYPE = torch.device("cpu"), torch.float32
 FAR = 1e-6  # differences of rounding alone
@@ -177,3 +179,41 @@ def test_networks_behind_blocks_leave_the_batch_fused(unfused: list[bool], tmp_p
     beyond.hold(answer, case.judge("llama", rig.PROMPTS[0]))
     assert unfused
     assert not any(unfused)
+
+
+def test_a_stream_is_noted_for_who_reads_it_alone(tmp_path: Path) -> None:
+    case = beyond.KINDS["ADAPTERHUB"]
+    case.save("llama", tmp_path / "hub")
+    shutil.copytree(rig.saved("llama", "lora"), tmp_path / "lora")
+    engine, noted = beyond.engine("llama", tmp_path), []
+    real = engine.model.forward
+
+    def forward(step: Step, *rest: Any) -> torch.Tensor:
+        out = real(step, *rest)
+        noted.append(len(step.streams))
+        return out
+
+    engine.model.forward = forward  # type: ignore[method-assign]
+    for name, layers in (("lora", 0), ("hub", 2)):
+        noted.clear()
+        rig.run(engine, [beyond.ask(engine, {name: 1.0}, rig.PROMPTS[0], max_new_tokens=2)])
+        assert set(noted) == {2 * layers}
+    engine.close()
+
+
+def test_norms_of_a_mixed_step_are_kept_by_adapter_not_by_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Routings are kept, and have thousands of tokens."""
+    kept: list[torch.Tensor] = []
+    real = FusedNorm._mixed
+
+    def noted(norm: FusedNorm, routing: Routing) -> torch.Tensor | None:
+        found = real(norm, routing)
+        kept.extend([] if found is None else [found])
+        return found
+
+    monkeypatch.setattr(FusedNorm, "_mixed", noted)
+    engine = rig.engine("llama", ("ln_tuning",))
+    rig.run(engine, [rig.ask(engine, name, rig.PROMPTS[3], max_new_tokens=2) for name in (None, "ln_tuning")])
+    assert kept
+    assert max(len(weights) for weights in kept) <= 2
+    engine.close()

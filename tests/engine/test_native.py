@@ -38,13 +38,18 @@ def sparse(out: int, inp: int, count: int) -> Sparse:
     return Sparse.of(*places, torch.randn(count), (out, inp))
 
 
+def near(n: int) -> int:
+    """The factor next to its root: the product of such is no low rank."""
+    return max(m for m in range(1, int(n**0.5) + 1) if n % m == 0)
+
+
 def deltas(out: int, inp: int) -> dict[str, Delta]:
     """One of each; sizes have a factor of 2."""
     return {
         "nothing": sparse(out, inp, 0),
         "sparse": sparse(out, inp, 900),
         "spectral": Spectral(sparse(out, inp, 90)),
-        "kronecker": Kronecker(torch.randn(2, inp // 2), torch.randn(out // 2, 2)),
+        "kronecker": Kronecker(torch.randn(near(out), near(inp)), torch.randn(out // near(out), inp // near(inp))),
         "circulant": Circulant.of(torch.randn(out // 2, inp // 2, 2)),
         "one block": Circulant.of(torch.randn(1, 1, out)),
         "rows": Rows(torch.randperm(out)[:5], torch.randn(5, inp), out),
@@ -81,7 +86,7 @@ def run(group: LinearGroup, placed: Placed, x: torch.Tensor) -> torch.Tensor:
 
 
 def test_a_length_with_a_large_prime_factor_is_left_to_torch() -> None:
-    assert added.plan_of(2 * 67) == 0
+    assert added.plan_of(2 * 67) is None
     delta, x = Spectral(sparse(134, 10, 30)), torch.randn(3, 10)
     group = LinearGroup(0, {"m": torch.nn.Linear(10, 134)}, Native(kernel()), pack=True, head=False)
     adapter = Adapter(Spec("a", "0" * 12, "", "X", {}, 0), {"m": Patch(delta=delta)})
@@ -200,3 +205,38 @@ def test_an_index_outside_the_weight_is_refused() -> None:
     ):
         with pytest.raises(AdapterRefused, match="outside the weight"):
             group.place({"m": Patch(delta=delta)})
+
+
+def test_a_kronecker_product_runs_as_whichever_is_less_work() -> None:
+    """A small factor beside a large one of low rank is the low rank that it was."""
+    form = Native(kernel())
+    even = Patch(delta=Kronecker(torch.randn(16, 16), torch.randn(32, 8), None, torch.randn(8, 32)))
+    uneven = Patch(delta=Kronecker(torch.randn(2, 2), torch.randn(256, 4), None, torch.randn(4, 256)))
+    assert even.rank == 128
+    assert form.laid(even).A is None
+    assert form.laid(uneven).delta is None
+    for patch in (even, uneven):
+        assert patch.delta is not None
+        x, laid = torch.randn(3, 512), form.laid(patch)
+        want = x @ patch.delta.dense().T
+        got = x @ laid.A.T @ laid.B.T if laid.A is not None and laid.B is not None else laid.delta.apply(x)
+        assert torch.allclose(got, want, atol=1e-2)
+
+
+def test_no_more_threads_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans outlive a change of torch's threads."""
+    asked: list[int] = []
+    group = LinearGroup(0, {"m": torch.nn.Linear(512, 512)}, Native(kernel()), pack=True, head=False)
+    adapter = Adapter(Spec("a", "0" * 12, "", "X", {}, 0), {"m": Patch(delta=sparse(512, 512, 9))})
+    placed, x = Placed(adapter, {0: group.place(adapter.patches)}, {}), torch.randn(9, 512)
+    routing = route([(9, ((placed, 1.0),))], torch.device("cpu"))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    with torch.inference_mode(), running(Step(routing, Routing(1))):
+        before = group.apart(x)[0]
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+        panels = group.base.packed
+        assert isinstance(panels, native.Panels)
+        call = panels._call
+        monkeypatch.setattr(panels, "_call", lambda *args: (asked.append(args[-1]), call(*args))[1])
+        assert torch.equal(group.apart(x)[0], before)
+    assert asked == [1]

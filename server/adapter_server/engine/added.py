@@ -10,7 +10,7 @@ import ctypes
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,10 +19,10 @@ from torch import Tensor
 
 from adapter_server.engine.lowrank import Adder, PackedRow, by_adapter
 from adapter_server.engine.modules import stream
-from adapter_server.engine.native import MOST_ROWS, SERIAL, Panels, Table
+from adapter_server.engine.native import MOST_ROWS, SERIAL, Added, Panels, Table
 from adapter_server.engine.routing import Routing, Segment
 from adapter_server.errors import AdapterRefused
-from adapter_server.families.base import BlockPatch, Network, Patch, network_of, with_whole_factors
+from adapter_server.families.base import BlockPatch, Network, Patch, as_low_rank, network_of, with_whole_factors
 from adapter_server.families.deltas import SIDE, Circulant, Delta, Kronecker, Mirror, Rows, Scaled, Sparse, Spectral
 
 if TYPE_CHECKING:
@@ -38,6 +38,8 @@ COUNT = 1  # where a unit says how many tokens it has
 ACTS = {"silu": 0, "swish": 0, "gelu": 1, "gelu_pytorch_tanh": 2, "relu": 3, "tanh": 4}
 READS = ("y", "y + r", "r")
 _NOTHING = torch.empty(0)
+FEWER = 4  # times
+LARGEST_TURN = 256  # block of a rotation that is read again for each of many tokens
 LARGEST = 64  # prime factor of a length that is worth transforming here
 
 
@@ -58,7 +60,12 @@ class Native:
         return by_adapter(rows)
 
     def laid(self, patch: Patch) -> Patch:
-        """Kronecker products run as they are."""
+        """A Kronecker product runs as it is where that is less work than as a low rank, for a vector of tokens too."""
+        delta = patch.delta
+        if isinstance(delta, Kronecker):
+            (o1, i1), (o2, i2) = delta.sizes
+            if 0 < delta.rank * (o1 * o2 + i1 * i2) < FEWER * delta.work:
+                return as_low_rank(patch)
         return with_whole_factors(patch)
 
     def prepared(self, patch: GroupPatch) -> GroupPatch:
@@ -80,7 +87,7 @@ class Entry:
     """What the tables say of one adapter at one group."""
 
     def __init__(self, patch: GroupPatch) -> None:
-        self.kept: list[Tensor] = []  # whose addresses are named
+        self.kept: list[object] = []  # whose addresses are named
         pairs = [(0, 0) if pair is None else (self._at(pair[1]), len(pair[0])) for pair in patch.pairs]
         A = (0, 0) if patch.A is None else (self._at(patch.A), len(patch.A))
         self.low_rank = (*A, *itertools.chain.from_iterable(pairs))
@@ -116,8 +123,15 @@ class Entry:
     def _at(self, t: Tensor | None) -> int:
         if t is None:
             return 0
-        self.kept.append(t.contiguous())
-        return self.kept[-1].data_ptr()
+        t = t.contiguous()
+        self.kept.append(t)
+        return t.data_ptr()
+
+    def _plan(self, n: int) -> int:
+        """The address of a plan to transform n numbers; 0 where there is none."""
+        made = plan_of(n)
+        self.kept.append(made)
+        return 0 if made is None else ctypes.addressof(made[0])
 
     def _turn(self, turned: Turned) -> tuple[int, int, int]:
         R = turned.turn.R
@@ -156,7 +170,7 @@ class Entry:
     def spectral(self, columns: slice, delta: Spectral) -> None:
         S, out = delta.S, columns.stop - columns.start
         _check(S.columns, S.inp)
-        plans = (plan_of(S.inp), plan_of(out))
+        plans = (self._plan(S.inp), self._plan(out))
         if not all(plans):
             return
         passes = S.inp * S.inp.bit_length() + out * out.bit_length()
@@ -170,7 +184,7 @@ class Entry:
 
     def circulant(self, columns: slice, delta: Circulant) -> None:
         (half, n, m), b = delta.spectrum.shape, delta.size
-        if not (plan := plan_of(b)):
+        if not (plan := self._plan(b)):
             return
         room, work = half * n + b * m + 4 * b, half * n * m + (n + m) * b * b.bit_length()
         self._add(columns, delta, CIRCULANT, (delta.spectrum, plan), LANES * room, LANES * work)
@@ -207,15 +221,16 @@ class NativeSmall:
         self.vectors = frozenset(s.placed for s in segments if s.sole)
         self.inputs = Inputs(form, group, routing.tokens, segments) if _panels(group.base) is not None else None
         self.scaled = frozenset(s.placed for s in segments if self.inputs is not None and s.alone)
-        self.done = frozenset(self._done(segments, group.index))
+        self.done = frozenset(map(id, self._done(segments, group.index)))
         self._call, self._width, self._inp = form.kernel.adapters_add, sum(group.outs), group.inp
-        self.threads = 1 if self._work(segments) < SERIAL else torch.get_num_threads()
+        self.most = torch.get_num_threads()  # that there is room for
+        self.threads = 1 if self._work(segments) < SERIAL else self.most
         self.table = self._table(group.outs, segments)
 
     def _done(self, segments: Sequence[Segment], index: int) -> Iterator[Any]:
         for segment, entry in zip(segments, self.entries, strict=True):
             yield from entry.done if segment.sole else entry.done[entry.before :]
-            if self.inputs is not None and segment.alone:
+            if self.inputs is not None and _turns(segment, entry):
                 yield from segment.placed.groups[index].turns
 
     def _work(self, segments: Sequence[Segment]) -> int:
@@ -235,7 +250,7 @@ class NativeSmall:
         units, ends = [unit for unit, _ in made], list(itertools.accumulate(unit[COUNT] * n for unit, n in made))
         room = max(max(entry.room, BLOCK * sum(outs) if entry.before else 0) for entry in self.entries)
         scratch = self.form.room("shrunk", ends[-1])
-        rooms = self.form.room("parts", torch.get_num_threads() * room)
+        rooms = self.form.room("parts", self.most * room)
         parts = [part for entry in self.entries for part in entry.parts]
         tables = (itertools.chain.from_iterable(units), outs, [0, *ends[:-1]], itertools.chain.from_iterable(parts))
         arrays = [_array(table) for table in tables]
@@ -259,7 +274,7 @@ class NativeSmall:
         panels = _panels(base)
         if panels is None or self.inputs is None or not self.inputs.own:
             return base(x)
-        return panels(x, base.bias, self.inputs.alone, self.threads)
+        return panels(x, base.bias, Added(self.inputs.alone, self.threads, self.most))
 
     def note_streams(self) -> None:
         """Where the step's residual stream is, for networks that read it."""
@@ -277,7 +292,7 @@ class Inputs:
     """What members read instead of x: scaled or turned at the tokens of who does that, and is there alone."""
 
     def __init__(self, form: Native, group: LinearGroup, tokens: int, segments: Sequence[Segment]) -> None:
-        each = [(s, _entry(s, group).turns) for s in segments if s.alone]
+        each = [(s, _turns(s, _entry(s, group))) for s in segments]
         members = sorted({member for _, turns in each for member in turns})
         self.own = len(members)
         self.turns = torch.zeros(self.own, tokens, 3, dtype=torch.int64)
@@ -303,10 +318,16 @@ class NativeBeside:
         panels, inputs = _panels(base), self.small.inputs
         if panels is not None and (len(x) <= MOST_ROWS or (inputs is not None and inputs.own)):
             self.small.note_streams()
-            return panels(x, base.bias, self.small.table, self.small.threads), None
+            return panels(x, base.bias, Added(self.small.table, self.small.threads, self.small.most)), None
         y = base(x)
         self.small.add(y, x)
         return y, None
+
+
+def _turns(segment: Segment, entry: Entry) -> Mapping[int, tuple[int, int, int]]:
+    """By member, what becomes of a segment's input: nothing where it is not alone, or too long for its blocks."""
+    few = segment.count <= BLOCK or all(size <= LARGEST_TURN for *_, size in entry.turns.values())
+    return entry.turns if segment.alone and few else {}
 
 
 def _entry(segment: Segment, group: LinearGroup) -> Entry:
@@ -329,7 +350,7 @@ def _units(segment: Segment, entry: Entry, first: int, most: int) -> Iterator[tu
 
 
 @functools.cache
-def _plan(n: int) -> tuple[Table, Tensor] | None:
+def plan_of(n: int) -> tuple[Table, Tensor] | None:
     """A plan of `deltas.c` for n complex numbers, and what it points to; None where a prime factor is too large."""
     factors: list[int] = []
     left = n
@@ -343,12 +364,6 @@ def _plan(n: int) -> tuple[Table, Tensor] | None:
     angles = torch.arange(n, dtype=torch.float64) * (2 * math.pi / n)
     waves = torch.stack([angles.cos(), angles.sin()], 1).float()
     return _array([n, len(factors), waves.data_ptr(), *factors]), waves
-
-
-def plan_of(n: int) -> int:
-    """Its address, or 0."""
-    made = _plan(n)
-    return 0 if made is None else ctypes.addressof(made[0])
 
 
 def _check(index: Tensor, size: int) -> None:

@@ -69,37 +69,40 @@ class FusedNorm:
     def enter(self, step: Step, x: Tensor) -> tuple[Tensor, Tensor]:
         """(norm of the stream, the stream), x being the stream or what a fused layer gave for it."""
         if not _carried(step, x) or step.carry is None:
-            return self.norm(x, self._weight(step.routing)), self._noted(step, x)
+            return self.norm(x, self._weight(step.routing, x)), self._noted(step, x)
         (total, x, more), step.carry = step.carry, None
         return self.add(step, x, total, more)
 
     def add(self, step: Step, x: Tensor, total: Tensor, more: More | None = None) -> tuple[Tensor, Tensor]:
         """(norm of the sum, the sum)."""
-        weight = self._weight(step.routing)
+        weight = self._weight(step.routing, x)
         y, both = self.kernels.add_rms_norm(x, total, weight, self.eps, self.centred, more)
         return y, self._noted(step, both)
 
     def _noted(self, step: Step, stream: Tensor) -> Tensor:
-        """For bottleneck adapters that read it."""
-        if self.between and not step.routing.plain:
+        """For bottleneck adapters that read it, if there are some."""
+        if self.between and self.path in step.routing.read:
             step.streams[self.path] = stream
         return stream
 
-    def _weight(self, routing: Routing) -> Tensor:
+    def _weight(self, routing: Routing, x: Tensor) -> Tensor:
         """[n], or [T, n] where adapters of the step have weights of their own here."""
         if not self.between or routing.plain or routing.unfused:
             return self.weight
         if self not in routing.shared:
             routing.shared[self] = self._mixed(routing)
-        found: Tensor = routing.shared[self]
-        return found
-
-    def _mixed(self, routing: Routing) -> Tensor:
-        """W + Σ wᵢ (Wᵢ − W) by token: an RMS norm is linear in its weight."""
-        each = [self._of(uses) for uses in routing.uses]
-        if all(weight is self.weight for weight in each):
+        found: Tensor | None = routing.shared[self]
+        if found is None:
             return self.weight
-        return each[routing.sole_use] if routing.sole_use is not None else routing.by_token(torch.stack(each))
+        if x.numel() != routing.tokens * len(self.weight):
+            raise RuntimeError(f"{self.path} saw {x.numel() // len(self.weight)} rows in a step of {routing.tokens}")
+        return found[0] if routing.sole_use is not None else routing.by_token(found)
+
+    def _mixed(self, routing: Routing) -> Tensor | None:
+        """W + Σ wᵢ (Wᵢ − W) of each use [uses, n], or of the sole one: an RMS norm is linear in its weight."""
+        uses = routing.uses if routing.sole_use is None else routing.uses[routing.sole_use :][:1]
+        each = [self._of(use) for use in uses]
+        return None if all(weight is self.weight for weight in each) else torch.stack(each)
 
     def _of(self, uses: Sequence[Use]) -> Tensor:
         own = [(patch.params["weight"], w) for p, w in uses if isinstance(patch := self.patch_of(p), ParamPatch)]

@@ -13,7 +13,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -221,7 +221,7 @@ class GroupedSmall:
     """A routing's segments at one group. Kernels add in float32; several adapters on a token round several times."""
 
     scaled: frozenset[Placed] = frozenset()
-    done: frozenset[Any] = frozenset()
+    done: frozenset[int] = frozenset()
 
     def __init__(self, form: Grouped, group: LinearGroup, tiles: Tiles, vectors: frozenset[Placed]) -> None:
         self.kernels, self.tiles, self.held, self.vectors = form.kernels, tiles, group.dtype, vectors

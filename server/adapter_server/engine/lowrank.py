@@ -21,7 +21,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -155,7 +155,7 @@ class Adder(Protocol):
 
     `narrow`: x and y may stay in the base's dtype; what is added is rounded once all the same.
     `vectors`: the adapters whose mul and add it adds too. `scaled`: those whose in_scale it applies. `done`: the
-    deltas, mirrors, turns and blocks that it runs.
+    ids of the deltas, mirrors, turns and blocks that it runs.
     """
 
     @property
@@ -168,7 +168,7 @@ class Adder(Protocol):
     def scaled(self) -> frozenset[Placed]: ...
 
     @property
-    def done(self) -> frozenset[Any]: ...
+    def done(self) -> frozenset[int]: ...
 
     def base(self, base: Product | Separate, x: Tensor) -> Tensor:
         """The base's product, of scaled and turned inputs where it does that."""
@@ -318,7 +318,7 @@ class Small:
     narrow = False
     vectors: frozenset[Placed] = frozenset()
     scaled: frozenset[Placed] = frozenset()
-    done: frozenset[Any] = frozenset()
+    done: frozenset[int] = frozenset()
 
     def beside(self, routing: Routing) -> None:
         """Its products have the same cores."""

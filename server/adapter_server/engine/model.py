@@ -317,7 +317,7 @@ def _stream(device: torch.device) -> torch.cuda.Stream | None:
 
 def _sent(group: LinearGroup, patches: Mapping[str, Patch], ring: Ring) -> Mapping[str, Patch]:
     """A group's patches, their low ranks, which are most of an adapter, on the device already: it lays them out."""
-    mine = {path: patches[path] for path in group.paths if path in patches}
+    mine = {path: group.lowrank.laid(patches[path]) for path in group.paths if path in patches}
     pairs = [(path, p.A, p.B) for path, p in mine.items() if p.A is not None and p.B is not None]
     sent = iter(ring.send([t for _, A, B in pairs for t in (A, B)]))
     return mine | {path: replace(mine[path], A=next(sent), B=next(sent)) for path, _, _ in pairs}

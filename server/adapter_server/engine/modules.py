@@ -28,7 +28,7 @@ class ModuleSite:
 
     def forward(self, x: Tensor, *args: Tensor, **kwargs: Tensor) -> Tensor | tuple[Tensor, ...]:
         step, more = current(), (*args, *kwargs.values())
-        if step is None or step.routing.plain or (self.fused and not step.routing.unfused):
+        if step is None or step.routing.plain or self._applied(step.routing, x):
             plain: Tensor | tuple[Tensor, ...] = self.base(x, *args, **kwargs)
             return plain
         routing = step.routing
@@ -39,6 +39,10 @@ class ModuleSite:
         if not here:
             return y
         return self._routed(x, y, routing) if isinstance(y, tuple) else self._patched(x, y, here, more)
+
+    def _applied(self, routing: Routing, x: Tensor) -> bool:
+        """Whether the module itself does what adapters want of it."""
+        return self.fused and not routing.unfused and x.dtype == self.module.get_parameter("weight").dtype
 
     def _rounded(self, y: Tensor | tuple[Tensor, ...], x: Tensor) -> Tensor | tuple[Tensor, ...]:
         """In the base's format, which an adapter in more bits leaves: the input's, or of ids the module's own."""

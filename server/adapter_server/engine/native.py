@@ -20,6 +20,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -103,6 +104,15 @@ def _processor() -> str:
     return next((line for line in lines if line.startswith("flags")), platform.processor())
 
 
+@dataclass(frozen=True, slots=True)
+class Added:
+    """What adapters add to a product: a table of `added.h`, how many threads it is worth, and has room for."""
+
+    table: Table
+    threads: int
+    most: int
+
+
 class Panels:
     """A weight [out, in] once more, in the panels of `product.c`."""
 
@@ -113,12 +123,11 @@ class Panels:
         kernel.panels_fill(self.memory.data_ptr(), weight.data_ptr(), self.out, self.inp, torch.get_num_threads())
         self._call = kernel.product
 
-    def __call__(self, x: Tensor, bias: Tensor | None, added: Table | None = None, wanted: int = 1) -> Tensor:
-        """x [T, in] → x · Wᵀ + b [T, out], with what adapters add (`added.h`), which is worth `wanted` threads. A row's
-        numbers do not depend on the others.
-        """
+    def __call__(self, x: Tensor, bias: Tensor | None, added: Added | None = None) -> Tensor:
+        """x [T, in] → x · Wᵀ + b [T, out], with what adapters add. A row's numbers do not depend on the others."""
         x, y = x.contiguous(), torch.empty(len(x), self.out)
         threads = 1 if len(x) * self.out * self.inp < SERIAL else torch.get_num_threads()
-        after = (0 if bias is None else bias.data_ptr(), self.inp, self.out, added, max(threads, wanted))
-        self._call(y.data_ptr(), x.data_ptr(), len(x), self.memory.data_ptr(), *after)
+        threads = threads if added is None else min(max(threads, added.threads), added.most)
+        after = (0 if bias is None else bias.data_ptr(), self.inp, self.out, None if added is None else added.table)
+        self._call(y.data_ptr(), x.data_ptr(), len(x), self.memory.data_ptr(), *after, threads)
         return y

@@ -77,6 +77,15 @@ class Routing:
             self.shared["unfused"] = any(segment.placed.unfused for segment in self.segments)
         return bool(self.shared["unfused"])
 
+    @property
+    def read(self) -> frozenset[str]:
+        """Paths of the modules whose input, the residual stream, networks behind blocks read."""
+        if "read" not in self.shared:
+            patches = [patch for segment in self.segments for patch in segment.placed.groups.values()]
+            self.shared["read"] = frozenset(patch.block.reads for patch in patches if patch.block is not None)
+        found: frozenset[str] = self.shared["read"]
+        return found
+
     def use_of(self, device: torch.device) -> Tensor:
         """[T] index into `uses`. Made when it is first wanted, which is seldom: to copy it waits for the device."""
         if "use_of" not in self.shared:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -221,18 +221,18 @@ class LinearGroup:
         small, large = self.lowrank.plan(self, routing, [s for s, _ in here])
         done = frozenset[Placed]().union(*(adder.vectors for adder in small))
         scaled = frozenset[Placed]().union(*(adder.scaled for adder in small))
-        run = frozenset[Any]().union(*(adder.done for adder in small))
+        run = frozenset[int]().union(*(adder.done for adder in small))
         plan = Plan(
             in_scale=None if (shift := self._vectors(routing, "shift", scaled)) is None else shift + 1,
             mul=self._vectors(routing, "mul", done),
             add=self._vectors(routing, "add", done),
             small=small,
             large=large,
-            deltas=[(s, *delta) for s, patch in here for delta in patch.deltas if delta[1] not in run],
-            mirrors=[(s, *mirror) for s, patch in here for mirror in patch.mirrors if mirror[1] not in run],
-            turns=[(s, turned) for s, patch in here for turned in patch.turns if turned not in run],
+            deltas=[(s, *delta) for s, patch in here for delta in patch.deltas if id(delta[1]) not in run],
+            mirrors=[(s, *mirror) for s, patch in here for mirror in patch.mirrors if id(mirror[1]) not in run],
+            turns=[(s, turned) for s, patch in here for turned in patch.turns if id(turned) not in run],
             replaced=replaced,
-            blocks=[(s, patch.block) for s, patch in here if patch.block is not None and patch.block not in run],
+            blocks=[(s, patch.block) for s, patch in here if patch.block and id(patch.block) not in run],
         )
         if plan.narrow and len(small) == 1:
             plan.beside = small[0].beside(routing)

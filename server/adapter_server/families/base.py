@@ -143,8 +143,8 @@ class Patch(TensorFields):
 
     @property
     def rank(self) -> int:
-        if isinstance(self.delta, Scaled):
-            return len(self.delta.mid)
+        if isinstance(self.delta, Kronecker | Scaled):
+            return self.delta.rank
         return 0 if self.A is None else self.A.shape[0]
 
     def apply(self, x: Tensor, module: nn.Module, *more: Tensor) -> Tensor:
@@ -181,10 +181,12 @@ class Patch(TensorFields):
 
 
 def as_low_rank(patch: Patch) -> Patch:
-    """The same with a delta that is a low rank in A and B, which may take many times its memory."""
+    """The same with a delta that is a low rank in A and B, which may take many times its memory; a Kronecker product
+    that is none with whole factors.
+    """
     pair = patch.delta.low_rank() if isinstance(patch.delta, Kronecker | Scaled) else None
     if pair is None:
-        return patch
+        return with_whole_factors(patch)
     A, B = pair
     A = A if patch.A is None else torch.cat([patch.A, A])
     B = B if patch.B is None else torch.cat([patch.B, B], 1)

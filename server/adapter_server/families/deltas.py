@@ -144,15 +144,33 @@ class Kronecker(TensorFields):
     left_in: Tensor | None = None  # [rank, i1]
     right_in: Tensor | None = None  # [rank, i2]
 
+    @property
+    def rank(self) -> int:
+        """Of the low rank that it is; 0 where it is none."""
+        (L1, R1), (L2, R2) = _halves(self.left, self.left_in), _halves(self.right, self.right_in)
+        rank = L1.shape[1] * L2.shape[1]
+        return rank if 2 * rank <= min(len(L1) * len(L2), R1.shape[1] * R2.shape[1]) else 0
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(out, in) of the left factor and of the right one."""
+        return _size(self.left, self.left_in), _size(self.right, self.right_in)
+
+    @property
+    def work(self) -> int:
+        """Multiplications of a token, factor by factor."""
+        (o1, i1), (o2, i2) = self.sizes
+        return i1 * o2 * (i2 + o1)
+
     def whole(self) -> Kronecker:
         """The same from factors that are no products."""
         return Kronecker(_product(self.left, self.left_in), _product(self.right, self.right_in))
 
     def low_rank(self) -> tuple[Tensor, Tensor] | None:
         """(A, B) with ΔW = B A, of the product of the factors' ranks; None where that is no low rank."""
-        (L1, R1), (L2, R2) = _halves(self.left, self.left_in), _halves(self.right, self.right_in)
-        if 2 * L1.shape[1] * L2.shape[1] > min(len(L1) * len(L2), R1.shape[1] * R2.shape[1]):
+        if not self.rank:
             return None
+        (L1, R1), (L2, R2) = _halves(self.left, self.left_in), _halves(self.right, self.right_in)
         return torch.kron(R1, R2), torch.kron(L1, L2)
 
     def apply(self, x: Tensor) -> Tensor:
@@ -166,6 +184,11 @@ class Kronecker(TensorFields):
 
 def _product(a: Tensor, b: Tensor | None) -> Tensor:
     return a.float() if b is None else a.float() @ b.float()
+
+
+def _size(a: Tensor, b: Tensor | None) -> tuple[int, int]:
+    """(out, in) of a factor."""
+    return len(a), (a if b is None else b).shape[1]
 
 
 def _halves(a: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -191,6 +214,10 @@ class Scaled(TensorFields):
         """B [out, r] in that form, of which a narrower module's is the first part."""
         out, r = B.shape
         return F.pad(B.T, (0, -out % SIDE)).view(r, -1, SIDE).transpose(0, 1).contiguous()
+
+    @property
+    def rank(self) -> int:
+        return len(self.mid)
 
     def low_rank(self) -> tuple[Tensor, Tensor]:
         """(A, B) with ΔW = B A, of this module alone."""
