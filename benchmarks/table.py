@@ -186,6 +186,14 @@ def levelness(results: Results, size: str) -> str | None:
     return f"{min(speeds) / max(speeds):.2f}" if speeds else None
 
 
+def by_kind(results: Results, size: str) -> str | None:
+    """ms per token over the base's: of the kind in the middle and of the dearest, and of all in one batch."""
+    if (found := results.get("kinds", {}).get(size)) is None:
+        return None
+    each = sorted(1 + line["overhead"] / 100 for line in found["kinds"].values())
+    return f"{statistics.median(each):.2f} / {each[-1]:.2f} / {1 + found['all']['overhead'] / 100:.2f}"
+
+
 def prefill(results: Results, size: str) -> str | None:
     """Prompts on one adapter and on all."""
     lines = results.get("prefill", {}).get(size, {}).get("results", ())
@@ -236,6 +244,12 @@ TARGETS: Sequence[tuple[str, str, str, Figure]] = (
         added,
     ),
     ("worst popularity over the best, tokens/s (Punica's four)", "–", "–", levelness),
+    (
+        "four rows of the middle / the dearest kind, and one row of each kind, ms per token over the base",
+        "–",
+        "–",
+        by_kind,
+    ),
     ("prefill on 1 / 16 adapters over the base alone, tokens/s", "–", "≥ 0.95 at 8b", prefill),
     (
         "LoRA unmerged over merged, ms per token, batch 1 / 8 / 32",

@@ -119,6 +119,19 @@ def test_every_aim_has_a_row(table):
         assert sum(words in what for what, *_ in table.TARGETS) == rows, words
 
 
+def test_kinds_are_told_by_the_middle_and_the_dearest(table, files):
+    readme, results = files
+    costs = {"A": 2.0, "B": -1.0, "C": 31.0}
+    made = common("kinds", "2026") | {
+        "kinds": {kind: {"overhead": percent} for kind, percent in costs.items()},
+        "all": {"overhead": 150.0},
+    }
+    (results / "k.json").write_text(json.dumps(made))
+    readme.write_text("<!-- bench:targets --><!-- /bench -->")
+    table.main(check=False, page=[readme], results=results)
+    assert "one row of each kind, ms per token over the base | – | 1.02 / 1.31 / 2.50 at 35m |" in readme.read_text()
+
+
 def popularities() -> dict[str, object]:
     """32 rows: 1 and 16 adapters, and the base."""
     steps = {"identical": [2.0, 4.0], "uniform": [4.0, 4.0], "distinct": [8.0, 8.0], "base": [2.0, 2.0]}
