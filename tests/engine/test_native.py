@@ -85,6 +85,26 @@ def run(group: LinearGroup, placed: Placed, x: torch.Tensor) -> torch.Tensor:
         return group.apart(x)[0]
 
 
+def test_two_adapters_on_the_same_tokens_follow_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many units as threads, each of as much work: at once, some of what they add would be lost."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)  # the tests' own is one
+    modules = {f"m{i}": torch.nn.Linear(512, 512).requires_grad_(False) for i in range(3)}
+    group = LinearGroup(0, modules, Native(kernel()), pack=True, head=False)
+    adapters = []
+    for name in ("a", "b"):
+        patches = {m: Patch(A=torch.randn(16, 512) / 20, B=torch.randn(512, 16) / 20) for m in modules}
+        adapter = Adapter(Spec(name, "0" * 12, "", "X", {}, 0), patches)
+        adapters.append(Placed(adapter, {0: group.place(patches)}, {}))
+    uses = tuple((placed, 1.0) for placed in adapters)
+    changes = [torch.cat([p.B @ p.A for p in placed.adapter.patches.values()]) for placed in adapters]
+    for _ in range(100):
+        x = torch.randn(16, 512)
+        with running(Step(route([(16, uses)], torch.device("cpu")), Routing(1))):
+            y = group.apart(x)[0]
+        want = torch.cat([module(x) for module in modules.values()], 1) + x @ sum(changes).T
+        assert torch.allclose(y, want, atol=1e-4)
+
+
 def test_a_length_with_a_large_prime_factor_is_left_to_torch() -> None:
     assert added.plan_of(2 * 67) is None
     delta, x = Spectral(sparse(134, 10, 30)), torch.randn(3, 10)

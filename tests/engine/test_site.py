@@ -171,15 +171,6 @@ def test_in_the_bases_own_call_and_by_several_threads(
             assert close(*case.run(case.rows(most, composed))), seed
 
 
-def test_two_adapters_on_the_same_tokens_follow_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    if (kernel := native.library()) is None:
-        pytest.skip("no C compiler")
-    monkeypatch.setattr(added, "SERIAL", 0)
-    case = Case(5, (700, 700), kinds=("lora",), n=2, form=Native(kernel), pack=True)
-    uses = tuple((placed, 1.0) for placed in case.patches)
-    assert all(close(*case.run([(16, uses)])) for _ in range(50))
-
-
 @pytest.mark.parametrize("form", forms(), ids=["banked", "native"][: len(forms())])
 def test_64_adapters_at_once_are_64_steps_of_one(form: Callable[[], LowRank]) -> None:
     case = Case(0, kinds=("lora", "dora", "bias"), n=64, form=form())

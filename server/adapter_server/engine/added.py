@@ -38,7 +38,7 @@ COUNT = 1  # where a unit says how many tokens it has
 ACTS = {"silu": 0, "swish": 0, "gelu": 1, "gelu_pytorch_tanh": 2, "relu": 3, "tanh": 4}
 READS = ("y", "y + r", "r")
 _NOTHING = torch.empty(0)
-FEWER = 4  # times
+WORTH = 4  # times its multiplications: a Kronecker product's are of a whole vector of tokens, and of its own numbers
 LARGEST_TURN = 256  # block of a rotation that is read again for each of many tokens
 LARGEST = 64  # prime factor of a length that is worth transforming here
 
@@ -64,7 +64,7 @@ class Native:
         delta = patch.delta
         if isinstance(delta, Kronecker):
             (o1, i1), (o2, i2) = delta.sizes
-            if 0 < delta.rank * (o1 * o2 + i1 * i2) < FEWER * delta.work:
+            if 0 < delta.rank * (o1 * o2 + i1 * i2) < WORTH * delta.work:
                 return as_low_rank(patch)
         return with_whole_factors(patch)
 
@@ -108,9 +108,7 @@ class Entry:
         for columns, delta in patch.deltas:
             if (known := PARTS.get(type(delta))) is not None:
                 known(self, columns, delta)
-        self.by_token = bool(
-            self.before and self.parts[0][0] == NETWORK
-        )  # whose tokens are shared out, not its numbers
+        self.by_token = any(part[0] == NETWORK for part in self.parts)  # tokens are shared out, not numbers
         self.turns = {turned.member: self._turn(turned) for turned in patch.turns}
         if patch.shift is not None:  # of a Linear that stands alone
             self.turns[0] = (self._at(patch.shift), 1, 0)

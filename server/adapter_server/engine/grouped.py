@@ -18,9 +18,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from adapter_server.engine.lowrank import Adder, PackedRow, by_adapter
+from adapter_server.engine.lowrank import Adder, AfterBase, ByLowRank, PackedRow, by_adapter
 from adapter_server.engine.routing import Routing, Segment
-from adapter_server.families.base import Patch, as_low_rank
 
 if TYPE_CHECKING:
     from adapter_server.engine.kernels import More, Outputs, Run, Tiles
@@ -112,7 +111,7 @@ def _entry(patch: GroupPatch) -> list[int]:
     return entry
 
 
-class Grouped:
+class Grouped(ByLowRank):
     """`LowRank` by the Triton kernels."""
 
     def __init__(self, kernels: ModuleType, device: torch.device) -> None:
@@ -123,12 +122,6 @@ class Grouped:
 
     def arrange(self, rows: Sequence[PackedRow]) -> list[int]:
         return by_adapter(rows)
-
-    def laid(self, patch: Patch) -> Patch:
-        return as_low_rank(patch)
-
-    def prepared(self, patch: GroupPatch) -> GroupPatch:
-        return patch
 
     def plan(
         self, group: LinearGroup, routing: Routing, touching: Sequence[Segment]
@@ -217,19 +210,13 @@ class Grouped:
         return made
 
 
-class GroupedSmall:
+class GroupedSmall(AfterBase):
     """A routing's segments at one group. Kernels add in float32; several adapters on a token round several times."""
-
-    scaled: frozenset[Placed] = frozenset()
-    done: frozenset[int] = frozenset()
 
     def __init__(self, form: Grouped, group: LinearGroup, tiles: Tiles, vectors: frozenset[Placed]) -> None:
         self.kernels, self.tiles, self.held, self.vectors = form.kernels, tiles, group.dtype, vectors
         self.narrow = len({run.tokens for run in tiles.runs}) == len(tiles.runs)  # one of a kind: no token comes twice
         self.table, self.outputs, self.form = form.table.rows, form.outputs(group), form
-
-    def base(self, base: Product | Separate, x: Tensor) -> Tensor:
-        return base(x)
 
     def beside(self, routing: Routing) -> Beside | None:
         """The same beside the base's product, where nobody scales what that gives."""

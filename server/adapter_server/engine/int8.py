@@ -42,9 +42,7 @@ class Int8Linear(nn.Module):
         rows = x.reshape(-1, self.in_features).float()
         step = rows.abs().amax(1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny) / MOST
         u = (rows / step).add_(MIDDLE + 0.5).to(torch.uint8)
-        y: Tensor = torch.ops.onednn.qlinear_pointwise(
-            u, 1.0, MIDDLE, self._packed, self.scale, self._zeros, None, 1.0, 0, torch.float32, "none", [], ""
-        ).mul_(step)
+        y = _product(u, self._packed, self.scale, self._zeros).mul_(step)
         y = y if self.bias is None else y.add_(self.bias)
         return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
@@ -59,13 +57,18 @@ def hold_in_int8(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def _product(u: Tensor, packed: Tensor, scale: Tensor, zeros: Tensor) -> Tensor:
+    """u [T, in] unsigned, zeros [out] → scale · Σ (u − MIDDLE) q [T, out]."""
+    y: Tensor = torch.ops.onednn.qlinear_pointwise(
+        u, 1.0, MIDDLE, packed, scale, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+    )
+    return y
+
+
 @functools.cache
 def largest_weight() -> int:
     """127; 63 on processors that cut sums of two products off at 16 bits (AVX2 without VNNI), which would be wrong."""
-    ones = torch.full((16, 64), MOST, dtype=torch.int8)
-    packed, inputs = torch.ops.onednn.qlinear_prepack(ones, None), torch.full((2, 64), 255, dtype=torch.uint8)
-    zeros, scale = torch.zeros(16, dtype=torch.int32), torch.ones(16)
-    y = torch.ops.onednn.qlinear_pointwise(
-        inputs, 1.0, MIDDLE, packed, scale, zeros, None, 1.0, 0, torch.float32, "none", [], ""
-    )
+    packed = torch.ops.onednn.qlinear_prepack(torch.full((16, 64), MOST, dtype=torch.int8), None)
+    u = torch.full((2, 64), 255, dtype=torch.uint8)
+    y = _product(u, packed, torch.ones(16), torch.zeros(16, dtype=torch.int32))
     return MOST if bool((y == 64 * MOST * (255 - MIDDLE)).all()) else FEWER

@@ -201,6 +201,26 @@ class LowRank(Protocol):
         """An adapter has been evicted."""
 
 
+class ByLowRank:
+    """What forms have in common that run low ranks and vectors alone."""
+
+    def laid(self, patch: Patch) -> Patch:
+        return as_low_rank(patch)
+
+    def prepared(self, patch: GroupPatch) -> GroupPatch:
+        return patch
+
+
+class AfterBase:
+    """What adders have in common that leave the base's product and all but low ranks and vectors to others."""
+
+    scaled: frozenset[Placed] = frozenset()
+    done: frozenset[int] = frozenset()
+
+    def base(self, base: Product | Separate, x: Tensor) -> Tensor:
+        return base(x)
+
+
 def by_adapter(rows: Sequence[PackedRow]) -> list[int]:
     """The base's rows first, then adapter by adapter in order of appearance."""
     first: dict[Placed, int] = {}
@@ -210,17 +230,11 @@ def by_adapter(rows: Sequence[PackedRow]) -> list[int]:
     return sorted(range(len(rows)), key=lambda i: first[rows[i][1][0][0]] if rows[i][1] else -1)
 
 
-class Banked:
+class Banked(ByLowRank):
     """`LowRank` in plain torch: batched products against banks, by rank class."""
 
     def __init__(self) -> None:
         self.banks: dict[int, Bank] = {}
-
-    def laid(self, patch: Patch) -> Patch:
-        return as_low_rank(patch)
-
-    def prepared(self, patch: GroupPatch) -> GroupPatch:
-        return patch
 
     def arrange(self, rows: Sequence[PackedRow]) -> list[int]:
         """Adapter by adapter, small ones in the order of their slots, which they are given here."""
@@ -312,19 +326,14 @@ def _layout(bank: Bank, slots: int, segments: list[Segment], device: torch.devic
     )
 
 
-class Small:
+class Small(AfterBase):
     """The small segments of one rank class at one group: batched products, on views that are made once a routing."""
 
     narrow = False
     vectors: frozenset[Placed] = frozenset()
-    scaled: frozenset[Placed] = frozenset()
-    done: frozenset[int] = frozenset()
 
     def beside(self, routing: Routing) -> None:
         """Its products have the same cores."""
-
-    def base(self, base: Product | Separate, x: Tensor) -> Tensor:
-        return base(x)
 
     def __init__(self, layout: Layout, group: LinearGroup, runs: Sequence[int]) -> None:
         stack, n = layout.bank.stack(group), layout.slots

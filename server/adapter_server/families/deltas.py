@@ -147,9 +147,9 @@ class Kronecker(TensorFields):
     @property
     def rank(self) -> int:
         """Of the low rank that it is; 0 where it is none."""
-        (L1, R1), (L2, R2) = _halves(self.left, self.left_in), _halves(self.right, self.right_in)
-        rank = L1.shape[1] * L2.shape[1]
-        return rank if 2 * rank <= min(len(L1) * len(L2), R1.shape[1] * R2.shape[1]) else 0
+        (o1, i1), (o2, i2) = self.sizes
+        rank = min(self.left.shape) * min(self.right.shape)
+        return rank if 2 * rank <= min(o1 * o2, i1 * i2) else 0
 
     @property
     def sizes(self) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -208,6 +208,11 @@ class Scaled(TensorFields):
     mid: Tensor  # [r]
     B: Tensor  # [⌈out/SIDE⌉, r, SIDE], its columns' transposes side by side, as kernels read them
     outer: Tensor  # [out]
+
+    @classmethod
+    def within(cls, A: Tensor, mid: Tensor, B: Tensor, outer: Tensor, inp: int) -> Scaled:
+        """A module's part of A [≥ r, ≥ in] and of B in blocks."""
+        return cls(A[: len(mid), :inp], mid, B[: -(-len(outer) // SIDE)], outer)
 
     @staticmethod
     def blocks(B: Tensor) -> Tensor:

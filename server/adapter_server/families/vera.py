@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from adapter_server.families.base import Family, Patch
-from adapter_server.families.deltas import SIDE, Scaled
+from adapter_server.families.deltas import Scaled
 from adapter_server.families.options import Config, flag, integer
 from adapter_server.families.parts import Expected, Taker
 from adapter_server.families.wrapping import TARGETS, Reader, Wrapped, Wrapping
@@ -54,8 +54,8 @@ class Vera(Wrapping):
         return Projection(A, Scaled.blocks(B))
 
     def patch(self, at: Wrapped, read: Reader, common: Projection) -> Patch:
-        r, b, d = _rank(at), read(f"{self.prefix}_lambda_b"), read(f"{self.prefix}_lambda_d")[: _rank(at)]
-        return Patch(delta=Scaled(common.A[:r, : at.inp], d, common.B[: -(-at.out // SIDE)], b))
+        b, d = read(f"{self.prefix}_lambda_b"), read(f"{self.prefix}_lambda_d")[: _rank(at)]
+        return Patch(delta=Scaled.within(common.A, d, common.B, b, at.inp))
 
     def _shapes(self, wrapped: list[Wrapped]) -> tuple[tuple[int, int], tuple[int, int]]:
         r = _rank(wrapped[0])
