@@ -31,9 +31,9 @@ def without_the_engine() -> None:
 
 
 without_the_engine()
-attention, block, draw, launch, linear, lowrank = (
+attention, block, draw, launch, linear, lowrank, parts = (
     importlib.import_module(f"adapter_server.engine.kernels.{name}")
-    for name in ("attention", "block", "draw", "launch", "linear", "lowrank")
+    for name in ("attention", "block", "draw", "launch", "linear", "lowrank", "parts")
 )
 
 
@@ -137,8 +137,23 @@ def few_rows(arch: int, name: str) -> None:
         compiled(linear._few_rows, some, sizes, arch, tiling.warps)
 
 
+def beyond_low_rank(arch: int, name: str) -> None:
+    held, star = {"HELD": launch.DTYPES[HELD[name]]}, f"*{name}"
+    some = dict.fromkeys(("out", "base", "x", "y", "r"), star) | dict.fromkeys(("more", "h"), "*fp32")
+    some |= dict.fromkeys(("owners", "blocks", "tokens", "places"), "*i32") | {"weights": "*fp32", "table": "*i64"}
+    span = {**held, "SPAN": parts.SPAN}
+    for kernel in (parts._own_rows, parts._inputs, parts._add_sparse):
+        compiled(kernel, some, span, arch, parts.SPAN_WARPS)
+    compiled(parts._mirrored, some, {**held, "ALIGNED": True, "EACH": parts.EACH, "WIDE": parts.WIDE}, arch, 1)
+    tile = {"COMPUTE": launch.DTYPES[HELD[name]], "PRECISION": "tf32x3" if name == "fp32" else "ieee"}
+    tile |= {"OUTS": parts.OUTS, "DEPTH": parts.DEPTH, **held}
+    for tokens in (parts.LEAST, lowrank.MANY):
+        for kernel in (parts._own_product, parts._hidden, parts._add_hidden):
+            compiled(kernel, some, {**tile, "TOKENS": tokens}, arch, parts.PRODUCT_WARPS)
+
+
 def main(arch: int, name: str) -> None:
-    for each in (low_rank, attended, blocks, drawn, few_rows):
+    for each in (low_rank, attended, blocks, drawn, few_rows, beyond_low_rank):
         each(arch, name)
 
 

@@ -22,7 +22,8 @@ FOUND = {"llama": ALL, "qwen3": ALL, "phi3": ALL, "gemma3": ALL[:3], "gpt2": []}
 @pytest.fixture(autouse=True)
 def _as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forms, "usable", lambda device: True)
-    monkeypatch.setattr(forms, "_low_rank_agrees", lambda *_: True)  # test_kernels.py holds it
+    for agrees in ("_low_rank_agrees", "_parts_agree"):  # test_kernels.py and test_parts.py hold them
+        monkeypatch.setattr(forms, agrees, lambda *_: True)
 
 
 @pytest.mark.parametrize("arch", FOUND)

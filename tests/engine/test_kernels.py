@@ -226,6 +226,7 @@ NAMES = [
     *["_shrink_few", "_expand_few"] * 3, "_shrink_many", "_expand_many", "_attend", "_prefill", "_combine",
     "_rms_norm", "_gated", "_gated", "_gated", "_rope_write", "_rope_write", "_pick", "_picked",
     *["_aim", "_narrow"] * 3, "_weigh", "_count", "_place", "_few_rows", "_few_rows", "_few_rows",
+    "_own_rows", "_inputs", "_add_sparse", "_mirrored", *["_own_product", "_hidden", "_add_hidden"] * 2,
 ]  # fmt: skip
 KERNELLED = ("lora", "dora", "prefix", "ia3", "lora_saved")
 

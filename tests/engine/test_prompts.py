@@ -46,7 +46,7 @@ def test_long_and_short_rows_of_any_adapters_are_one_graph() -> None:
         answers = rig.run(engine, [ask(engine, name, i, 2) for name, i in zip(names, (3, 1, 2), strict=True)])
         assert [a.ids for a in answers] == [right(name, i, 2) for name, i in zip(names, (3, 1, 2), strict=True)]
         found.append(set(prompts(engine).captured) - before)
-    assert any(key.low_rank for key in found[0])
+    assert any(key.added for key in found[0])
     assert found[1] == set()
     engine.close()
 
@@ -108,11 +108,11 @@ def test_a_snapshot_reads_its_own_weights() -> None:
 
 
 def test_what_no_sheet_holds_runs_without() -> None:
-    """The prompt's own logprobs, and embeddings of an adapter's own."""
-    engine = served(("lora_embed",))
+    """The prompt's own logprobs, and a kind that no kernel on CUDA does."""
+    engine = served(("c3a",))
     [answer] = rig.run(engine, [ask(engine, None, 0, 2, prompt_logprobs=1)])
     assert answer.ids == right(None, 0, 2)
     assert len(answer.prompt) == len(rig.PROMPTS[0]) - 1
-    check(engine, [("lora_embed", 0)])
+    check(engine, [("c3a", 0)])
     assert not prompts(engine).captured
     engine.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from adapter_server.engine import proofs
+from adapter_server.engine import proof_of_parts, proofs
 
 kernels = pytest.importorskip("adapter_server.engine.kernels", reason="Triton is not installed")
 HALVES = [torch.float32, torch.bfloat16, torch.float16]
@@ -25,6 +25,17 @@ def test_low_rank(
     monkeypatch.setattr(proofs, "COUNTS", (1, 200, 17))
     error = proofs.low_rank_error(kernels, device, given, held)
     assert error < max(proofs.TOLERANCE[given], proofs.TOLERANCE[held])
+
+
+@pytest.mark.parametrize("held", HALVES, ids=str)
+@pytest.mark.parametrize("given", HALVES, ids=str)
+@pytest.mark.parametrize("inp", [288, 4096])
+def test_parts(
+    inp: int, given: torch.dtype, held: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(proof_of_parts, "INP", inp)
+    error = proof_of_parts.parts_error(kernels, device, given, held)
+    assert error < 2 * max(proofs.TOLERANCE[given], proofs.TOLERANCE[held])
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)

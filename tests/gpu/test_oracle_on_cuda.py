@@ -14,6 +14,7 @@ from adapter_server.engine import Engine
 from adapter_server.engine.grouped import Grouped
 from adapter_server.engine.kv import PagePool
 from adapter_server.registry.store import Store
+from captured import uncaptured
 from test_dtypes import NAMES, TOLERANCE, alone, answers
 from test_oracle import cases, check, foldable, kinds
 
@@ -65,6 +66,22 @@ def test_no_kernel_is_left_out_on_this_device(device: torch.device, caplog: pyte
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             engine("gemma2", (), device, dtype).close()
     assert not [record.getMessage() for record in caplog.records]
+
+
+PARTS = ("ia3", "ia3_saved", "lora_saved", "lora_embed", "road", "oft", "boft", "fourierft", "shira", "randlora")
+
+
+def test_every_kind_in_captured_steps(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What adapters do beyond low rank and vectors, by kernels in graphs: PEFT's tokens, no step without a graph."""
+    served = engine("llama", PARTS, device, torch.float32)
+    rig.run(served, [rig.ask(served, name, (5,), max_new_tokens=1, logprobs=0) for name in PARTS], timeout_s=120)
+    without = uncaptured(served, monkeypatch)
+    asked = [(name, prompt) for name in (None, *PARTS) for prompt in rig.PROMPTS[:3]]
+    requests = [rig.ask(served, name, prompt, logprobs=0) for name, prompt in asked]
+    for (name, prompt), answer in zip(asked, rig.run(served, requests, stagger=1, timeout_s=120), strict=True):
+        assert tuple(answer.ids) == rig.peft_alone("llama", name, prompt)[0], name
+    assert without == []
+    served.close()
 
 
 LOW_RANK = ("lora", "rslora", "velora", "dora")  # what a captured step holds

@@ -20,8 +20,9 @@ from torch import Tensor
 from adapter_server.engine.lowrank import Adder, PackedRow, by_adapter
 from adapter_server.engine.modules import stream
 from adapter_server.engine.native import MOST_ROWS, SERIAL, Added, Panels, Table
+from adapter_server.engine.operands import ACTS
+from adapter_server.engine.placed import check_index
 from adapter_server.engine.routing import Routing, Segment
-from adapter_server.errors import AdapterRefused
 from adapter_server.families.base import BlockPatch, Network, Patch, as_low_rank, network_of, with_whole_factors
 from adapter_server.families.deltas import SIDE, Circulant, Delta, Kronecker, Mirror, Rows, Scaled, Sparse, Spectral
 
@@ -35,7 +36,6 @@ PART = 12  # numbers of a part, in `added.h`
 SCALED, SPARSE, SPECTRAL, KRONECKER, CIRCULANT, ROWS, MIRROR, NETWORK = range(8)
 STREAM = 9  # where a network's part names the residual stream
 COUNT = 1  # where a unit says how many tokens it has
-ACTS = {"silu": 0, "swish": 0, "gelu": 1, "gelu_pytorch_tanh": 2, "relu": 3, "tanh": 4}
 READS = ("y", "y + r", "r")
 _NOTHING = torch.empty(0)
 WORTH = 4  # times its multiplications: a Kronecker product's are of a whole vector of tokens, and of its own numbers
@@ -68,7 +68,7 @@ class Native:
                 return as_low_rank(patch)
         return with_whole_factors(patch)
 
-    def prepared(self, patch: GroupPatch) -> GroupPatch:
+    def prepared(self, patch: GroupPatch, columns: Sequence[slice]) -> GroupPatch:
         """With its entry. Raises AdapterRefused."""
         return replace(patch, entry=Entry(patch))
 
@@ -99,7 +99,7 @@ class Entry:
         self.done: list[Delta | Mirror | BlockPatch] = []
         self.parts: list[tuple[int, ...]] = []
         for columns, mirror in patch.mirrors:
-            _check(mirror.index, columns.stop - columns.start)
+            check_index(mirror.index, columns.stop - columns.start)
             self._add(columns, mirror, MIRROR, (mirror.index, mirror.factor), 0, each=len(mirror.index))
         network = None if patch.block is None else network_of(patch.block)
         if patch.block is not None and network is not None and network.act in ACTS:
@@ -161,13 +161,13 @@ class Entry:
         self.room, self.lanes = max(self.room, room), self.lanes + lanes
 
     def sparse(self, columns: slice, delta: Sparse) -> None:
-        _check(delta.columns, delta.inp)
+        check_index(delta.columns, delta.inp)
         args = delta.starts, delta.columns, delta.values
         self._add(columns, delta, SPARSE, args, LANES * delta.inp, LANES * len(delta.values))
 
     def spectral(self, columns: slice, delta: Spectral) -> None:
         S, out = delta.S, columns.stop - columns.start
-        _check(S.columns, S.inp)
+        check_index(S.columns, S.inp)
         plans = (self._plan(S.inp), self._plan(out))
         if not all(plans):
             return
@@ -189,7 +189,7 @@ class Entry:
 
     def rows(self, columns: slice, delta: Rows) -> None:
         n = len(delta.index)
-        _check(delta.index, delta.out)
+        check_index(delta.index, delta.out)
         self._add(columns, delta, ROWS, (delta.index, delta.values, n), BLOCK * n, each=delta.values.numel())
 
     def scaled(self, columns: slice, delta: Scaled) -> None:
@@ -330,7 +330,8 @@ def _turns(segment: Segment, entry: Entry) -> Mapping[int, tuple[int, int, int]]
 
 def _entry(segment: Segment, group: LinearGroup) -> Entry:
     """Raises RuntimeError where the adapter was laid out by another form."""
-    if (entry := segment.placed.groups[group.index].entry) is None:
+    entry = segment.placed.groups[group.index].entry
+    if not isinstance(entry, Entry):
         raise RuntimeError(f"{segment.placed.adapter.spec.name} was not prepared for the kernels in C")
     return entry
 
@@ -362,12 +363,6 @@ def plan_of(n: int) -> tuple[Table, Tensor] | None:
     angles = torch.arange(n, dtype=torch.float64) * (2 * math.pi / n)
     waves = torch.stack([angles.cos(), angles.sin()], 1).float()
     return _array([n, len(factors), waves.data_ptr(), *factors]), waves
-
-
-def _check(index: Tensor, size: int) -> None:
-    """Kernels read and write where they are told. Raises AdapterRefused."""
-    if len(index) and not 0 <= int(index.min()) <= int(index.max()) < size:
-        raise AdapterRefused("an index of what it changes lies outside the weight")
 
 
 def _panels(base: Product | Separate) -> Panels | None:

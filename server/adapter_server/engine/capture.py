@@ -15,24 +15,28 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from adapter_server.engine.grouped import Beside, Grouped, GroupedSmall, Listed, Place
+from adapter_server.engine.grouped import Beside, Grouped, GroupedSmall, Listed, Place, Table, is_small
 from adapter_server.engine.kv import Lease, PagePool
-from adapter_server.engine.placed import GroupPatch, Placed
-from adapter_server.engine.routing import Routing, Step
+from adapter_server.engine.parts import ELSEWHERE, Part, Parts, weighable
+from adapter_server.engine.placed import Placed
+from adapter_server.engine.routing import Routing, Step, running
 from adapter_server.engine.site import Plan
 
 if TYPE_CHECKING:
-    from adapter_server.engine.kernels import Tiles
+    from adapter_server.engine.kernels import Owners, Tiles
     from adapter_server.engine.model import Model
+    from adapter_server.engine.site import LinearGroup
 
 log = logging.getLogger(__name__)
 
 ROWS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256)  # buckets; beyond, multiples of the last
+LATELY = 256  # steps for which graphs keep a part that no adapter has any more
 MOST_KEPT = 96  # graphs of a kind; the least recently captured goes first
 
 Field = tuple[torch.dtype, tuple[int, ...]]
@@ -67,35 +71,43 @@ class Sheet:
             self.arrays["table"][i, start:count] = lease.pages[start:]
             self.leases[i] = lease, count
 
-    def write_pairs(self, tokens: Sequence[int], weights: Sequence[float]) -> None:
-        """The low rank's (token, weight) pairs, and which tokens are live."""
-        self.arrays["tokens"][: len(tokens)] = tokens
-        self.arrays["weights"][: len(weights)] = weights
-        self.arrays["live"][:] = 0
-        self.arrays["live"][tokens] = 1
+    def write_pairs(self, tokens: Sequence[int], weights: Sequence[float], slots: Sequence[int], of: str = "") -> None:
+        """The (token, weight, row of the table) triples, and the same by token: no token has two adapters. `of`: whose
+        tokens, the step's or the "head_"'s.
+        """
+        arrays = self.arrays
+        arrays[f"{of}tokens"][: len(tokens)] = tokens
+        arrays[f"{of}weights"][: len(weights)] = weights
+        arrays[f"{of}owners"][:] = -1
+        arrays[f"{of}owners"][tokens] = slots
+        arrays[f"{of}shares"][tokens] = weights
+        arrays[f"{of}live"][:] = 0
+        arrays[f"{of}live"][tokens] = 1
 
-    def write_tiles(self, start: int, stop: int, places: Sequence[Place]) -> None:
+    def write_tiles(self, start: int, stop: int, places: Sequence[Place], of: str = "") -> None:
         """Tiles start..stop−1; those that are left are of no pair."""
-        at = start + len(places)
+        at, tiles = start + len(places), self.arrays[f"{of}tiles"]
         if places:
-            self.arrays["tiles"][start:at] = places
-        self.arrays["tiles"][at:stop] = 0
+            tiles[start:at] = places
+        tiles[at:stop] = 0
 
 
 @dataclass(frozen=True, slots=True)
-class LowRankKey:
-    """What of the low rank is part of a graph."""
+class AddedKey:
+    """What of all that adapters add is part of a graph."""
 
     width: int  # of the small products
     scaled: bool  # some adapter scales what the base gives, so that none can run beside it
-    groups: frozenset[int]  # that adapters touch
+    groups: frozenset[int]  # that low ranks and vectors touch
+    parts: frozenset[Part] = frozenset()  # what there is beyond these
+    hidden: int = 0  # width of the largest network
 
 
 class Key(Protocol):
     """What a graph is captured for."""
 
     @property
-    def low_rank(self) -> LowRankKey | None: ...
+    def added(self) -> AddedKey | None: ...
 
     @property
     def whole(self) -> Placed | None:
@@ -132,7 +144,13 @@ class Captures(ABC, Generic[K]):
         self.turn = 0
         self.groups: frozenset[int] = frozenset()  # that adapters have touched
         self.scaled = False  # whether one has scaled the base's output
+        self.lately: dict[Part, int] = {}  # the step in which some adapter had it
+        self.count = 0  # of steps
+        self.reads: dict[int, str] = {}  # by group: where networks read the stream
+        self.embeds: Tensor | None = None  # [1, most tokens, hidden], where adapters have rows of an embedding
         self.failed = False
+        if isinstance(form := model.lowrank, Grouped):
+            form.table.norms = {path: len(model.groups) + i for i, path in enumerate(model.norms)}
 
     @abstractmethod
     def pad(self, host: Sheet) -> None:
@@ -155,9 +173,19 @@ class Captures(ABC, Generic[K]):
     def _capturable(self, routing: Routing) -> bool:
         if routing.plain or whole(routing) is not None:
             return not routing.inside
-        if routing.composed or routing.inside or not isinstance(self.model.lowrank, Grouped):
+        form = self.model.lowrank
+        if routing.composed or not isinstance(form, Grouped):
             return False
-        return all(_is_narrow(patch) for s in routing.segments for patch in s.placed.groups.values())
+        if not all(s.weights is None or weighable(s.placed) for s in routing.segments):
+            return False
+        parts = [form.parts(s.placed) for s in routing.segments]
+        return all(some is not None and self._reads_alike(some) for some in parts)
+
+    def _reads_alike(self, parts: frozenset[Part]) -> bool:
+        """Whether its networks read the stream where those before did: a graph reads it in one place a group."""
+        return all(
+            self.reads.setdefault(part.group, part.path) == part.path for part in parts if part.name == "network"
+        )
 
     def listed(self, routing: Routing) -> Listed | None:
         """The pairs of a step's low rank; None where there are none."""
@@ -167,11 +195,27 @@ class Captures(ABC, Generic[K]):
         listed = form.listed(routing, everything=True)
         return listed if listed.places else None
 
-    def low_rank(self, routing: Routing, listed: Listed) -> LowRankKey:
-        """Of all adapters that have run, so that few graphs serve many mixes."""
-        self.groups |= {index for s in routing.segments for index in s.placed.groups}
-        self.scaled = self.scaled or any(p.mul is not None for s in routing.segments for p in s.placed.groups.values())
-        return LowRankKey(listed.width, self.scaled, self.groups)
+    def added(self, routing: Routing, listed: Listed) -> AddedKey:
+        """Of all adapters that have run, and the parts of those that did lately: few graphs serve many mixes."""
+        patches = [(index, patch) for s in routing.segments for index, patch in s.placed.groups.items()]
+        self.groups |= {index for index, patch in patches if is_small(patch)}
+        self.scaled = self.scaled or any(patch.mul is not None for _, patch in patches)
+        parts = self._parts(routing)
+        networks = any(part.name == "network" for part in parts)
+        return AddedKey(listed.width, self.scaled, self.groups, parts, self._form.table.hidden if networks else 0)
+
+    def _parts(self, routing: Routing) -> frozenset[Part]:
+        self.count += 1
+        for segment in routing.segments:
+            self.lately |= dict.fromkeys(self._form.parts(segment.placed) or (), self.count)
+        self.lately = {part: step for part, step in self.lately.items() if self.count - step < LATELY}
+        return frozenset(self.lately)
+
+    @property
+    def _form(self) -> Grouped:
+        if not isinstance(self.model.lowrank, Grouped):
+            raise RuntimeError("adapters are captured where kernels add them alone")
+        return self.model.lowrank
 
     def next_host(self) -> Sheet:
         """The sheet to write to: the one that was sent longer ago, once it has arrived."""
@@ -218,7 +262,7 @@ class Captures(ABC, Generic[K]):
         self.pad(host)
         self.send(host)
         form, step = self.model.lowrank, self.step(key)
-        table = form.table.rows if isinstance(form, Grouped) and key.low_rank is not None else None
+        table = form.table.rows if isinstance(form, Grouped) and key.added is not None else None
         self.captured[key] = captured = Captured(*self._recorded(step, key), step, table)
         return captured
 
@@ -241,20 +285,59 @@ class Captures(ABC, Generic[K]):
                 logits = run()
         return graph.replay, logits
 
-    def plans(self, key: K, tiles: Tiles | None, live: Tensor) -> dict[int, Plan]:
-        """What each group does: nothing but the base, the low rank of whatever adapters, or one snapshot's product."""
-        groups, form, low = self.model.groups, self.model.lowrank, key.low_rank
+    def routing(self, key: K, tokens: int, tiles: Tiles | None) -> Routing:
+        """What adapters do in a captured step of so many tokens, whoever they are."""
+        routing = Routing(tokens, plans=self.plans(key, tokens, tiles))
+        if key.added is None or not key.added.parts:
+            return routing
+        owners, table, dtype = self._owners(tokens), self._form.table, self.model.dtype
+        routing.shared["read"] = frozenset(part.path for part in key.added.parts if part.name == "network")
+        for part in key.added.parts:
+            if (norm := self.model.norms.get(part.path)) is not None and part.group == ELSEWHERE:
+                routing.shared[norm] = partial(_own_rows, norm.weight, owners, table, part.path, dtype)
+        return routing
+
+    def plans(self, key: K, tokens: int, tiles: Tiles | None) -> dict[int, Plan]:
+        """What each group does: nothing but the base, whatever adapters add, or one snapshot's product."""
+        groups, added = self.model.groups, key.added
         if key.whole is not None:
             own = key.whole.groups
             return {g.index: Plan(whole=own[g.index].product if g.index in own else None) for g in groups}
-        if low is None or tiles is None or not isinstance(form, Grouped):
+        if added is None or tiles is None:
             return {}
-        small = {g.index: GroupedSmall(form, g, tiles, frozenset()) for g in groups if g.index in low.groups}
-        aside = {} if low.scaled else {i: Beside(own, live, form.aside) for i, own in small.items()}
-        return {
-            g.index: Plan(small=[small[g.index]], beside=aside.get(g.index)) if g.index in small else Plan()
-            for g in groups
-        }
+        return {g.index: self._plan(g, added, tokens, tiles) for g in groups}
+
+    def _plan(self, group: LinearGroup, added: AddedKey, tokens: int, tiles: Tiles, of: str = "") -> Plan:
+        """`of`: whose pairs of the sheet the tiles are."""
+        form, parts = self._form, [part for part in added.parts if part.group == group.index]
+        small = GroupedSmall(form, group, tiles, frozenset()) if group.index in added.groups else None
+        if parts:
+            return Plan(small=[Parts(form, group, parts, tiles, self._owners(tokens, of), small)])
+        if small is None:
+            return Plan()
+        beside = None if added.scaled else Beside(small, self.sheet[f"{of}live"][:tokens], form.aside)
+        return Plan(small=[small], beside=beside)
+
+    def _owners(self, tokens: int, of: str = "") -> Owners:
+        form, owners, shares = self._form, self.sheet[f"{of}owners"], self.sheet[f"{of}shares"]
+        made: Owners = form.kernels.Owners(owners[:tokens], shares[:tokens], form.table.rows)
+        return made
+
+    def given(self, key: K, tokens: int) -> dict[str, Tensor]:
+        """What the graph is given of modules that run before it: the embedding, where adapters have rows of it."""
+        path = self.model.base.shapes.embed
+        if key.added is None or Part(ELSEWHERE, "module", path=path) not in key.added.parts:
+            return {}
+        if self.embeds is None:
+            most, weight = len(self.sheet["ids"]), self.model.module.get_input_embeddings().weight
+            self.embeds = torch.zeros(1, most, weight.shape[1], dtype=self.model.dtype, device=self.device)
+        return {path: self.embeds[:, :tokens]}
+
+    def embed(self, key: K, routing: Routing, ids: Callable[[int], Tensor]) -> None:
+        """Look the step's tokens up, where its graph is given their rows. ids: of so many tokens [T]."""
+        for rows in self.given(key, routing.tokens).values():
+            with running(Step(routing, routing)):
+                rows.copy_(self.model.module.get_input_embeddings()(ids(routing.tokens)[None]))
 
     def forget(self, placed: Placed) -> None:
         """It leaves the device: no graph may read its weights."""
@@ -267,6 +350,13 @@ def _aside(device: torch.device) -> torch.cuda.Stream:
     seen: of one, and outside of the graphs' own, which must be empty to go and come again when the last graph has gone.
     """
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+def added_fields(pairs: int, tiles: int, of: str = "") -> dict[str, Field]:
+    """What a sheet has of adapters, of so many pairs or tokens, in so many tiles."""
+    whole = dict.fromkeys(("tokens", "live", "owners"), (torch.int32, (pairs,)))
+    fields = {**whole, **dict.fromkeys(("weights", "shares"), (torch.float32, (pairs,)))}
+    return {f"{of}{name}": field for name, field in [*fields.items(), ("tiles", (torch.int32, (tiles, 4)))]}
 
 
 def bucket(count: int, steps: Sequence[int], most: int | None = None) -> int:
@@ -285,7 +375,7 @@ def whole(routing: Routing) -> Placed | None:
     return only.placed
 
 
-def _is_narrow(patch: GroupPatch) -> bool:
-    """Whether the low-rank kernels do all of it."""
-    others = (patch.shift, patch.product, patch.block)
-    return all(part is None for part in others) and not (patch.deltas or patch.mirrors or patch.turns)
+def _own_rows(weight: Tensor, owners: Owners, table: Table, path: str, held: torch.dtype) -> Tensor:
+    """A norm's weight of each token [T, n]."""
+    rows: Tensor = table.kernels.own_rows(weight, owners, table.norm_at(path), held)
+    return rows

@@ -562,7 +562,8 @@ class Engine:
             if self.graphs.fit(slices, routing):
                 flight = self.graphs.launch(slices, routing)
                 return None if flight is None else flight.logits[: len(slices)]
-            return self.prompts.launch(slices, routing) if self.prompts.fit(slices, routing) else None
+            fits = self.prompts.fit(slices, routing)
+            return self.prompts.launch(slices, routing, self._head(slices, routing)) if fits else None
 
     def _routed(self, slices: list[Slice]) -> tuple[list[Slice], Routing]:
         """The slices adapter by adapter, and their routing: an earlier step's, while the same rows do the same."""

@@ -23,6 +23,7 @@ from adapter_server.engine.added import Native
 from adapter_server.engine.grouped import Grouped
 from adapter_server.engine.kv import LayerShape
 from adapter_server.engine.lowrank import Banked, LowRank
+from adapter_server.engine.proof_of_parts import parts_error
 from adapter_server.engine.proofs import TOLERANCE, attention_error, draw_error, low_rank_error, prefill_error
 from adapter_server.engine.sampling import Kernel
 
@@ -53,7 +54,7 @@ def low_rank(device: torch.device, base: torch.dtype, held: torch.dtype, wanted:
     """The fastest form of the low-rank products here. `held`: the dtype of adapters; x and y are in either's."""
     found = kernels() if wanted and usable(device) else None
     if found is not None and all(_low_rank_agrees(found, device, given, held) for given in {base, held}):
-        return Grouped(found, device)
+        return Grouped(found, device, _parts_agree(found, device, base, held))
     library = native.library() if wanted and device.type == "cpu" and held == torch.float32 else None
     return Banked() if library is None else Native(library)
 
@@ -63,6 +64,12 @@ def _low_rank_agrees(found: ModuleType, device: torch.device, given: torch.dtype
     error, least = functools.partial(low_rank_error, found, device, given, held), max(TOLERANCE[given], TOLERANCE[held])
     ways = [(few, apart) for few in (1, 2, found.FEW) for apart in (False, True)]
     return all(_agrees("low-rank products", functools.partial(error, *way), least) for way in ways)
+
+
+def _parts_agree(found: ModuleType, device: torch.device, base: torch.dtype, held: torch.dtype) -> bool:
+    """Where they do not, adapters that do more than low rank and vectors run without captured steps."""
+    error, least = functools.partial(parts_error, found, device, base, held), max(TOLERANCE[base], TOLERANCE[held])
+    return _agrees("what adapters do beyond low rank", error, 2 * least)
 
 
 def between(device: torch.device, dtype: torch.dtype, wanted: bool = True) -> ModuleType | None:

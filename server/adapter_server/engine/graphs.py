@@ -19,7 +19,18 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from adapter_server.engine.capture import ROWS, Captured, Captures, Field, LowRankKey, Memory, Sheet, bucket, whole
+from adapter_server.engine.capture import (
+    ROWS,
+    AddedKey,
+    Captured,
+    Captures,
+    Field,
+    Memory,
+    Sheet,
+    added_fields,
+    bucket,
+    whole,
+)
 from adapter_server.engine.grouped import Grouped, Listed
 from adapter_server.engine.kv import Decodes, KvStep, PagePool
 from adapter_server.engine.placed import Placed
@@ -39,9 +50,8 @@ NOBODY = -1  # the token of a row whose logits are not finite
 def sheet_of(rows: int, pages: int) -> dict[str, Field]:
     """What a step's data are: name, dtype and shape."""
     each = dict.fromkeys(("ids", "positions", "places", "source"), (torch.int64, (rows,)))
-    small = dict.fromkeys(("lengths", "tokens", "live"), (torch.int32, (rows,)))
-    low = {"weights": (torch.float32, (rows,)), "tiles": (torch.int32, (rows, 4))}
-    return {**each, **small, **low, "settings": (torch.float64, (rows, 5)), "table": (torch.int32, (rows, pages))}
+    rest = {"settings": (torch.float64, (rows, 5)), "table": (torch.int32, (rows, pages))}
+    return {**each, "lengths": (torch.int32, (rows,)), **added_fields(rows, rows), **rest}
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +62,7 @@ class GraphKey:
     context: int
     tiles: int = 0  # of the low rank
     few: int = 0  # tokens of a tile
-    low_rank: LowRankKey | None = None
+    added: AddedKey | None = None
     whole: Placed | None = None
     drawn: bool = False  # whether some row's token is drawn by chance
 
@@ -107,9 +117,10 @@ class Graphs(Captures[GraphKey]):
         host = self.next_host()
         self._fill(host, slices, key, before)
         if listed is not None:
-            host.write_pairs(listed.tokens, listed.weights)
+            host.write_pairs(listed.tokens, listed.weights, listed.slots)
             host.write_tiles(0, key.tiles, listed.places)
         self.send(host)
+        self.embed(key, routing, self._ids)
         known.run()
         return self._flight(slices, known)
 
@@ -128,7 +139,7 @@ class Graphs(Captures[GraphKey]):
         if listed is None:
             return GraphKey(rows, context, whole=whole(routing))
         tiles = min(rows, bucket(len(listed.places), TILES, rows))
-        return GraphKey(rows, context, tiles, listed.runs[0].tokens, self.low_rank(routing, listed))
+        return GraphKey(rows, context, tiles, listed.runs[0].tokens, self.added(routing, listed))
 
     def _fill(self, host: Sheet, slices: Sequence[Slice], key: GraphKey, before: Flight | None) -> None:
         n, ahead, page, arrays = len(slices), before is not None, self.kv.page, host.arrays
@@ -160,19 +171,22 @@ class Graphs(Captures[GraphKey]):
 
     def pad(self, host: Sheet) -> None:
         self._pad(host, 0, self.rows)
-        host.write_pairs([], [])
+        host.write_pairs([], [], [])
         host.write_tiles(0, self.rows, [])
 
     def run(self, step: Step, key: GraphKey) -> Tensor:
         """The forward of the sheet's rows [rows, vocab]; their tokens go to `out`."""
         sheet, rows = self.sheet, key.rows
-        source = sheet["source"][:rows]
-        before = self.out.index_select(0, source.clamp(min=0)).clamp(min=0)
-        ids = torch.where(source >= 0, before, sheet["ids"][:rows])
-        logits = self.model.forward(step, ids, sheet["positions"][:rows], self.order[:rows])
+        logits = self.model.forward(step, self._ids(rows), sheet["positions"][:rows], self.order[:rows])
         ids, best = self._chosen(logits, key)
         self.out[:rows] = torch.where(torch.isfinite(best), ids, NOBODY)
         return logits
+
+    def _ids(self, rows: int) -> Tensor:
+        """Each row's token: from the sheet, or of the step before."""
+        source = self.sheet["source"][:rows]
+        before = self.out.index_select(0, source.clamp(min=0)).clamp(min=0)
+        return torch.where(source >= 0, before, self.sheet["ids"][:rows])
 
     def _chosen(self, logits: Tensor, key: GraphKey) -> tuple[Tensor, Tensor]:
         """(each row's token, its largest logit) [rows]."""
@@ -186,15 +200,15 @@ class Graphs(Captures[GraphKey]):
         sheet, n = self.sheet, key.rows
         order = self.order[:n]
         decodes = Decodes(key.context, sheet["lengths"][:n], order, order, None, sheet["table"][:n])
-        routing = Routing(n, plans=self.plans(key, self._tiles(key), sheet["live"][:n]))
-        return Step(routing, routing, KvStep(self.kv, sheet["places"][:n], [], decodes))
+        routing = self.routing(key, n, self._tiles(key))
+        return Step(routing, routing, KvStep(self.kv, sheet["places"][:n], [], decodes), given=self.given(key, n))
 
     def _tiles(self, key: GraphKey) -> Tiles | None:
         form, sheet, n = self.model.lowrank, self.sheet, key.rows
-        if key.low_rank is None or not isinstance(form, Grouped):
+        if key.added is None or not isinstance(form, Grouped):
             return None
         runs, places = [form.kernels.Run(0, key.tiles, key.few)], sheet["tiles"][: key.tiles]
-        return form.tiles(sheet["tokens"][:n], sheet["weights"][:n], places, runs, key.low_rank.width)
+        return form.tiles(sheet["tokens"][:n], sheet["weights"][:n], places, runs, key.added.width)
 
 
 def _is_single(s: Slice) -> bool:

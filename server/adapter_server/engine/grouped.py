@@ -1,7 +1,8 @@
 """`LowRank` for CUDA: all adapters of a step in one shrink and one expand a group, on the adapters' own tensors.
 
     table [adapters, groups · fields] int64    per group: A's address and rows, mul's and add's addresses;
-                                               per member: Bt's address, first row in A, rank
+                                               per member: Bt's address, first row in A, rank;
+                                               what `parts.py` has of it
 
 A row of the table is written when its adapter first runs; a step's plan names rows. Any ranks run in one launch,
 nothing is padded, copied or gathered. Its reference, and what runs without the kernels, is `lowrank.Banked`.
@@ -10,8 +11,8 @@ nothing is padded, copied or gathered. Its reference, and what runs without the 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,9 @@ import torch
 from torch import Tensor
 
 from adapter_server.engine.lowrank import Adder, AfterBase, ByLowRank, PackedRow, by_adapter
+from adapter_server.engine.parts import Entry, Part, parts_of
 from adapter_server.engine.routing import Routing, Segment
+from adapter_server.families.base import ParamPatch
 
 if TYPE_CHECKING:
     from adapter_server.engine.kernels import More, Outputs, Run, Tiles
@@ -37,6 +40,7 @@ class Listed:
 
     tokens: Sequence[int]
     weights: Sequence[float]
+    slots: Sequence[int]  # the table's rows
     places: Sequence[Place]
     runs: Sequence[Run]
     width: int
@@ -50,13 +54,29 @@ class Table:
         self.groups, self.members = 1, 1
         self.held: list[Placed | None] = []
         self.width: int = kernels.MANY_RANKS  # the most rows that an A had, in whole blocks
+        self.hidden = 1  # the most that a network behind a block had between its products
+        self.norms: Mapping[str, int] = {}  # by the paths of norms that take weights by token: they come behind groups
         self.rows = torch.empty(0, 0, dtype=torch.int64)
 
     @property
     def fields(self) -> int:
         """Of one group."""
+        kernels = self.kernels
+        fields: int = self._low_rank + kernels.ABOVE + kernels.EACH * self.members
+        return fields
+
+    @property
+    def _low_rank(self) -> int:
         fields: int = self.kernels.HEAD + self.kernels.MEMBER * self.members
         return fields
+
+    def parts_at(self, group: int) -> int:
+        """The column where a group's parts begin."""
+        return group * self.fields + self._low_rank
+
+    def norm_at(self, path: str) -> int:
+        """The column of a norm's weight."""
+        return self.norms[path] * self.fields
 
     def take(self, placed: Placed) -> int:
         """The adapter's row, written if it is new."""
@@ -75,10 +95,12 @@ class Table:
             self.held[self.held.index(placed)] = None
 
     def _fits(self, placed: Placed) -> bool:
-        groups = max(self.groups, 1 + max(placed.groups, default=0))
+        last = max((*placed.groups, *(self.norms[path] for path in placed.others if path in self.norms)), default=0)
+        groups = max(self.groups, 1 + last)
         members = max(self.members, *(len(patch.pairs) for patch in placed.groups.values()), 0)
         rows = max((patch.A.shape[0] for patch in placed.groups.values() if patch.A is not None), default=0)
         self.width = max(self.width, -(-rows // self.kernels.MANY_RANKS) * self.kernels.MANY_RANKS)
+        self.hidden = max(self.hidden, *(entry.width for entry in _entries(placed).values()), 0)
         fits = (groups, members) == (self.groups, self.members) and len(self.held) <= len(self.rows)
         self.groups, self.members = groups, members
         return fits
@@ -95,7 +117,17 @@ class Table:
         for index, patch in placed.groups.items():
             entry = _entry(patch)
             row[index, : len(entry)] = torch.tensor(entry)
+        for index, parts in _entries(placed).items():
+            row[index, self._low_rank : self._low_rank + len(parts.fields)] = torch.tensor(parts.fields)
+        for path, other in placed.others.items():
+            if path in self.norms and isinstance(other, ParamPatch):
+                row[self.norms[path], 0] = other.params["weight"].data_ptr()
         return row.view(-1)
+
+
+def _entries(placed: Placed) -> dict[int, Entry]:
+    """What the groups' patches are beyond low rank and vectors."""
+    return {index: patch.entry for index, patch in placed.groups.items() if isinstance(patch.entry, Entry)}
 
 
 def _entry(patch: GroupPatch) -> list[int]:
@@ -114,14 +146,27 @@ def _entry(patch: GroupPatch) -> list[int]:
 class Grouped(ByLowRank):
     """`LowRank` by the Triton kernels."""
 
-    def __init__(self, kernels: ModuleType, device: torch.device) -> None:
-        self.kernels, self.table = kernels, Table(kernels, device)
+    def __init__(self, kernels: ModuleType, device: torch.device, parts: bool = True) -> None:
+        """`parts`: whether kernels do what adapters do beyond low rank and vectors."""
+        self.kernels, self.table, self.does_parts = kernels, Table(kernels, device), parts
         self.aside = _urgent_stream(device)
+        self._parts: dict[Placed, frozenset[Part] | None] = {}
         self._blocks: dict[int, Tensor] = {}
         self._room = torch.empty(0)
 
     def arrange(self, rows: Sequence[PackedRow]) -> list[int]:
         return by_adapter(rows)
+
+    def prepared(self, patch: GroupPatch, columns: Sequence[slice]) -> GroupPatch:
+        """With its entry. Raises AdapterRefused."""
+        return replace(patch, entry=Entry(self.kernels, patch, columns))
+
+    def parts(self, placed: Placed) -> frozenset[Part] | None:
+        """What an adapter does beyond low rank and vectors; None where kernels do not do all of it."""
+        if placed not in self._parts:
+            self._parts[placed] = parts_of(placed)
+        found = self._parts[placed]
+        return found if self.does_parts or not found else None
 
     def plan(
         self, group: LinearGroup, routing: Routing, touching: Sequence[Segment]
@@ -134,11 +179,12 @@ class Grouped(ByLowRank):
         if not small and not vectors:
             return [], large
         if "tiles" not in routing.shared:
-            routing.shared["tiles"] = self._on_device(self.listed(routing))
+            routing.shared["tiles"] = self.on_device(self.listed(routing))
         return [GroupedSmall(self, group, routing.shared["tiles"], vectors)], large
 
     def forget(self, placed: Placed) -> None:
         self.table.drop(placed)
+        self._parts.pop(placed, None)
 
     def outputs(self, group: LinearGroup) -> Outputs:
         """The group's columns in blocks, and its place in the table's rows."""
@@ -155,15 +201,20 @@ class Grouped(ByLowRank):
         name = "listed" if everything else "listed, small"
         if name not in routing.shared:
             segments = [s for s in routing.segments if everything or not _is_large(s)]
-            some = [s for s in segments if any(_is_small(patch) for patch in s.placed.groups.values())]
+            some = [s for s in segments if self._is_listed(s.placed, everything)]
             routing.shared[name] = self._listed(some)
         found: Listed = routing.shared[name]
         return found
+
+    def _is_listed(self, placed: Placed, everything: bool) -> bool:
+        """Whether the kernels have anything to do for it. What `everything` asks for is all parts too."""
+        return any(is_small(patch) for patch in placed.groups.values()) or (everything and bool(self.parts(placed)))
 
     def _listed(self, segments: Sequence[Segment]) -> Listed:
         tokens = [_tokens(s) for s in segments]
         order: list[int] = []
         weights: list[float] = []
+        slots: list[int] = []
         places: dict[tuple[int, bool], list[Place]] = {}
         few = self._few(segments)
         for segment, own, depths in zip(segments, tokens, _layers(tokens), strict=True):
@@ -176,11 +227,12 @@ class Grouped(ByLowRank):
                 )
                 order += [own[i] for i in mine]
                 weights += [scales[i] for i in mine]
+                slots += [slot] * len(mine)
         kinds = sorted(places)
         ends = list(itertools.accumulate(len(places[kind]) for kind in kinds))
         sizes = [few if short else self.kernels.MANY for _, short in kinds]
         runs = [self.kernels.Run(*each) for each in zip([0, *ends], ends, sizes, strict=False)]
-        return Listed(order, weights, [place for kind in kinds for place in places[kind]], runs, self.table.width)
+        return Listed(order, weights, slots, [p for kind in kinds for p in places[kind]], runs, self.table.width)
 
     def _few(self, segments: Sequence[Segment]) -> int:
         """Tokens of a tile of few: no more than adapters have, or most of a tile is empty. Changes no number."""
@@ -189,7 +241,8 @@ class Grouped(ByLowRank):
             return most
         return min(most, 1 << round(sum(s.count for s in segments) / max(1, len(segments))).bit_length() - 1)
 
-    def _on_device(self, listed: Listed) -> Tiles:
+    def on_device(self, listed: Listed) -> Tiles:
+        """A step's pairs where kernels read them."""
         device = self.table.device
         return self.tiles(
             torch.tensor(listed.tokens, dtype=torch.int32, device=device),
@@ -274,8 +327,8 @@ def _has_vectors(patch: GroupPatch | None) -> bool:
     return patch is not None and (patch.mul is not None or patch.add is not None)
 
 
-def _is_small(patch: GroupPatch) -> bool:
-    """Whether the kernels have anything to do for it."""
+def is_small(patch: GroupPatch) -> bool:
+    """Whether it has a low rank or vectors."""
     return patch.A is not None or _has_vectors(patch)
 
 

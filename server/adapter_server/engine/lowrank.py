@@ -189,8 +189,8 @@ class LowRank(Protocol):
     def laid(self, patch: Patch) -> Patch:
         """The same patch in the form that runs fastest here."""
 
-    def prepared(self, patch: GroupPatch) -> GroupPatch:
-        """With what can be made of it beforehand, on a loader's thread."""
+    def prepared(self, patch: GroupPatch, columns: Sequence[slice]) -> GroupPatch:
+        """With what can be made of it beforehand, on a loader's thread; `columns`: the members' in the group."""
 
     def plan(
         self, group: LinearGroup, routing: Routing, touching: Sequence[Segment]
@@ -207,7 +207,7 @@ class ByLowRank:
     def laid(self, patch: Patch) -> Patch:
         return as_low_rank(patch)
 
-    def prepared(self, patch: GroupPatch) -> GroupPatch:
+    def prepared(self, patch: GroupPatch, columns: Sequence[slice]) -> GroupPatch:
         return patch
 
 

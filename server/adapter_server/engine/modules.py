@@ -28,6 +28,8 @@ class ModuleSite:
 
     def forward(self, x: Tensor, *args: Tensor, **kwargs: Tensor) -> Tensor | tuple[Tensor, ...]:
         step, more = current(), (*args, *kwargs.values())
+        if step is not None and (given := step.given.get(self.path)) is not None:
+            return given
         if step is None or step.routing.plain or self._applied(step.routing, x):
             plain: Tensor | tuple[Tensor, ...] = self.base(x, *args, **kwargs)
             return plain

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+ACTS = {"silu": 0, "swish": 0, "gelu": 1, "gelu_pytorch_tanh": 2, "relu": 3, "tanh": 4}  # of networks behind blocks
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Norm:

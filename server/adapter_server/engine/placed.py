@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adapter_server.engine import native
+from adapter_server.errors import AdapterRefused
 from adapter_server.families.base import Adapter, AnyPatch, BlockPatch, GatedPrompt, linear_params
 from adapter_server.families.deltas import Delta, Mirror, TensorFields, Turn, held_bytes
 
 if TYPE_CHECKING:
     from adapter_server.engine.added import Entry
+    from adapter_server.engine.parts import Entry as PartsEntry
     from adapter_server.engine.tree import Tree
 
 
@@ -127,7 +129,7 @@ class GroupPatch:
     turns: tuple[Turned, ...] = ()
     product: Product | None = None  # replaces the base's, and all the above
     block: BlockPatch | None = None  # alone
-    entry: Entry | None = None  # what the tables of the kernels in C say of it, where those run
+    entry: Entry | PartsEntry | None = None  # what the kernels' tables say of it
 
     def tensors(self) -> Iterator[Tensor]:
         """All but the product's."""
@@ -196,6 +198,12 @@ class Prefix:
     @property
     def tokens(self) -> int:
         return self.layers[0][0].shape[0]
+
+
+def check_index(index: Tensor, size: int) -> None:
+    """Kernels read and write where they are told. Raises AdapterRefused."""
+    if len(index) and not 0 <= int(index.min()) <= int(index.max()) < size:
+        raise AdapterRefused("an index of what it changes lies outside the weight")
 
 
 def joined_biases(biases: Sequence[Tensor | None], weights: Sequence[Tensor]) -> Tensor | None:

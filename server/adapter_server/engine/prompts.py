@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adapter_server.engine.capture import ROWS, Captures, Field, LowRankKey, Memory, Sheet, bucket, whole
+from adapter_server.engine.capture import ROWS, AddedKey, Captures, Field, Memory, Sheet, added_fields, bucket, whole
 from adapter_server.engine.grouped import Grouped, Listed, Place
 from adapter_server.engine.kv import KvStep, PagePool
 from adapter_server.engine.placed import Placed
 from adapter_server.engine.routing import Routing, Step
+from adapter_server.engine.site import Plan
 
 if TYPE_CHECKING:
     from adapter_server.engine.kernels import Chunks, Tiles
@@ -29,16 +30,15 @@ if TYPE_CHECKING:
     from adapter_server.engine.scheduler import Slice
 
 TOKENS = (32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048)  # buckets; steps of more run without
+HEAD = "head_"  # before the names of what the sheet has of lm_head's tokens
 FEW_TILES = (0, 16)  # of rows with few tokens; beyond, as many as rows
 
 
 def sheet_of(tokens: int, rows: int, pages: int, tiles: int) -> dict[str, Field]:
     """What a step's data are: name, dtype and shape."""
     each = dict.fromkeys(("ids", "positions", "places"), (torch.int64, (tokens,)))
-    small = dict.fromkeys(("tokens", "live"), (torch.int32, (tokens,)))
-    low = {"weights": (torch.float32, (tokens,)), "tiles": (torch.int32, (tiles + rows, 4))}
     rest = {"keep": (torch.int64, (rows,)), "table": (torch.int32, (rows, pages)), "read": (torch.int32, (tiles, 4))}
-    return {**each, **small, **low, **rest}
+    return {**each, **added_fields(tokens, tiles + rows), **added_fields(rows, rows, HEAD), **rest}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,8 @@ class PromptKey:
     tokens: int
     many: int = 0  # tiles of the low rank, of many tokens
     few: int = 0  # and of few
-    low_rank: LowRankKey | None = None
+    head: int = 0  # and of few, at the head, if adapters act there
+    added: AddedKey | None = None
     whole: Placed | None = None
 
 
@@ -69,18 +70,21 @@ class Prompts(Captures[PromptKey]):
 
     def fit(self, slices: Sequence[Slice], routing: Routing) -> bool:
         """Whether a step of these rows under this routing runs as a graph."""
-        ours = len(slices) <= self.rows and routing.tokens <= self.most and not self._at_head(routing)
+        ours = len(slices) <= self.rows and routing.tokens <= self.most
         return ours and all(not s.row.unrated and not s.row.starts for s in slices) and self.capturable(routing)
 
-    def _at_head(self, routing: Routing) -> bool:
-        """Whether adapters act on kept tokens, whose tiles no sheet has; weights of their own do it by themselves."""
-        return whole(routing) is None and any(self.model.head_index in s.placed.groups for s in routing.segments)
+    def _at_head(self, head: Routing) -> Listed | None:
+        """The pairs of the kept tokens; None where no adapter acts on them."""
+        touched = any(self.model.head_index in s.placed.groups for s in head.segments)
+        return self.listed(head) if touched else None
 
     @torch.inference_mode()
-    def launch(self, slices: Sequence[Slice], routing: Routing) -> Tensor | None:
-        """Run a step → the logits of the rows that sample; None where it could not be captured."""
-        listed = self.listed(routing)
-        key = self._key(routing, listed)
+    def launch(self, slices: Sequence[Slice], routing: Routing, head: Routing) -> Tensor | None:
+        """Run a step → the logits of the rows that sample; None where it could not be captured. `head` routes the kept
+        tokens.
+        """
+        listed, at_head = self.listed(routing), self._at_head(head)
+        key = self._key(routing, listed, at_head)
         known = self.find(key, True)
         if known is None:
             return None
@@ -88,10 +92,14 @@ class Prompts(Captures[PromptKey]):
         self._fill(host, slices, key)
         if listed is not None:
             many, few = _parted(listed, self._most_few)
-            host.write_pairs(listed.tokens, listed.weights)
+            host.write_pairs(listed.tokens, listed.weights, listed.slots)
             host.write_tiles(0, key.many, many)
             host.write_tiles(key.many, key.many + key.few, few)
+        if at_head is not None:
+            host.write_pairs(at_head.tokens, at_head.weights, at_head.slots, HEAD)
+            host.write_tiles(0, key.head, at_head.places, HEAD)
         self.send(host)
+        self.embed(key, routing, lambda tokens: self.sheet["ids"][:tokens])
         known.run()
         return known.logits[: sum(s.last for s in slices)]
 
@@ -100,14 +108,15 @@ class Prompts(Captures[PromptKey]):
         form = self.model.lowrank
         return int(form.kernels.FEW) if isinstance(form, Grouped) else 0
 
-    def _key(self, routing: Routing, listed: Listed | None) -> PromptKey:
+    def _key(self, routing: Routing, listed: Listed | None, at_head: Listed | None) -> PromptKey:
         tokens = bucket(routing.tokens, TOKENS, self.most)
         if listed is None:
             return PromptKey(tokens, whole=whole(routing))
         many, few = (len(places) for places in _parted(listed, self._most_few))
         room = self._tiles_of(tokens)
         few = min(self.rows, bucket(few, FEW_TILES, self.rows))  # the sheet has no more
-        return PromptKey(tokens, room if many else 0, few, self.low_rank(routing, listed))
+        head = 0 if at_head is None else self.rows
+        return PromptKey(tokens, room if many else 0, few, head, self.added(routing, listed))
 
     def _fill(self, host: Sheet, slices: Sequence[Slice], key: PromptKey) -> None:
         arrays, at, keep = host.arrays, 0, []
@@ -143,8 +152,10 @@ class Prompts(Captures[PromptKey]):
 
     def pad(self, host: Sheet) -> None:
         self._pad(host, 0, self.most, 0, 0)
-        host.write_pairs([], [])
+        host.write_pairs([], [], [])
         host.write_tiles(0, len(host.arrays["tiles"]), [])
+        host.write_pairs([], [], [], HEAD)
+        host.write_tiles(0, self.rows, [], HEAD)
 
     def run(self, step: Step, key: PromptKey) -> Tensor:
         sheet, n = self.sheet, key.tokens
@@ -152,10 +163,19 @@ class Prompts(Captures[PromptKey]):
 
     def step(self, key: PromptKey) -> Step:
         sheet, n = self.sheet, key.tokens
-        plans = self.plans(key, self._tiles(key), sheet["live"][:n])
-        head = Routing(self.rows, plans=plans if key.whole is not None else {})
+        routing = self.routing(key, n, self._tiles(key))
+        head = Routing(self.rows, plans=routing.plans if key.whole is not None else self._head_plans(key))
         kv = KvStep(self.kv, sheet["places"][:n], [], None, self._chunks(n))
-        return Step(Routing(n, plans=plans), head, kv)
+        return Step(routing, head, kv, given=self.given(key, n))
+
+    def _head_plans(self, key: PromptKey) -> dict[int, Plan]:
+        form, sheet = self.model.lowrank, self.sheet
+        if not key.head or key.added is None or not isinstance(form, Grouped):
+            return {}
+        runs = [form.kernels.Run(0, key.head, form.kernels.FEW)]
+        tokens, weights, places = (sheet[HEAD + name] for name in ("tokens", "weights", "tiles"))
+        tiles = form.tiles(tokens, weights, places, runs, key.added.width)
+        return {g.index: self._plan(g, key.added, self.rows, tiles, HEAD) for g in self.model.groups if g.head}
 
     def _chunks(self, tokens: int) -> Chunks:
         kernels = self.kv.kernels
@@ -167,12 +187,12 @@ class Prompts(Captures[PromptKey]):
 
     def _tiles(self, key: PromptKey) -> Tiles | None:
         form, sheet, n = self.model.lowrank, self.sheet, key.tokens
-        if key.low_rank is None or not isinstance(form, Grouped):
+        if key.added is None or not isinstance(form, Grouped):
             return None
         kernels, end = form.kernels, key.many + key.few
         runs = [kernels.Run(0, key.many, kernels.MANY), kernels.Run(key.many, end, kernels.FEW)]
         some = [run for run in runs if run.stop > run.start]
-        return form.tiles(sheet["tokens"][:n], sheet["weights"][:n], sheet["tiles"][:end], some, key.low_rank.width)
+        return form.tiles(sheet["tokens"][:n], sheet["weights"][:n], sheet["tiles"][:end], some, key.added.width)
 
 
 def _parted(listed: Listed, few: int) -> tuple[Sequence[Place], Sequence[Place]]:

@@ -35,7 +35,7 @@ def low_rank_error(
 
     `few`: the tokens of a short row's tile; `apart`: of `low_rank`.
     """
-    draw = _draws(device)
+    draw = draws(device)
     adapters = [_adapter(draw, ranks, held) for ranks in RANKS]
     vectors = [draw(2, sum(OUTS)).to(held) * (0.3 if i != 1 else 0) for i in range(len(RANKS))]
     table = torch.zeros(len(RANKS), found.HEAD + found.MEMBER * len(OUTS), dtype=torch.int64)
@@ -106,7 +106,7 @@ def attention_error(
 ) -> float:
     """The largest difference between `paged_decode` on random input and its line of torch."""
     pool = _pool(shape, device, dtype, lengths, page)
-    q = _draws(device)(heads, len(lengths), shape[1]).to(dtype)
+    q = draws(device)(heads, len(lengths), shape[1]).to(dtype)
     tokens = torch.arange(len(lengths), device=device).flip(0)
     got = torch.full((len(lengths), heads, shape[2]), math.nan, dtype=dtype, device=device)
     rows = found.Rows(pool.table.to(device), torch.tensor(lengths, device=device), tokens, page, max(lengths))
@@ -130,7 +130,7 @@ def prefill_error(
     """Of `paged_prefill` for rows of (tokens before, new tokens), and a tile of padding."""
     pool = _pool(shape, device, dtype, [past + count for past, count in rows], page)
     starts = [sum(count for _, count in rows[:i]) for i in range(len(rows) + 1)]
-    q = _draws(device)(starts[-1], heads, shape[1]).to(dtype).transpose(0, 1)
+    q = draws(device)(starts[-1], heads, shape[1]).to(dtype).transpose(0, 1)
     each = [
         (i, starts[i] + at, min(found.QUERIES, count - at), past + at)
         for i, (past, count) in enumerate(rows)
@@ -165,7 +165,7 @@ class _Pool:
 
 
 def _pool(shape: LayerShape, device: torch.device, dtype: torch.dtype, lengths: Sequence[int], page: int) -> _Pool:
-    draw, (kv_heads, dim, dim_v) = _draws(device), shape
+    draw, (kv_heads, dim, dim_v) = draws(device), shape
     needs = [math.ceil(length / page) for length in lengths]
     order = torch.randperm(sum(needs), generator=torch.Generator().manual_seed(0)).tolist()
     table = torch.zeros(len(lengths), max(needs), dtype=torch.int32)
@@ -184,7 +184,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, form: Form) -> Tensor:
     return torch.einsum("hk,khd->hd", scores.softmax(1)[:, : len(k)], v)
 
 
-def _draws(device: torch.device) -> Callable[..., Tensor]:
+def draws(device: torch.device) -> Callable[..., Tensor]:
     """Random numbers of its own: nobody's seed is touched."""
     generator = torch.Generator().manual_seed(0)
     return lambda *shape: torch.randn(*shape, generator=generator).to(device)
@@ -194,7 +194,7 @@ def norm_error(
     found: ModuleType, device: torch.device, dtype: torch.dtype, n: int = 1040, rows: int = 3, centred: bool = False
 ) -> float:
     """Of `rms_norm` over strided rows, of weights by row, and of `add_rms_norm`."""
-    draw = _draws(device)
+    draw = draws(device)
     x, residual = (draw(rows, n + 8).to(dtype)[:, :n] for _ in range(2))
     weight, each = draw(n).to(dtype), draw(rows, n).to(dtype)
     total = residual + x
@@ -225,7 +225,7 @@ ACTS: dict[str, Callable[[Tensor], Tensor]] = {
 def gated_error(
     found: ModuleType, device: torch.device, dtype: torch.dtype, act: str = "silu", n: int = 1040, rows: int = 3
 ) -> float:
-    both = _draws(device)(rows, 2 * n).to(dtype)
+    both = draws(device)(rows, 2 * n).to(dtype)
     return _far(found.gated(both, act), ACTS[act](both[:, :n]) * both[:, n:])
 
 
@@ -234,7 +234,7 @@ def rope_error(
     normed: bool = False, centred: bool = False, rows: int = 5,
 ) -> float:  # fmt: skip
     """Of `rope_write` for (heads, kv_heads, dim), over strided rows, the last of them padding: q and both stores."""
-    draw, (heads, kv_heads, dim) = _draws(device), shape
+    draw, (heads, kv_heads, dim) = draws(device), shape
     width = (heads + 2 * kv_heads) * dim
     mixed = draw(rows, width + 8).to(dtype)[:, :width]
     angles = draw(rows, dim // 2).repeat(1, 2)
@@ -258,7 +258,7 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def more_error(found: ModuleType, device: torch.device, dtype: torch.dtype, rows: int = 5) -> float:
     """Of all that take `More`: as if it had been added in place, at the tokens where it is live."""
-    draw, (heads, kv_heads, dim) = _draws(device), (4, 2, 32)
+    draw, (heads, kv_heads, dim) = draws(device), (4, 2, 32)
     width, live = (heads + 2 * kv_heads) * dim, torch.tensor([i % 2 for i in range(rows)], dtype=torch.int32)
     x, value, residual = (draw(rows, width).to(dtype) for _ in range(3))
     value[live == 0] = math.nan
@@ -287,7 +287,7 @@ def few_rows_error(
     found: ModuleType, device: torch.device, dtype: torch.dtype, tiling: Tiling, rows: int, biased: bool = False
 ) -> float:
     """Of `few_rows` over strided rows."""
-    draw, inp, outs = _draws(device), 2 * tiling.depth, 2 * tiling.outs
+    draw, inp, outs = draws(device), 2 * tiling.depth, 2 * tiling.outs
     x, weight = draw(rows, inp + 8).to(dtype)[:, :inp], (draw(outs, inp) / inp**0.5).to(dtype)
     bias = draw(outs).to(dtype) if biased else None
     want = x.float() @ weight.float().T + (0 if bias is None else bias.float())
@@ -296,7 +296,7 @@ def few_rows_error(
 
 def pick_error(found: ModuleType, device: torch.device, dtype: torch.dtype, vocab: int = 9001, rows: int = 4) -> float:
     """Of `pick`: 0, or NaN where an index differs. The maximum comes several times, and one row holds a NaN."""
-    logits = _draws(device)(rows, vocab).to(dtype)
+    logits = draws(device)(rows, vocab).to(dtype)
     logits[0] = -math.inf
     logits[1, [vocab // 3, vocab // 2, vocab - 1]] = 50.0
     logits[-1, vocab // 2] = math.nan
@@ -324,7 +324,7 @@ def draw_error(found: ModuleType, device: torch.device, dtype: torch.dtype, voca
 
     Many logits are equal, and the last row holds a NaN.
     """
-    logits = (2 * _draws(device)(len(SETTINGS), vocab)).to(dtype)
+    logits = (2 * draws(device)(len(SETTINGS), vocab)).to(dtype)
     logits[:, ::3] = logits[:, ::3].round()
     logits[-1, vocab // 2] = math.nan
     settings = torch.tensor(SETTINGS, dtype=torch.float64, device=device)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -151,6 +151,7 @@ class Step:
     capture: dict[int, tuple[Tensor, Tensor]] | None = None  # layer: K, V [n, kv_heads, dim], for a soft prompt
     rope_lengths: Sequence[tuple[int, int]] = ()  # (tokens, length) per row: the length that its RoPE sees
     added: dict[int, Tensor] = field(default_factory=dict)  # by layer: what comes behind an attention [1, T, hidden]
+    given: Mapping[str, Tensor] = field(default_factory=dict)  # by module path: outputs that were found beforehand
     streams: dict[str, Tensor] = field(default_factory=dict)  # what taps noted: [1, T, hidden] by module path
     carry: tuple[Tensor, Tensor, More | None] | None = None  # a fused layer's output, and what its reader is to add
 

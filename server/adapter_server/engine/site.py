@@ -189,7 +189,7 @@ class LinearGroup:
             products = torch.split(self.base(torch.cat(moved)), [len(part) for part in moved])
             outputs = [y[:, self.columns[t.member]] for y, (_, t) in zip(products, turns, strict=True)]
         else:
-            outputs = [self._of_member(part, t.member) for part, (_, t) in zip(moved, turns, strict=True)]
+            outputs = [self.of_member(part, t.member) for part, (_, t) in zip(moved, turns, strict=True)]
         added: list[Added] = []
         for (segment, turned), y in zip(turns, outputs, strict=True):
             columns = self.columns[turned.member]
@@ -197,7 +197,8 @@ class LinearGroup:
             added.append((segment, columns, part if turned.scale is None else part * turned.scale))
         return added
 
-    def _of_member(self, x: Tensor, member: int) -> Tensor:
+    def of_member(self, x: Tensor, member: int) -> Tensor:
+        """x [T, in] → a member's own product [T, out]."""
         columns, bias = self.columns[member], self.base.bias
         return F.linear(x, self.base.weight[columns], None if bias is None else bias[columns])
 
@@ -265,7 +266,9 @@ class LinearGroup:
         """Lay an adapter's patches at this group's sites out for the run. Called on a loader's thread."""
         mine = [None if (p := patches.get(path)) is None else self.lowrank.laid(p) for path in self.paths]
         if any(p is not None and self._is_override(p) for p in mine):
-            return self.lowrank.prepared(GroupPatch(pairs=(None,) * len(mine), product=self._override(mine)))
+            return self.lowrank.prepared(
+                GroupPatch(pairs=(None,) * len(mine), product=self._override(mine)), self.columns
+            )
         A, pairs = self._low_rank(mine)
         members = [(at, p) for at, p in zip(self.columns, mine, strict=True) if p is not None]
         made = GroupPatch(
@@ -282,13 +285,14 @@ class LinearGroup:
                 self._moved(Turned(m, p.turn, _scale(p))) for m, p in enumerate(mine) if p and p.turn is not None
             ),
         )
-        return self.lowrank.prepared(made)
+        return self.lowrank.prepared(made, self.columns)
 
     def place_block(self, block: BlockPatch) -> GroupPatch:
         """The same for a block's patch, which needs the group's output for itself. Raises AdapterRefused."""
         if len(self.paths) > 1:
             raise AdapterRefused(f"{self.paths[0]} is no block's last Linear: it shares its input with others")
-        return self.lowrank.prepared(GroupPatch(pairs=(None,), block=block.to(self.device, self.dtype)))
+        made = GroupPatch(pairs=(None,), block=block.to(self.device, self.dtype))
+        return self.lowrank.prepared(made, self.columns)
 
     @property
     def folded_bytes(self) -> int:

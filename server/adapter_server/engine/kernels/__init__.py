@@ -5,6 +5,7 @@
     block      norms, gates, RoPE and the likeliest token
     draw       a token by chance
     linear     a product with few rows
+    parts      what adapters do beyond low rank and vectors
 
 Each kernel's reference is a line of torch, in its docstring, and `proofs.py` holds it to that.
 
@@ -38,12 +39,32 @@ from adapter_server.engine.kernels.lowrank import (
     add_low_rank,
     low_rank,
 )
+from adapter_server.engine.kernels.parts import (
+    ABOVE,
+    EACH,
+    IN_SCALE,
+    MIRROR,
+    NETWORK,
+    OWN,
+    SPARSE,
+    SPECTRAL,
+    TURN,
+    Owners,
+    add_hidden,
+    add_sparse,
+    hidden,
+    inputs,
+    mirrored,
+    own_product,
+    own_rows,
+)
 from adapter_server.engine.operands import Form, More, Norm, Rows
 
 __all__ = [
-    "CHUNK", "FEW", "HEAD", "MANY", "MANY_RANKS", "MEMBER", "MOST_CHUNKS", "MOST_ROWS", "MOST_SPLITS", "QUERIES",
-    "TILINGS", "WIDE",
-    "Chunks", "Form", "More", "Norm", "Outputs", "Rows", "Run", "Tiles", "Tiling",
-    "add_low_rank", "add_rms_norm", "draw", "few_rows", "gated", "low_rank", "paged_decode", "paged_prefill",
-    "pick", "rms_norm", "rope_write", "takes",
+    "ABOVE", "CHUNK", "EACH", "FEW", "HEAD", "IN_SCALE", "MANY", "MANY_RANKS", "MEMBER", "MIRROR", "MOST_CHUNKS",
+    "MOST_ROWS", "MOST_SPLITS", "NETWORK", "OWN", "QUERIES", "SPARSE", "SPECTRAL", "TILINGS", "TURN", "WIDE",
+    "Chunks", "Form", "More", "Norm", "Outputs", "Owners", "Rows", "Run", "Tiles", "Tiling",
+    "add_hidden", "add_low_rank", "add_rms_norm", "add_sparse", "draw", "few_rows", "gated", "hidden", "inputs",
+    "low_rank", "mirrored", "own_product", "own_rows", "paged_decode", "paged_prefill", "pick", "rms_norm",
+    "rope_write", "takes",
 ]  # fmt: skip
