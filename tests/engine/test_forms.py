@@ -37,11 +37,15 @@ def nothing(*_: object) -> None:
     """Leaves its output as it was."""
 
 
-def test_what_agrees_is_used(caplog: pytest.LogCaptureFixture) -> None:
-    for dtype in (torch.float32, torch.bfloat16):
-        assert isinstance(forms.low_rank(CPU, dtype, dtype), Grouped)
-        assert forms.attending(CPU, dtype, LAYERS, 4, PAGE) is kernels
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.soak)], ids=str)
+def test_what_agrees_is_used(dtype: torch.dtype, caplog: pytest.LogCaptureFixture) -> None:
+    before = torch.random.get_rng_state()
+    form = forms.low_rank(CPU, dtype, dtype)
+    assert isinstance(form, Grouped)
+    assert form.does_parts
+    assert forms.attending(CPU, dtype, LAYERS, 4, PAGE) is kernels
     assert not caplog.records
+    assert torch.equal(before, torch.random.get_rng_state())  # nobody's seed is touched
 
 
 @pytest.mark.parametrize(("do", "word"), [(fails, "no compiler"), (nothing, "off by")])
@@ -50,9 +54,11 @@ def test_what_fails_or_differs_is_left_out(
 ) -> None:
     monkeypatch.setattr(forms, "kernels", lambda: spoilt("add_low_rank", do))
     assert not isinstance(forms.low_rank(CPU, torch.float32, torch.float32), Grouped)
+    monkeypatch.setattr(forms, "kernels", lambda: spoilt("own_product", do))
+    assert not forms._parts_agree(forms.kernels(), CPU, torch.float32, torch.float32)
     monkeypatch.setattr(forms, "kernels", lambda: spoilt("paged_decode", do))
     assert forms.attending(CPU, torch.float32, LAYERS, 4, PAGE) is None
-    assert [word in record.getMessage() for record in caplog.records] == [True, True]
+    assert [word in record.getMessage() for record in caplog.records] == [True, True, True]
 
 
 def test_a_draw_that_fails_or_takes_the_likeliest_is_left_out(
@@ -85,10 +91,3 @@ def test_the_cpu_has_forms_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     assert forms.usable(torch.device("cuda:1"))
     assert not isinstance(forms.low_rank(CPU, torch.float32, torch.float32), Grouped)
     assert not isinstance(forms.low_rank(CPU, torch.bfloat16, torch.bfloat16), Native)
-
-
-def test_probing_leaves_the_random_state_alone() -> None:
-    before = torch.random.get_rng_state()
-    forms.low_rank(CPU, torch.float32, torch.float32)
-    forms.attending(CPU, torch.float32, LAYERS, 4, PAGE)
-    assert torch.equal(before, torch.random.get_rng_state())

@@ -233,11 +233,18 @@ KERNELLED = ("lora", "dora", "prefix", "ia3", "lora_saved")
 
 @pytest.mark.usefixtures("on_the_cpu")
 @pytest.mark.parametrize(
-    ("arch", "names"), [("gemma2", KERNELLED[:3]), pytest.param("llama", KERNELLED, marks=pytest.mark.soak)]
+    ("arch", "names", "graphs"),
+    [
+        ("gemma2", KERNELLED[:3], False),
+        pytest.param("gemma2", KERNELLED[:3], True, marks=pytest.mark.soak),
+        pytest.param("llama", KERNELLED, True, marks=pytest.mark.soak),
+    ],
 )
-def test_the_engine_with_kernels_is_peft(arch: str, names: tuple[str, ...]) -> None:
-    """GQA over pages, and in Gemma 2 with windows and soft caps, each as PEFT alone computes it."""
-    served = rig.engine(arch, names, kv_layout="pages", page_tokens=4)
+def test_the_engine_with_kernels_is_peft(arch: str, names: tuple[str, ...], graphs: bool) -> None:
+    """GQA over pages, and in Gemma 2 with windows and soft caps, each as PEFT alone computes it; padded to buckets where
+    steps are captured.
+    """
+    served = rig.engine(arch, names, kv_layout="pages", page_tokens=4, graphs=graphs)
     assert isinstance(served.model.lowrank, Grouped)
     assert served.kv.kernels is kernels
     digest = served.model.digest()
