@@ -222,7 +222,7 @@ def test_when_the_engine_dies_everybody_is_told_and_the_process_ends(root: Path)
     assert (thread.is_alive(), server.exit_code) == (False, 1)
 
 
-@pytest.mark.soak  # all that is imported is compiled anew; `test_architecture.py` finds an assert in the package at once
+@pytest.mark.soak  # all that is imported is compiled anew; `test_architecture.py` finds an assert at once
 def test_hostile_requests_are_refused_without_asserts_too(root: Path) -> None:
     """`python -O` drops every assert: the server is the same."""
     files.age(files.write(root / "hostile" / "broken", 3, weights=b"no safetensors"))

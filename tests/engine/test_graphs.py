@@ -23,13 +23,13 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 import rig
 import zoo
-from adapter_server.core import Request
+from adapter_server.core import Member, Request
 from adapter_server.engine import Engine, capture, forms
 from adapter_server.engine.capture import Captures, bucket
 from adapter_server.engine.graphs import GraphKey, Graphs
 from adapter_server.engine.grouped import Beside
 from adapter_server.engine.routing import Step
-from captured import as_on_cuda, ask, right, served  # noqa: F401 - a fixture
+from captured import as_on_cuda, ask, right, served, uncaptured  # noqa: F401 - a fixture
 
 pytestmark = pytest.mark.usefixtures("as_on_cuda")
 NAMES = ("lora", "velora", "dora", "prefix")
@@ -69,8 +69,39 @@ def test_any_mix_of_adapters_is_one_graph() -> None:
     engine.close()
 
 
-def test_what_a_graph_cannot_hold_runs_without() -> None:
-    """DoRA scales the base's output, and is right; beside it everybody is."""
+def test_compositions_of_low_ranks_are_captured_and_others_run_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two and three adapters a row, with weights, beside rows of one and of none; not where some scale the base."""
+    names = ("lora", "rslora", "velora", "dora")
+    engine = served(names)
+    mixes = (
+        {"lora": 0.5, "rslora": 1.0},
+        {"velora": -0.5, "lora": 1.0, "rslora": 0.7},
+        {"dora": 1.0},
+        {"velora": 2.0},
+        {},
+    )
+    rig.run(engine, [ask(engine, name, new=1) for name in names])  # so that no row waits for its adapter
+    without = uncaptured(engine, monkeypatch)
+    answers = rig.run(engine, [mixed(engine, i, mix) for i, mix in enumerate(mixes)])
+    for (i, mix), answer in zip(enumerate(mixes), answers, strict=True):
+        alone = served(names, graphs=False)
+        assert answer.ids == rig.run(alone, [mixed(alone, i, mix)])[0].ids, mix
+        alone.close()
+    assert len(without) == 1  # the prompts
+    assert {key.added.depths for key in captured(engine).captured if key.added} == {3}
+    rig.run(engine, [mixed(engine, 0, {"lora": 0.5, "dora": 1.0})])
+    assert without[-1] == {"lora", "dora"}
+    assert len(without) > 2
+    engine.close()
+
+
+def mixed(engine: Engine, i: int, mix: dict[str, float]) -> Request:
+    """A row of the i-th prompt under several adapters."""
+    members = tuple(Member(engine.pool.store.resolve(name), weight) for name, weight in mix.items())
+    return replace(ask(engine, None, i % 5, 6), members=members, mode="unmerged" if mix else "base")
+
+
+def test_who_scales_the_base_is_right_as_everybody_beside_it() -> None:
     engine = served(NAMES)
     order = (None, *NAMES)
     for (i, name), answer in zip(

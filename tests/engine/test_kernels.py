@@ -241,9 +241,7 @@ KERNELLED = ("lora", "dora", "prefix", "ia3", "lora_saved")
     ],
 )
 def test_the_engine_with_kernels_is_peft(arch: str, names: tuple[str, ...], graphs: bool) -> None:
-    """GQA over pages, and in Gemma 2 with windows and soft caps, each as PEFT alone computes it; padded to buckets where
-    steps are captured.
-    """
+    """GQA over pages, in Gemma 2 with windows and soft caps, each as PEFT alone; padded to buckets with `graphs`."""
     served = rig.engine(arch, names, kv_layout="pages", page_tokens=4, graphs=graphs)
     assert isinstance(served.model.lowrank, Grouped)
     assert served.kv.kernels is kernels

@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from adapter_server.engine.grouped import Beside, Grouped, GroupedSmall, Listed, Place, Table, is_small
+from adapter_server.engine.grouped import Beside, Grouped, GroupedSmall, Listed, Place, Table, has_vectors, is_small
 from adapter_server.engine.kv import Lease, PagePool
 from adapter_server.engine.parts import ELSEWHERE, Part, Parts, weighable
 from adapter_server.engine.placed import Placed
-from adapter_server.engine.routing import Routing, Step, running
+from adapter_server.engine.routing import Routing, Segment, Step, running
 from adapter_server.engine.site import Plan
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ROWS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256)  # buckets; beyond, multiples of the last
+MOST_COMPOSED = 4  # adapters of a token in a captured step
 LATELY = 256  # steps for which graphs keep a part that no adapter has any more
 MOST_KEPT = 96  # graphs of a kind; the least recently captured goes first
 
@@ -72,8 +73,8 @@ class Sheet:
             self.leases[i] = lease, count
 
     def write_pairs(self, tokens: Sequence[int], weights: Sequence[float], slots: Sequence[int], of: str = "") -> None:
-        """The (token, weight, row of the table) triples, and the same by token: no token has two adapters. `of`: whose
-        tokens, the step's or the "head_"'s.
+        """The (token, weight, row of the table) triples, and the same by token: who shares one has low ranks alone, and
+        these go by the triples. `of`: whose tokens, the step's or the "head_"'s.
         """
         arrays = self.arrays
         arrays[f"{of}tokens"][: len(tokens)] = tokens
@@ -101,6 +102,7 @@ class AddedKey:
     groups: frozenset[int]  # that low ranks and vectors touch
     parts: frozenset[Part] = frozenset()  # what there is beyond these
     hidden: int = 0  # width of the largest network
+    depths: int = 1  # adapters that a token may have
 
 
 class Key(Protocol):
@@ -146,7 +148,6 @@ class Captures(ABC, Generic[K]):
         self.scaled = False  # whether one has scaled the base's output
         self.lately: dict[Part, int] = {}  # the step in which some adapter had it
         self.count = 0  # of steps
-        self.reads: dict[int, str] = {}  # by group: where networks read the stream
         self.embeds: Tensor | None = None  # [1, most tokens, hidden], where adapters have rows of an embedding
         self.failed = False
         if isinstance(form := model.lowrank, Grouped):
@@ -174,18 +175,9 @@ class Captures(ABC, Generic[K]):
         if routing.plain or whole(routing) is not None:
             return not routing.inside
         form = self.model.lowrank
-        if routing.composed or not isinstance(form, Grouped):
+        if not isinstance(form, Grouped) or max(map(len, routing.uses)) > MOST_COMPOSED:
             return False
-        if not all(s.weights is None or weighable(s.placed) for s in routing.segments):
-            return False
-        parts = [form.parts(s.placed) for s in routing.segments]
-        return all(some is not None and self._reads_alike(some) for some in parts)
-
-    def _reads_alike(self, parts: frozenset[Part]) -> bool:
-        """Whether its networks read the stream where those before did: a graph reads it in one place a group."""
-        return all(
-            self.reads.setdefault(part.group, part.path) == part.path for part in parts if part.name == "network"
-        )
+        return all(_is_data(form, segment) for segment in routing.segments)
 
     def listed(self, routing: Routing) -> Listed | None:
         """The pairs of a step's low rank; None where there are none."""
@@ -202,7 +194,8 @@ class Captures(ABC, Generic[K]):
         self.scaled = self.scaled or any(patch.mul is not None for _, patch in patches)
         parts = self._parts(routing)
         networks = any(part.name == "network" for part in parts)
-        return AddedKey(listed.width, self.scaled, self.groups, parts, self._form.table.hidden if networks else 0)
+        hidden, depths = self._form.table.hidden if networks else 0, max(map(len, routing.uses))
+        return AddedKey(listed.width, self.scaled, self.groups, parts, hidden, depths)
 
     def _parts(self, routing: Routing) -> frozenset[Part]:
         self.count += 1
@@ -315,8 +308,9 @@ class Captures(ABC, Generic[K]):
             return Plan(small=[Parts(form, group, parts, tiles, self._owners(tokens, of), small)])
         if small is None:
             return Plan()
-        beside = None if added.scaled else Beside(small, self.sheet[f"{of}live"][:tokens], form.aside)
-        return Plan(small=[small], beside=beside)
+        if added.scaled or added.depths > 1:  # it needs what the base gives, or comes one after another
+            return Plan(small=[small])
+        return Plan(small=[small], beside=Beside(small, self.sheet[f"{of}live"][:tokens], form.aside))
 
     def _owners(self, tokens: int, of: str = "") -> Owners:
         form, owners, shares = self._form, self.sheet[f"{of}owners"], self.sheet[f"{of}shares"]
@@ -352,11 +346,14 @@ def _aside(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
-def added_fields(pairs: int, tiles: int, of: str = "") -> dict[str, Field]:
-    """What a sheet has of adapters, of so many pairs or tokens, in so many tiles."""
-    whole = dict.fromkeys(("tokens", "live", "owners"), (torch.int32, (pairs,)))
-    fields = {**whole, **dict.fromkeys(("weights", "shares"), (torch.float32, (pairs,)))}
-    return {f"{of}{name}": field for name, field in [*fields.items(), ("tiles", (torch.int32, (tiles, 4)))]}
+def added_fields(tokens: int, tiles: int, of: str = "", depths: int = 1) -> dict[str, Field]:
+    """What a sheet has of adapters, in so many tiles, of tokens that have up to `depths` of them."""
+    fields: dict[str, Field] = {"tiles": (torch.int32, (tiles, 4))}
+    for name, dtype, size in (("tokens", torch.int32, depths), ("weights", torch.float32, depths)):
+        fields[name] = dtype, (tokens * size,)
+    for name, dtype in (("live", torch.int32), ("owners", torch.int32), ("shares", torch.float32)):
+        fields[name] = dtype, (tokens,)
+    return {f"{of}{name}": field for name, field in fields.items()}
 
 
 def bucket(count: int, steps: Sequence[int], most: int | None = None) -> int:
@@ -373,6 +370,15 @@ def whole(routing: Routing) -> Placed | None:
     if only is None or only.count != routing.tokens or not only.alone or not only.placed.replaces:
         return None
     return only.placed
+
+
+def _is_data(form: Grouped, segment: Segment) -> bool:
+    """Whether kernels do all that an adapter does to its tokens; to those that others have too, low ranks alone."""
+    placed = segment.placed
+    parts = form.parts(placed)
+    if parts is None or (segment.weights is not None and not weighable(placed)):
+        return False
+    return segment.sole or not (parts or any(has_vectors(patch) for patch in placed.groups.values()))
 
 
 def _own_rows(weight: Tensor, owners: Owners, table: Table, path: str, held: torch.dtype) -> Tensor:

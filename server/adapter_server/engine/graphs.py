@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from adapter_server.engine.capture import (
+    MOST_COMPOSED,
     ROWS,
     AddedKey,
     Captured,
@@ -50,8 +51,9 @@ NOBODY = -1  # the token of a row whose logits are not finite
 def sheet_of(rows: int, pages: int) -> dict[str, Field]:
     """What a step's data are: name, dtype and shape."""
     each = dict.fromkeys(("ids", "positions", "places", "source"), (torch.int64, (rows,)))
-    rest = {"settings": (torch.float64, (rows, 5)), "table": (torch.int32, (rows, pages))}
-    return {**each, "lengths": (torch.int32, (rows,)), **added_fields(rows, rows), **rest}
+    rest = {"lengths": (torch.int32, (rows,)), "settings": (torch.float64, (rows, 5))}
+    added = added_fields(rows, rows * MOST_COMPOSED, depths=MOST_COMPOSED)
+    return {**each, **rest, **added, "table": (torch.int32, (rows, pages))}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,7 @@ class GraphKey:
 
     rows: int
     context: int
-    tiles: int = 0  # of the low rank
+    tiles: int = 0  # of the low rank, for each of the adapters that a token may have
     few: int = 0  # tokens of a tile
     added: AddedKey | None = None
     whole: Placed | None = None
@@ -118,7 +120,7 @@ class Graphs(Captures[GraphKey]):
         self._fill(host, slices, key, before)
         if listed is not None:
             host.write_pairs(listed.tokens, listed.weights, listed.slots)
-            host.write_tiles(0, key.tiles, listed.places)
+            self._write_tiles(host, listed, key)
         self.send(host)
         self.embed(key, routing, self._ids)
         known.run()
@@ -133,12 +135,18 @@ class Graphs(Captures[GraphKey]):
         event.record()
         return Flight(slices, captured.logits, out, event.synchronize)
 
+    def _write_tiles(self, host: Sheet, listed: Listed, key: GraphKey) -> None:
+        """One run of tiles after the other; a token's adapters go one after another."""
+        places = [listed.places[run.start : run.stop] for run in listed.runs]
+        for i in range(1 if key.added is None else key.added.depths):
+            host.write_tiles(i * key.tiles, (i + 1) * key.tiles, places[i] if i < len(places) else [])
+
     def _key(self, slices: Sequence[Slice], routing: Routing, listed: Listed | None) -> GraphKey:
         rows = bucket(len(slices), ROWS)
         context = bucket(max(s.row.offset + len(s.row.tokens) + 1 for s in slices), CONTEXTS, self.length)
         if listed is None:
             return GraphKey(rows, context, whole=whole(routing))
-        tiles = min(rows, bucket(len(listed.places), TILES, rows))
+        tiles = min(rows, bucket(max(run.stop - run.start for run in listed.runs), TILES, rows))
         return GraphKey(rows, context, tiles, listed.runs[0].tokens, self.added(routing, listed))
 
     def _fill(self, host: Sheet, slices: Sequence[Slice], key: GraphKey, before: Flight | None) -> None:
@@ -172,7 +180,7 @@ class Graphs(Captures[GraphKey]):
     def pad(self, host: Sheet) -> None:
         self._pad(host, 0, self.rows)
         host.write_pairs([], [], [])
-        host.write_tiles(0, self.rows, [])
+        host.write_tiles(0, self.rows * MOST_COMPOSED, [])
 
     def run(self, step: Step, key: GraphKey) -> Tensor:
         """The forward of the sheet's rows [rows, vocab]; their tokens go to `out`."""
@@ -207,8 +215,10 @@ class Graphs(Captures[GraphKey]):
         form, sheet, n = self.model.lowrank, self.sheet, key.rows
         if key.added is None or not isinstance(form, Grouped):
             return None
-        runs, places = [form.kernels.Run(0, key.tiles, key.few)], sheet["tiles"][: key.tiles]
-        return form.tiles(sheet["tokens"][:n], sheet["weights"][:n], places, runs, key.added.width)
+        pairs, tiles = n * key.added.depths, key.tiles
+        runs = [form.kernels.Run(i * tiles, (i + 1) * tiles, key.few) for i in range(key.added.depths)]
+        places = sheet["tiles"][: runs[-1].stop]
+        return form.tiles(sheet["tokens"][:pairs], sheet["weights"][:pairs], places, runs, key.added.width)
 
 
 def _is_single(s: Slice) -> bool:

@@ -151,6 +151,7 @@ class Grouped(ByLowRank):
         self.kernels, self.table, self.does_parts = kernels, Table(kernels, device), parts
         self.aside = _urgent_stream(device)
         self._parts: dict[Placed, frozenset[Part] | None] = {}
+        self._reads: dict[int, str] = {}  # by group: the path where networks read the stream
         self._blocks: dict[int, Tensor] = {}
         self._room = torch.empty(0)
 
@@ -164,9 +165,14 @@ class Grouped(ByLowRank):
     def parts(self, placed: Placed) -> frozenset[Part] | None:
         """What an adapter does beyond low rank and vectors; None where kernels do not do all of it."""
         if placed not in self._parts:
-            self._parts[placed] = parts_of(placed)
+            self._parts[placed] = self._together(parts_of(placed))
         found = self._parts[placed]
         return found if self.does_parts or not found else None
+
+    def _together(self, parts: frozenset[Part] | None) -> frozenset[Part] | None:
+        """The same, if its networks read the stream where those before did: a graph has it in one place a group."""
+        networks = [part for part in parts or () if part.name == "network"]
+        return parts if all(self._reads.setdefault(p.group, p.path) == p.path for p in networks) else None
 
     def plan(
         self, group: LinearGroup, routing: Routing, touching: Sequence[Segment]
@@ -175,7 +181,7 @@ class Grouped(ByLowRank):
         small = [s for s in ranked if not _is_large(s)]
         large = [s for s in ranked if _is_large(s)]
         alone = [s for s in routing.segments if s.sole and not _is_large(s)]
-        vectors = frozenset(s.placed for s in alone if _has_vectors(s.placed.groups.get(group.index)))
+        vectors = frozenset(s.placed for s in alone if has_vectors(s.placed.groups.get(group.index)))
         if not small and not vectors:
             return [], large
         if "tiles" not in routing.shared:
@@ -323,13 +329,13 @@ def _urgent_stream(device: torch.device) -> torch.cuda.Stream | None:
     return torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
 
-def _has_vectors(patch: GroupPatch | None) -> bool:
+def has_vectors(patch: GroupPatch | None) -> bool:
     return patch is not None and (patch.mul is not None or patch.add is not None)
 
 
 def is_small(patch: GroupPatch) -> bool:
     """Whether it has a low rank or vectors."""
-    return patch.A is not None or _has_vectors(patch)
+    return patch.A is not None or has_vectors(patch)
 
 
 def _is_large(segment: Segment) -> bool:

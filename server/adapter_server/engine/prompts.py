@@ -70,7 +70,7 @@ class Prompts(Captures[PromptKey]):
 
     def fit(self, slices: Sequence[Slice], routing: Routing) -> bool:
         """Whether a step of these rows under this routing runs as a graph."""
-        ours = len(slices) <= self.rows and routing.tokens <= self.most
+        ours = len(slices) <= self.rows and routing.tokens <= self.most and not routing.composed
         return ours and all(not s.row.unrated and not s.row.starts for s in slices) and self.capturable(routing)
 
     def _at_head(self, head: Routing) -> Listed | None:
