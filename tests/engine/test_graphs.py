@@ -438,8 +438,11 @@ def test_a_product_that_fails_leaves_nothing_running_beside_it(monkeypatch: pyte
 def test_the_table_of_addresses_may_grow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("adapter_server.engine.grouped.FEWEST", 1)
     engine = served(("lora", "rslora", "velora"))
+    sizes = []
     for name in ("lora", "rslora", "velora", "lora"):
         assert rig.run(engine, [ask(engine, name, 0, 3)])[0].ids == right(name, 0, 3), name
+        sizes.append(len(engine.model.lowrank.table.rows))
+    assert sizes == [1, 2, 4, 4]
     engine.close()
 
 

@@ -17,7 +17,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 import beyond
 import rig
 import zoo
-from adapter_server.engine import cpu, forms, kernels, native
+from adapter_server.engine import capture, cpu, forms, kernels, native
 from adapter_server.engine.grouped import Grouped, GroupedSmall
 from adapter_server.engine.parts import Part, Parts, weighable
 from adapter_server.engine.placed import Placed
@@ -34,7 +34,7 @@ from test_site import IN, OUTS, Case, close
 CPU = torch.device("cpu")
 KINDS = (
     *("lora", "dora", "scale", "bias", "override", "shift", "shift_rank", "sparse", "turn", "mirror", "turn_more"),
-    *("mirror_more", "delta_more", "delta_override", "spectral"),
+    *("mirror_more", "delta_more", "delta_override", "spectral", "rows", "scaled"),
 )
 
 
@@ -52,12 +52,9 @@ def planned(case: Case, routing: Routing, x: Tensor) -> Tensor:
     form, group = case.form, case.group
     assert isinstance(form, Grouped)
     parts, listed = parts_of(form, list(case.patches)), form.listed(routing, everything=True)
-    tiles = form.on_device(listed)
-    owners, shares = torch.full((routing.tokens,), -1, dtype=torch.int32), torch.zeros(routing.tokens)
-    owners[list(listed.tokens)] = torch.tensor(listed.slots, dtype=torch.int32)
-    shares[list(listed.tokens)] = torch.tensor(listed.weights)
+    tiles, owners = form.on_device(listed), form.owners(listed, routing.tokens)
     small = GroupedSmall(form, group, tiles, frozenset())
-    made = Parts(form, group, parts, tiles, kernels.Owners(owners, shares, form.table.rows), small)
+    made = Parts(form, group, parts, tiles, owners, form.table.hidden, small)
     blind = Routing(routing.tokens, plans={group.index: Plan(small=[made])})
     with running(Step(blind, Routing(1))):
         return group.run(x)
@@ -93,8 +90,7 @@ def test_by_dtype(given: torch.dtype, held: torch.dtype) -> None:
 
 def test_what_kernels_do_not_do_is_said() -> None:
     case = Case(0, (10,), ("circulant", "rows", "kronecker_low"), n=3, form=Grouped(kernels, CPU))
-    circulant, rows, low = case.patches
-    assert [case.form.parts(each) for each in (circulant, rows, low)] == [None, None, frozenset()]
+    assert [case.form.parts(each) for each in case.patches] == [None, frozenset(), frozenset()]
 
 
 @pytest.mark.parametrize(
@@ -110,7 +106,17 @@ def test_an_index_outside_the_weight_is_refused(patch: Patch) -> None:
         case.group.place({"m0": patch})
 
 
-KERNELLED = ("lora", "ia3", "ia3_saved", "lora_saved", "lora_embed", "lora_tokens", "lora_head", "ln_tuning")
+KERNELLED = (
+    "lora",
+    "ia3",
+    "ia3_saved",
+    "lora_saved",
+    "lora_embed",
+    "lora_tokens",
+    "lora_head",
+    "lora_tokens_head",
+    "ln_tuning",
+)
 MORE = ("road", "oft", "boft", "fourierft", "waveft", "shira", "lokr", "vera", "glora", "hira", "randlora")
 
 
@@ -159,3 +165,46 @@ def test_kinds_beyond_peft_in_captured_steps(monkeypatch: pytest.MonkeyPatch, tm
         beyond.hold(answer, case.judge("llama", prompt) if case else rig.peft_alone("llama", name, prompt))
     assert without == []
     engine.close()
+
+
+@pytest.mark.usefixtures("as_on_cuda")
+def test_a_part_that_nobody_has_any_more_leaves_the_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After some steps: until then a mix that comes and goes has one graph."""
+    monkeypatch.setattr(capture, "LATELY", 6)
+    engine = served(("ia3", "lora"))
+    assert engine.graphs is not None
+
+    def parts() -> set[str]:
+        """Of the step that was captured last."""
+        *_, key = engine.graphs.captured  # type: ignore[union-attr]
+        return {part.name for part in key.added.parts} if key.added else set()
+
+    rig.run(engine, [ask(engine, "ia3", new=3)])
+    assert parts() == {"in_scale"}
+    rig.run(engine, [ask(engine, "lora", 1, new=3)])
+    before = set(engine.graphs.captured)
+    assert all(key.added.parts for key in before)
+    rig.run(engine, [ask(engine, "lora", 1, new=12)])
+    assert parts() == set()
+    engine.close()
+
+
+@pytest.mark.usefixtures("fused")
+def test_weights_and_a_table_that_grows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows weighted by half, backwards and wholly, as without graphs; the table is laid out anew under graphs."""
+    monkeypatch.setattr("adapter_server.engine.grouped.FEWEST", 1)
+    names = ("ia3_saved", "lora_saved", "lora_embed", "lora_tokens", "road", "oft", "fourierft", "shira", "ln_tuning")
+    found, weights = [], (0.5, -0.7, 1.0)
+    for graphs in (True, False):
+        engine = served(names, fuse=True, max_rows=32, graphs=graphs, prefix_cache_bytes=0)
+        without, answers = uncaptured(engine, monkeypatch), []
+        for turn in range(2):
+            weighed = [(name, weights[(i + turn) % 3], rig.PROMPTS[(i + turn) % 4]) for i, name in enumerate(names)]
+            asked = [rig.ask(engine, name, prompt, weight=w, max_new_tokens=3) for name, w, prompt in weighed]
+            answers += rig.run(engine, asked, stagger=1)
+        found.append(answers)
+        assert bool(without) != graphs
+        engine.close()
+    for ours, theirs in zip(*found, strict=True):
+        assert ours.ids == theirs.ids
+        assert (ours.matrix() - theirs.matrix()).abs().max().item() < 1e-4

@@ -12,7 +12,7 @@ import rig
 from adapter_server.engine import Engine
 from adapter_server.engine.capture import Captures, Sheet
 from adapter_server.engine.prompts import Prompts
-from captured import as_on_cuda, ask, right, served  # noqa: F401 - a fixture
+from captured import as_on_cuda, ask, right, served, uncaptured  # noqa: F401 - a fixture
 
 pytestmark = pytest.mark.usefixtures("as_on_cuda")
 
@@ -115,4 +115,23 @@ def test_what_no_sheet_holds_runs_without() -> None:
     assert len(answer.prompt) == len(rig.PROMPTS[0]) - 1
     check(engine, [("c3a", 0)])
     assert not prompts(engine).captured
+    engine.close()
+
+
+def test_a_snapshots_own_head_beside_a_prompt_of_the_bases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The snapshot's row alone samples: at the head it has all tokens, in the step it has not."""
+    engine = served(("lora_head",), max_step_tokens=6, prefix_cache_bytes=0)
+    monkeypatch.setattr(engine.auto, "_splits", lambda *_: False)  # one forward for both
+    rig.run(engine, [ask(engine, "lora_head", 0, 1, mode="merged")])
+    without = uncaptured(engine, monkeypatch)
+    merged, base = ask(engine, "lora_head", mode="merged"), ask(engine, None, 3, 2)
+    answers = {each.id: rig.Answer() for each in (merged, base)}
+    engine.submit(merged)
+    for step in range(20):
+        if step == 2:
+            engine.submit(base)
+        rig.collect(engine.step(), answers)
+    assert answers[merged.id].ids == right("lora_head")
+    assert answers[base.id].ids == right(None, 3, 2)
+    assert without == []
     engine.close()

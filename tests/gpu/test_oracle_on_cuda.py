@@ -68,7 +68,10 @@ def test_no_kernel_is_left_out_on_this_device(device: torch.device, caplog: pyte
     assert not [record.getMessage() for record in caplog.records]
 
 
-PARTS = ("ia3", "ia3_saved", "lora_saved", "lora_embed", "road", "oft", "boft", "fourierft", "shira", "randlora")
+PARTS = (
+    *("ia3", "ia3_saved", "lora_saved", "lora_embed", "lora_tokens_head", "ln_tuning"),
+    *("road", "oft", "boft", "fourierft", "waveft", "shira", "randlora"),
+)
 
 
 def test_every_kind_in_captured_steps(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:

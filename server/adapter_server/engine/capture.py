@@ -146,7 +146,8 @@ class Captures(ABC, Generic[K]):
         self.turn = 0
         self.groups: frozenset[int] = frozenset()  # that adapters have touched
         self.scaled = False  # whether one has scaled the base's output
-        self.lately: dict[Part, int] = {}  # the step in which some adapter had it
+        self.lately: dict[frozenset[Part], int] = {}  # by adapters' parts: the last step in which one had them
+        self.united: tuple[set[frozenset[Part]], frozenset[Part]] = set(), frozenset()  # its keys, and all their parts
         self.count = 0  # of steps
         self.embeds: Tensor | None = None  # [1, most tokens, hidden], where adapters have rows of an embedding
         self.failed = False
@@ -180,7 +181,7 @@ class Captures(ABC, Generic[K]):
         return all(_is_data(form, segment) for segment in routing.segments)
 
     def listed(self, routing: Routing) -> Listed | None:
-        """The pairs of a step's low rank; None where there are none."""
+        """The pairs of a step's tokens and adapters; None where there are none, or one snapshot has all tokens."""
         form = self.model.lowrank
         if not isinstance(form, Grouped) or routing.plain or whole(routing) is not None:
             return None
@@ -189,20 +190,30 @@ class Captures(ABC, Generic[K]):
 
     def added(self, routing: Routing, listed: Listed) -> AddedKey:
         """Of all adapters that have run, and the parts of those that did lately: few graphs serve many mixes."""
-        patches = [(index, patch) for s in routing.segments for index, patch in s.placed.groups.items()]
-        self.groups |= {index for index, patch in patches if is_small(patch)}
-        self.scaled = self.scaled or any(patch.mul is not None for _, patch in patches)
-        parts = self._parts(routing)
+        if self not in routing.shared:
+            routing.shared[self] = self._noted(routing)
+        parts = self._lately(routing.shared[self])
         networks = any(part.name == "network" for part in parts)
         hidden, depths = self._form.table.hidden if networks else 0, max(map(len, routing.uses))
         return AddedKey(listed.width, self.scaled, self.groups, parts, hidden, depths)
 
-    def _parts(self, routing: Routing) -> frozenset[Part]:
+    def _noted(self, routing: Routing) -> set[frozenset[Part]]:
+        """The parts of each of a routing's adapters; looked at once a routing."""
+        patches = [(index, patch) for s in routing.segments for index, patch in s.placed.groups.items()]
+        self.groups |= {index for index, patch in patches if is_small(patch)}
+        self.scaled = self.scaled or any(patch.mul is not None for _, patch in patches)
+        return {parts for s in routing.segments if (parts := self._form.parts(s.placed))}
+
+    def _lately(self, running: set[frozenset[Part]]) -> frozenset[Part]:
+        """The parts of the adapters of this step and of the last ones."""
         self.count += 1
-        for segment in routing.segments:
-            self.lately |= dict.fromkeys(self._form.parts(segment.placed) or (), self.count)
-        self.lately = {part: step for part, step in self.lately.items() if self.count - step < LATELY}
-        return frozenset(self.lately)
+        self.lately |= dict.fromkeys(running, self.count)
+        old = [parts for parts, step in self.lately.items() if self.count - step >= LATELY]
+        for parts in old:
+            del self.lately[parts]
+        if old or self.lately.keys() != self.united[0]:
+            self.united = set(self.lately), frozenset().union(*self.lately)
+        return self.united[1]
 
     @property
     def _form(self) -> Grouped:
@@ -262,7 +273,9 @@ class Captures(ABC, Generic[K]):
     def _recorded(self, step: Step, key: K) -> tuple[Callable[[], None], Tensor]:
         def run() -> Tensor:
             step.carry = None
-            return self.run(step, key)
+            logits = self.run(step, key)
+            step.streams.clear()  # else their memory is no other graph's while this one is kept
+            return logits
 
         if not self.locked:
             logits = run()
@@ -305,7 +318,7 @@ class Captures(ABC, Generic[K]):
         form, parts = self._form, [part for part in added.parts if part.group == group.index]
         small = GroupedSmall(form, group, tiles, frozenset()) if group.index in added.groups else None
         if parts:
-            return Plan(small=[Parts(form, group, parts, tiles, self._owners(tokens, of), small)])
+            return Plan(small=[Parts(form, group, parts, tiles, self._owners(tokens, of), added.hidden, small)])
         if small is None:
             return Plan()
         if added.scaled or added.depths > 1:  # it needs what the base gives, or comes one after another

@@ -94,10 +94,10 @@ class FusedNorm:
         found: Tensor | Callable[[], Tensor] | None = routing.shared[self]
         if found is None:
             return self.weight
-        if not isinstance(found, Tensor):  # of a captured step: found anew each time
-            return found()
         if x.numel() != routing.tokens * len(self.weight):
             raise RuntimeError(f"{self.path} saw {x.numel() // len(self.weight)} rows in a step of {routing.tokens}")
+        if not isinstance(found, Tensor):  # of a captured step: found anew each time
+            return found()
         return found[0] if routing.sole_use is not None else routing.by_token(found)
 
     def _mixed(self, routing: Routing) -> Tensor | None:

@@ -22,15 +22,17 @@ from torch import Tensor
 from adapter_server.engine.lowrank import Adder, AfterBase, ByLowRank, PackedRow, by_adapter
 from adapter_server.engine.parts import Entry, Part, parts_of
 from adapter_server.engine.routing import Routing, Segment
-from adapter_server.families.base import ParamPatch
+from adapter_server.families.base import ParamPatch, Patch, as_low_rank
+from adapter_server.families.deltas import Rows
 
 if TYPE_CHECKING:
-    from adapter_server.engine.kernels import More, Outputs, Run, Tiles
+    from adapter_server.engine.kernels import More, Outputs, Owners, Run, Tiles
     from adapter_server.engine.placed import GroupPatch, Placed, Product, Separate
     from adapter_server.engine.site import LinearGroup
 
 FEWEST = 64  # adapters that the table has room for at first
 Place = tuple[int, int, int, int]  # table row, first pair, pairs, 1 where its vectors are added too
+MOST_ROWS = 64  # trained rows of a weight that run as a low rank
 LARGE = 256  # tokens of one adapter's own; above, plain products read its tensors often enough
 
 
@@ -158,6 +160,11 @@ class Grouped(ByLowRank):
     def arrange(self, rows: Sequence[PackedRow]) -> list[int]:
         return by_adapter(rows)
 
+    def laid(self, patch: Patch) -> Patch:
+        """A few trained rows are a low rank, which kernels know."""
+        delta = patch.delta
+        return as_low_rank(patch) if isinstance(delta, Rows) and len(delta.index) <= MOST_ROWS else super().laid(patch)
+
     def prepared(self, patch: GroupPatch, columns: Sequence[slice]) -> GroupPatch:
         """With its entry. Raises AdapterRefused."""
         return replace(patch, entry=Entry(self.kernels, patch, columns))
@@ -258,6 +265,14 @@ class Grouped(ByLowRank):
             listed.width,
         )
 
+    def owners(self, listed: Listed, count: int) -> Owners:
+        """Whose each of a step's tokens is, where kernels read it."""
+        rows, weights = torch.full((count,), -1, dtype=torch.int32), torch.zeros(count)
+        rows[list(listed.tokens)] = torch.tensor(listed.slots, dtype=torch.int32)
+        weights[list(listed.tokens)] = torch.tensor(listed.weights)
+        made: Owners = self.kernels.Owners(rows.to(self.table.device), weights.to(self.table.device), self.table.rows)
+        return made
+
     def tiles(self, tokens: Tensor, weights: Tensor, places: Tensor, runs: Sequence[Run], width: int) -> Tiles:
         """The same on the device, with room for the small products: one for all steps, which run one after another.
         Who was captured with a smaller one keeps that.
@@ -343,17 +358,11 @@ def _is_large(segment: Segment) -> bool:
 
 
 def _tokens(segment: Segment) -> list[int]:
-    if isinstance(segment.tokens, slice):
-        return list(range(segment.tokens.start, segment.tokens.stop))
-    tokens: list[int] = segment.tokens.tolist()
-    return tokens
+    return [token for start, stop, _ in segment.spans for token in range(start, stop)]
 
 
 def _weights(segment: Segment) -> list[float]:
-    if segment.weights is None:
-        return [1.0] * segment.count
-    weights: list[float] = segment.weights[:, 0].tolist()
-    return weights
+    return [weight for start, stop, weight in segment.spans for _ in range(start, stop)]
 
 
 def _layers(tokens: Sequence[Sequence[int]]) -> list[list[int]]:

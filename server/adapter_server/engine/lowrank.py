@@ -28,6 +28,7 @@ from torch import Tensor
 
 from adapter_server.engine.routing import Routing, Segment, Use
 from adapter_server.families.base import Patch, as_low_rank
+from adapter_server.families.deltas import Rows
 
 if TYPE_CHECKING:
     from adapter_server.engine.operands import More
@@ -205,7 +206,7 @@ class ByLowRank:
     """What forms have in common that run low ranks and vectors alone."""
 
     def laid(self, patch: Patch) -> Patch:
-        return as_low_rank(patch)
+        return patch if isinstance(patch.delta, Rows) else as_low_rank(patch)
 
     def prepared(self, patch: GroupPatch, columns: Sequence[slice]) -> GroupPatch:
         return patch

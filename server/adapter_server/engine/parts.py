@@ -131,12 +131,12 @@ class Parts(AfterBase):
     vectors: frozenset[Placed] = frozenset()
 
     def __init__(
-        self, form: Grouped, group: LinearGroup, parts: Iterable[Part], tiles: Tiles, owners: Owners,
-        small: GroupedSmall | None,
+        self, form: Grouped, group: LinearGroup, parts: Iterable[Part], tiles: Tiles, owners: Owners, width: int,
+        small: GroupedSmall | None = None,
     ) -> None:  # fmt: skip
-        """`small`: the low rank's, where adapters have some here."""
+        """`width`: of the widest network; `small`: the low rank's, where adapters have some here."""
         self.group, self.small, self.tiles, self.owners, self.kernels = group, small, tiles, owners, form.kernels
-        self.at, self.width, self.outputs = form.table.parts_at(group.index), form.table.hidden, form.outputs(group)
+        self.at, self.width, self.outputs = form.table.parts_at(group.index), width, form.outputs(group)
         self.members: dict[str, list[int]] = {}
         self.reads = ""
         for part in sorted(parts):

@@ -75,15 +75,16 @@ class Prompts(Captures[PromptKey]):
 
     def _at_head(self, head: Routing) -> Listed | None:
         """The pairs of the kept tokens; None where no adapter acts on them."""
-        touched = any(self.model.head_index in s.placed.groups for s in head.segments)
-        return self.listed(head) if touched else None
+        form, touched = self.model.lowrank, any(self.model.head_index in s.placed.groups for s in head.segments)
+        return form.listed(head, everything=True) if touched and isinstance(form, Grouped) else None
 
     @torch.inference_mode()
     def launch(self, slices: Sequence[Slice], routing: Routing, head: Routing) -> Tensor | None:
         """Run a step → the logits of the rows that sample; None where it could not be captured. `head` routes the kept
         tokens.
         """
-        listed, at_head = self.listed(routing), self._at_head(head)
+        listed = self.listed(routing)
+        at_head = None if listed is None else self._at_head(head)
         key = self._key(routing, listed, at_head)
         known = self.find(key, True)
         if known is None:

@@ -1,5 +1,5 @@
 """What adapters do beyond low rank and vectors, by the kernels and as `LinearGroup` does it by itself: the largest
-difference on random input, for the proof at start and the tests.
+difference on random input, for the proof at start and the tests. And norms' weights by token.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from adapter_server.core import Spec
 from adapter_server.engine.grouped import Grouped
-from adapter_server.engine.parts import Parts
+from adapter_server.engine.parts import Parts, weighable
 from adapter_server.engine.placed import Dtypes, GroupPatch, Placed
 from adapter_server.engine.proofs import draws
 from adapter_server.engine.routing import Routing, Step, route, running
@@ -24,6 +24,7 @@ from adapter_server.families.deltas import Mirror, Sparse, Spectral, TensorField
 
 INP, OUTS = 288, (80, 48)  # more than one program's columns
 STREAM = "stream"
+WEIGHTS = (1.0, 0.5, -0.7)
 COUNTS = (1, 5)  # tokens of adapters, in turn: in tiles of few and of many
 ACTS: Mapping[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu, "tanh": torch.tanh}
 Draw = Callable[..., Tensor]
@@ -40,24 +41,37 @@ def parts_error(found: ModuleType, device: torch.device, given: torch.dtype, hel
     made = [(groups[0], groups[0].place(patches)) for patches in _of_two(draw)]
     made += [(groups[1], patch) for patch in _of_one(groups[1], draw)]
     adapters = [_placed(group, patch) for group, patch in made]
-    rows = [(COUNTS[i % 2], ((adapter, 1.0),)) for i, adapter in enumerate(adapters)]
+    rows = [(COUNTS[i % 2], ((each, WEIGHTS[i % 3] if weighable(each) else 1.0),)) for i, each in enumerate(adapters)]
     routing = route([(1, ()), *rows], device)
     x, r = (draw(routing.tokens, INP).to(given) for _ in range(2))
-    return max(_error(form, group, routing, x, r) for group in groups)
+    return max(
+        *(_error(form, group, routing, x, r) for group in groups), _norm_error(form, routing, draw(INP).to(given))
+    )
 
 
 def _error(form: Grouped, group: LinearGroup, routing: Routing, x: Tensor, r: Tensor) -> float:
-    listed, owners = form.listed(routing, everything=True), torch.full((routing.tokens,), -1, dtype=torch.int32)
-    owners[list(listed.tokens)] = torch.tensor(listed.slots, dtype=torch.int32)
-    whose = form.kernels.Owners(owners.to(x.device), torch.ones(routing.tokens, device=x.device), form.table.rows)
+    listed = form.listed(routing, everything=True)
+    tiles, owners = form.on_device(listed), form.owners(listed, routing.tokens)
     parts = {part for s in routing.segments for part in form.parts(s.placed) or () if part.group == group.index}
-    plan = Plan(small=[Parts(form, group, parts, form.on_device(listed), whose, None)])
+    plan = Plan(small=[Parts(form, group, parts, tiles, owners, form.table.hidden)])
     by_kernels, alone = Routing(routing.tokens, plans={group.index: plan}), routing
     found = []
     for each in (by_kernels, alone):
         with running(Step(each, each, streams={STREAM: r[None]})):
             found.append(group.run(x).float())
     return (found[0] - found[1]).abs().max().item()
+
+
+def _norm_error(form: Grouped, routing: Routing, weight: Tensor) -> float:
+    """Of norms' weights by token: the last adapter has one of its own, at a column that stands for a norm's."""
+    listed, own = form.listed(routing, everything=True), weight.flip(0).contiguous()
+    owners = form.owners(listed, routing.tokens)
+    owners.table[:, 0] = 0
+    owners.table[listed.slots[-1], 0] = own.data_ptr()
+    got = form.kernels.own_rows(weight, owners, 0, weight.dtype).float()
+    mine, w = (owners.rows == listed.slots[-1])[:, None], owners.weights[:, None]
+    want = torch.where(mine, weight.float() + w * (own.float() - weight.float()), weight.float())
+    return float((got - want).abs().max())
 
 
 def _linears(draw: Draw, outs: Sequence[int], dtype: torch.dtype) -> dict[str, nn.Module]:

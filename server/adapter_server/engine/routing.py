@@ -37,7 +37,12 @@ class Segment:
     count: int
     weights: Tensor | None
     sole: bool  # none of these tokens carries another adapter
-    rows: tuple[int, ...]  # the tokens of each row in it
+    spans: Sequence[tuple[int, int, float]]  # each row's first token, the one behind its last, and its weight
+
+    @property
+    def rows(self) -> Sequence[int]:
+        """The tokens of each row in it."""
+        return [stop - start for start, stop, _ in self.spans]
 
     @property
     def alone(self) -> bool:
@@ -129,8 +134,7 @@ def _segment(placed: Placed, spans: list[tuple[int, int, float, bool]], device: 
     if any(weight != 1.0 for _, _, weight, _ in spans):
         each = [weight for start, stop, weight, _ in spans for _ in range(start, stop)]
         weights = torch.tensor(each, device=device)[:, None]
-    rows = tuple(stop - start for start, stop, _, _ in spans)
-    return Segment(placed, tokens, count, weights, all(sole for *_, sole in spans), rows)
+    return Segment(placed, tokens, count, weights, all(sole for *_, sole in spans), [span[:3] for span in spans])
 
 
 def add_to(y: Tensor, segment: Segment, delta: Tensor) -> None:

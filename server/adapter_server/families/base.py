@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adapter_server.core import Spec
-from adapter_server.families.deltas import Delta, Kronecker, Mirror, Scaled, TensorFields, Turn, held_bytes
+from adapter_server.families.deltas import Delta, Kronecker, Mirror, Rows, Scaled, TensorFields, Turn, held_bytes
 from adapter_server.families.quantised import dequantised, is_quantised
 
 Kind = Literal["linear", "conv1d", "embedding", "experts", "experts_transposed", "other"]
@@ -184,7 +184,7 @@ def as_low_rank(patch: Patch) -> Patch:
     """The same with a delta that is a low rank in A and B, which may take many times its memory; a Kronecker product
     that is none with whole factors.
     """
-    pair = patch.delta.low_rank() if isinstance(patch.delta, Kronecker | Scaled) else None
+    pair = patch.delta.low_rank() if isinstance(patch.delta, Kronecker | Scaled | Rows) else None
     if pair is None:
         return with_whole_factors(patch)
     A, B = pair

@@ -286,6 +286,12 @@ class Rows(TensorFields):
     values: Tensor  # [n, in]
     out: int
 
+    def low_rank(self) -> tuple[Tensor, Tensor]:
+        """(A, B) with ΔW = B A, of as many ranks as there are rows."""
+        B = self.values.new_zeros(self.out, len(self.index))
+        B[self.index, torch.arange(len(self.index), device=B.device)] = 1
+        return self.values, B
+
     def apply(self, x: Tensor) -> Tensor:
         y = F.linear(x.float(), self.values.float())
         return y.new_zeros(len(x), self.out).index_copy_(1, self.index, y)

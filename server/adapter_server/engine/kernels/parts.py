@@ -1,7 +1,7 @@
 """What adapters do at a group beyond low rank and vectors, on the tensors that a table names; one adapter a token.
 
     own_rows   rows[t] = the adapter's own vector, or the base's        norms' weights
-    inputs     x'[t] = x[t] + w · (in_scale ⊙ x[t] R − x[t])            scaled and turned inputs
+    inputs     x'[t] = x[t] + w · (z − x[t]), z = x[t] R or in_scale ⊙ x[t]   turned and scaled inputs
     mirrored   more[t] = w · factor · y[t, index]                        outputs mixed in pairs
     add_sparse y[t] += w · S x[t]                                        some numbers of a weight
     own_product  y[t] = y[t] + w · (W' x[t] + b' − y[t])                 replaced weights
@@ -64,7 +64,7 @@ def _own_rows(out, base, owners, weights, table, table_row, at, n, HELD: tl.cons
     field, weight, owned = _field(owners, weights, table, table_row, at, token)
     wide = tl.load(base + c, mask=c < n, other=0.0).to(tl.float32)
     own = tl.load(_pointer(field, HELD) + c, mask=(c < n) & _has(field, owned), other=0.0).to(tl.float32)
-    wide = tl.where(_has(field, owned), wide + weight * (own - wide), wide)
+    wide = tl.where(_has(field, owned), _mixed(wide, own, weight), wide)
     tl.store(out + token * n + c, wide.to(out.dtype.element_ty), mask=c < n)
 
 
@@ -74,6 +74,12 @@ def _field(owners, weights, table, table_row, at, token):
     owner = tl.load(owners + token)
     weight = tl.load(weights + token, mask=owner >= 0, other=0.0)
     return table + tl.maximum(owner, 0).to(tl.int64) * table_row + at, weight, owner >= 0
+
+
+@triton.jit
+def _mixed(old, own, weight):
+    """old + weight · (own − old), and no less than own itself where it has all the weight."""
+    return tl.where(weight == 1.0, own, old + weight * (own - old))
 
 
 @triton.jit
@@ -223,7 +229,7 @@ def _own_product(
         total += tl.load(_pointer(field + 1, HELD) + o, mask=(o < outs) & biased, other=0.0).to(tl.float32)[None, :]
         target, mask = y + token[:, None] * y_row + o[None, :], live[:, None] & (o < outs)[None, :]
         old = tl.load(target, mask=mask, other=0.0).to(tl.float32)
-        tl.store(target, (old + weight[:, None] * (total - old)).to(y.dtype.element_ty), mask=mask)
+        tl.store(target, _mixed(old, total, weight[:, None]).to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
