@@ -218,6 +218,7 @@ def _welcome(store: Store, address: str) -> None:
 def _serve(model: str, engine: EngineConfig, server: ServerConfig, announce: Callable[[Store, str], None]) -> None:
     from adapter_server.api.access import check_host
     from adapter_server.api.server import Server, configure_logs
+    from adapter_server.engine import settled
 
     check_host(server)
     configure_logs(server.log_level)
@@ -230,7 +231,8 @@ def _serve(model: str, engine: EngineConfig, server: ServerConfig, announce: Cal
 
     structlog.get_logger().info("lane", model=info.model, lane=info.lane, why=info.lane_why)
     running = Server(connect, store, text, info, server, lambda at: announce(store, at))
-    running.run()
+    with settled():
+        running.run()
     if running.failure:
         raise running.failure
     raise typer.Exit(running.exit_code)

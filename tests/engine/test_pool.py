@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from safetensors.torch import load_file, save
 
 import rig
@@ -22,7 +23,7 @@ from adapter_server.engine.snapshot import fold
 from adapter_server.errors import VersionGone
 from adapter_server.families.base import Patch
 from adapter_server.registry import guard
-from adapter_server.registry.store import Store
+from adapter_server.registry.store import Blob, Store
 
 NAMES = ("lora", "rslora", "dora")
 PROMPT = (5, 9, 13)
@@ -243,3 +244,23 @@ def test_what_was_compiled_of_other_bytes_is_nowhere(engine: Engine) -> None:
     assert isinstance(holding.error, VersionGone)
     assert (holding.placed, holding.adapter, holding.live) == (None, None, False)
     assert (engine.pool.used, engine.pool.host.held()) == (0, [])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("more", "apart"), [({}, False), ({"big": 900}, True), ({"half": 3}, True)])
+def test_a_files_tensors_are_what_it_says_and_each_time_new(
+    dtype: torch.dtype, more: dict[str, int], apart: bool
+) -> None:
+    """Read as one tensor, or one by one."""
+    wants = {f"t{i:02}": torch.randn(3, i and 4 + i % 2).to(dtype) for i in range(14)}
+    wants |= {name: torch.randn(size).to(torch.float16 if name == "half" else dtype) for name, size in more.items()}
+    data = memoryview(bytearray(save(wants)))
+    tensors = pools.Tensors(Blob(data, guard.parse_header(data)))
+    found = [tensors[name] for name in wants]
+    assert len({t.untyped_storage().data_ptr() for t in found if t.numel()}) == (len(wants) - 1 if apart else 1)
+    tensors = pools.Tensors(Blob(data, guard.parse_header(data)))
+    for _ in range(2):
+        for name, want in wants.items():
+            found = tensors[name]
+            assert torch.equal(found, want.float()), name
+            found.zero_()

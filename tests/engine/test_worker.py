@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import queue
 import threading
 import time
@@ -49,6 +50,17 @@ def worker(mail: Mail) -> Iterator[Worker]:
     yield made
     made.stop()
     assert not made.alive
+
+
+def test_the_collector_leaves_alone_what_was_there_when_it_began(mail: Mail) -> None:
+    made = Worker(rig.engine("llama"), mail.batches.put)
+    assert gc.get_freeze_count() == 0
+    made.start()
+    made.submit(rig.ask(made.engine, None, rig.PROMPTS[0], id="one", max_new_tokens=1))
+    mail.wait(["one"])
+    assert gc.get_freeze_count() > 10_000
+    made.stop()
+    assert gc.get_freeze_count() == 0
 
 
 def test_many_threads_submit_and_each_gets_its_own(worker: Worker, mail: Mail) -> None:

@@ -2,6 +2,6 @@
 
 from adapter_server.engine.engine import Engine, Info, build
 from adapter_server.engine.process import EngineProcess
-from adapter_server.engine.worker import Worker
+from adapter_server.engine.worker import Worker, settled
 
-__all__ = ["Engine", "EngineProcess", "Info", "Worker", "build"]
+__all__ = ["Engine", "EngineProcess", "Info", "Worker", "build", "settled"]

@@ -88,8 +88,8 @@ class Entry:
 
     def __init__(self, patch: GroupPatch) -> None:
         self.kept: list[object] = []  # whose addresses are named
-        pairs = [(0, 0) if pair is None else (self._at(pair[1]), len(pair[0])) for pair in patch.pairs]
-        A = (0, 0) if patch.A is None else (self._at(patch.A), len(patch.A))
+        pairs = [(0, 0) if pair is None else (self._at(pair[1]), pair[0].shape[0]) for pair in patch.pairs]
+        A = (0, 0) if patch.A is None else (self._at(patch.A), patch.A.shape[0])
         self.low_rank = (*A, *itertools.chain.from_iterable(pairs))
         self.vectors = self._at(patch.mul), self._at(patch.add)
         self.numbers = sum(t.numel() for t in (patch.A, *(pair[1] for pair in patch.pairs if pair)) if t is not None)

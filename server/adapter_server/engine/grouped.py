@@ -49,23 +49,26 @@ class Listed:
 
 
 class Table:
-    """The addresses of adapters' tensors on the device, a row each. Rows of adapters that went are used again."""
+    """The addresses of adapters' tensors on the device, a row each. Rows of adapters that went are used again.
+
+    Its layout is as wide as the adapters that have run need: groups, members of one, and parts if there were any.
+    """
 
     def __init__(self, kernels: ModuleType, device: torch.device) -> None:
         self.kernels, self.device = kernels, device
-        self.groups, self.members = 1, 1
-        self.held: list[Placed | None] = []
+        self.groups, self.members, self.has_parts = 1, 1, False
+        self.places: dict[Placed, int] = {}
+        self.free: list[int] = []  # rows of adapters that went
         self.width: int = kernels.MANY_RANKS  # the most rows that an A had, in whole blocks
         self.hidden = 1  # the most that a network behind a block had between its products
         self.norms: Mapping[str, int] = {}  # by the paths of norms that take weights by token: they come behind groups
-        self.rows = torch.empty(0, 0, dtype=torch.int64)
+        self.rows = self._empty(0)
 
     @property
     def fields(self) -> int:
         """Of one group."""
-        kernels = self.kernels
-        fields: int = self._low_rank + kernels.ABOVE + kernels.EACH * self.members
-        return fields
+        parts: int = self.kernels.ABOVE + self.kernels.EACH * self.members
+        return self._low_rank + (parts if self.has_parts else 0)
 
     @property
     def _low_rank(self) -> int:
@@ -82,37 +85,44 @@ class Table:
 
     def take(self, placed: Placed) -> int:
         """The adapter's row, written if it is new."""
-        if placed in self.held:
-            return self.held.index(placed)
-        free = self.held.index(None) if None in self.held else len(self.held)
-        self.held[free : free + 1] = [placed]
-        if self._fits(placed):
-            self.rows[free] = self._row(placed)
-        else:
-            self._write()
-        return free
+        if placed not in self.places:
+            self.places[placed] = self.free.pop() if self.free else len(self.places)
+            if self._fits(placed):
+                self._put(placed)
+            else:
+                self._write()
+        return self.places[placed]
 
     def drop(self, placed: Placed) -> None:
-        if placed in self.held:
-            self.held[self.held.index(placed)] = None
+        if (at := self.places.pop(placed, None)) is not None:
+            self.free.append(at)
 
     def _fits(self, placed: Placed) -> bool:
+        """Whether the layout is wide enough; else it is made so."""
+        before, entries = (self.groups, self.members, self.has_parts), _entries(placed)
         last = max((*placed.groups, *(self.norms[path] for path in placed.others if path in self.norms)), default=0)
-        groups = max(self.groups, 1 + last)
-        members = max(self.members, *(len(patch.pairs) for patch in placed.groups.values()), 0)
+        self.groups = max(self.groups, 1 + last)
+        self.members = max(self.members, *(len(patch.pairs) for patch in placed.groups.values()), 0)
+        self.has_parts = self.has_parts or bool(entries)
         rows = max((patch.A.shape[0] for patch in placed.groups.values() if patch.A is not None), default=0)
         self.width = max(self.width, -(-rows // self.kernels.MANY_RANKS) * self.kernels.MANY_RANKS)
-        self.hidden = max(self.hidden, *(entry.width for entry in _entries(placed).values()), 0)
-        fits = (groups, members) == (self.groups, self.members) and len(self.held) <= len(self.rows)
-        self.groups, self.members = groups, members
-        return fits
+        self.hidden = max(self.hidden, *(entry.width for entry in entries.values()), 0)
+        return (self.groups, self.members, self.has_parts) == before
+
+    def _put(self, placed: Placed) -> None:
+        at = self.places[placed]
+        if at >= len(self.rows):
+            self.rows = torch.cat([self.rows, self._empty(_room(at + 1) - len(self.rows))])
+        self.rows[at] = self._row(placed)
 
     def _write(self) -> None:
-        """Anew and larger: a group or member was seen for the first time, or more adapters than ever."""
-        count = max(FEWEST, 1 << (len(self.held) - 1).bit_length())
-        empty = torch.zeros(self.groups * self.fields, dtype=torch.int64)
-        rows = [empty if placed is None else self._row(placed) for placed in self.held]
-        self.rows = torch.stack([*rows, *[empty] * (count - len(rows))]).to(self.device)
+        """Anew and wider."""
+        self.rows = self._empty(_room(len(self.places) + len(self.free)))
+        for placed, at in self.places.items():
+            self.rows[at] = self._row(placed)
+
+    def _empty(self, count: int) -> Tensor:
+        return torch.zeros(count, self.groups * self.fields, dtype=torch.int64, device=self.device)
 
     def _row(self, placed: Placed) -> Tensor:
         row = torch.zeros(self.groups, self.fields, dtype=torch.int64)
@@ -127,9 +137,15 @@ class Table:
         return row.view(-1)
 
 
+def _room(count: int) -> int:
+    """Rows for so many adapters, and some more."""
+    return max(FEWEST, 1 << (count - 1).bit_length())
+
+
 def _entries(placed: Placed) -> dict[int, Entry]:
-    """What the groups' patches are beyond low rank and vectors."""
-    return {index: patch.entry for index, patch in placed.groups.items() if isinstance(patch.entry, Entry)}
+    """What the groups' patches do beyond low rank and vectors, where they do."""
+    entries = {index: patch.entry for index, patch in placed.groups.items()}
+    return {index: entry for index, entry in entries.items() if isinstance(entry, Entry) and entry.parts}
 
 
 def _entry(patch: GroupPatch) -> list[int]:

@@ -38,6 +38,7 @@ from adapter_server.registry.store import Blob, Held, Store
 
 Key = tuple[str, str, bool]  # name, version, merged
 NICE = 5  # of the thread that folds, beside 0 of the engine's: a quarter of a processor that both want
+FEWEST = 8  # tensors of a file that are read as one
 MOST_HELD = 64  # loads under way whose files are open: descriptors are few
 
 _DTYPES = {
@@ -450,10 +451,14 @@ def _typed(spec: Spec) -> Mapping[str, Any]:
 
 
 class Tensors(Fresh):
-    """A file's tensors, of bytes that were checked when they were read."""
+    """A file's tensors, of bytes that were checked when they were read.
+
+    Those of a file in one format are parts of one tensor, made at once: most of what a load takes is a tensor's price.
+    """
 
     def __init__(self, blob: Blob) -> None:
-        self._blob = blob
+        self._blob, self._given = blob, set[str]()
+        self._all, self._start = _together(blob)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._blob.header)
@@ -468,9 +473,26 @@ class Tensors(Fresh):
         span, data = self._blob.header[name], self._blob.data
         dtype = _DTYPES[span.dtype]
         count = (span.end - span.begin) // dtype.itemsize
+        if self._all is not None and name not in self._given:
+            self._given.add(name)
+            return self._all.narrow(0, (span.begin - self._start) // dtype.itemsize, count).view(span.shape)
         flat = torch.frombuffer(data, dtype=dtype, count=count, offset=span.begin) if count else torch.empty(0)
         wide = torch.float32 if dtype.is_floating_point else torch.int64
         return flat.reshape(span.shape).to(wide, copy=True)
+
+
+def _together(blob: Blob) -> tuple[Tensor | None, int]:
+    """(all numbers of a file as one float32 tensor, where they begin).
+
+    None of a file that has several formats, or a tensor that is much of it: such a one may be all that is not kept.
+    """
+    spans = blob.header.values()
+    formats, start, end = {span.dtype for span in spans}, min(s.begin for s in spans), max(s.end for s in spans)
+    dtype = _DTYPES[next(iter(formats))]
+    if len(formats) > 1 or not dtype.is_floating_point or max(s.end - s.begin for s in spans) * FEWEST >= end - start:
+        return None, start
+    count = (end - start) // dtype.itemsize
+    return torch.frombuffer(blob.data, dtype=dtype, count=count, offset=start).to(torch.float32, copy=True), start
 
 
 def _resolve(waiters: list[Future[None]], error: AdapterServerError | None) -> None:

@@ -343,8 +343,9 @@ class LinearGroup:
                 continue
             B = p.B if p.out_scale is None else p.B * p.out_scale.to(p.B.device)[:, None]
             Bt = self._cast(B).T.clone(memory_format=torch.contiguous_format)  # holds nothing of what B is a view of
-            pairs.append((A[at : at + len(p.A)], Bt))
-            at += len(p.A)
+            rank = p.A.shape[0]  # a tensor's len takes ten times as long
+            pairs.append((A[at : at + rank], Bt))
+            at += rank
         return A, tuple(pairs)
 
     def _add(self, base_bias: Tensor | None, patch: Patch) -> Tensor | None:
@@ -363,7 +364,9 @@ class LinearGroup:
 
     def _cast(self, t: Tensor) -> Tensor:
         """On the device first, whose conversion is the faster one; who lays out waits for the copies at the end."""
-        return t.to(self.device, non_blocking=True).to(self.dtype).contiguous()
+        if t.dtype != self.dtype or t.device != self.device:
+            t = t.to(self.device, non_blocking=True).to(self.dtype)
+        return t.contiguous()
 
 
 def _after_block(y: Tensor, r: Tensor, segment: Segment, block: BlockPatch) -> Tensor:

@@ -71,7 +71,7 @@ class Variant:
         """A [r,in] and s·B [out,r] over the base as it is; their rank is doubled where the init took from it."""
         key, (a, b) = f"{ROOT}{path}.", self._blocks(path)
         A, B = _diagonal(take(key + "lora_A.weight"), a), _diagonal(take(key + "lora_B.weight"), b)
-        rank = len(A)
+        rank = A.shape[0]
         if self.group:
             A = A.repeat_interleave(self.group, 1) * (A.shape[1] / self.group)
         if self.kasa:

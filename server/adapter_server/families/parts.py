@@ -41,7 +41,8 @@ class Taker:
         if key not in self._left:
             raise AdapterRefused(f"the file holds no tensor '{key}', which its config calls for")
         self._left.remove(key)
-        return self._tensors[key].to("cpu", torch.float32, copy=self._copy)
+        found = self._tensors[key]
+        return found.to("cpu", torch.float32, copy=True) if self._copy or found.dtype != torch.float32 else found
 
     def integers(self, key: str, below: int) -> Tensor:
         """A tensor of indices in 0..below-1, int64."""
