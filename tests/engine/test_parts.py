@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ import beyond
 import rig
 import zoo
 from adapter_server.engine import capture, cpu, forms, kernels, native
+from adapter_server.engine.capture import Captures
 from adapter_server.engine.grouped import Grouped, GroupedSmall
 from adapter_server.engine.parts import Part, Parts, weighable
 from adapter_server.engine.placed import Placed
@@ -28,7 +30,7 @@ from adapter_server.engine.site import Plan
 from adapter_server.errors import AdapterRefused
 from adapter_server.families.base import Patch
 from adapter_server.families.deltas import Mirror, Sparse
-from captured import as_on_cuda, ask, served, uncaptured  # noqa: F401 - a fixture
+from captured import as_on_cuda, ask, right, served, uncaptured  # noqa: F401 - a fixture
 from test_site import IN, OUTS, Case, close
 
 CPU = torch.device("cpu")
@@ -208,3 +210,29 @@ def test_weights_and_a_table_that_grows(monkeypatch: pytest.MonkeyPatch) -> None
     for ours, theirs in zip(*found, strict=True):
         assert ours.ids == theirs.ids
         assert (ours.matrix() - theirs.matrix()).abs().max().item() < 1e-4
+
+
+@pytest.mark.usefixtures("as_on_cuda")
+def test_a_part_that_cannot_be_captured_leaves_the_others_their_graphs(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its adapters run without from now on, and whoever shares their steps; LoRA as before."""
+    capture_, tried = Captures._capture, []
+
+    def fails(self: Captures[Any], key: Any) -> Any:
+        if key.added and key.added.parts:
+            tried.append(key)
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return capture_(self, key)
+
+    monkeypatch.setattr(Captures, "_capture", fails)
+    engine = served(("ia3", "lora"))
+    with caplog.at_level("WARNING"):
+        for name in ("ia3", "lora", "ia3", None):
+            assert rig.run(engine, [ask(engine, name)])[0].ids == right(name)
+    assert len(tried) == 1
+    assert "those with more than low ranks run without" in caplog.text
+    without = uncaptured(engine, monkeypatch)
+    rig.run(engine, [ask(engine, "lora"), ask(engine, None, 1)])
+    assert without == []
+    engine.close()

@@ -168,9 +168,11 @@ class Captures(ABC, Generic[K]):
 
     def capturable(self, routing: Routing) -> bool:
         """Whether all that adapters do under a routing is data."""
-        if "capturable" not in routing.shared:
-            routing.shared["capturable"] = self._capturable(routing)
-        return not self.failed and bool(routing.shared["capturable"])
+        form = self.model.lowrank
+        name = "capturable", isinstance(form, Grouped) and form.does_parts
+        if name not in routing.shared:
+            routing.shared[name] = self._capturable(routing)
+        return not self.failed and bool(routing.shared[name])
 
     def _capturable(self, routing: Routing) -> bool:
         if routing.plain or whole(routing) is not None:
@@ -238,7 +240,7 @@ class Captures(ABC, Generic[K]):
 
     def find(self, key: K, may_capture: bool) -> Captured | None:
         """The graph for a key; None where there is none and none may be captured, or where that does not work: then
-        steps run without from now on, slower and as right.
+        such steps run without from now on, slower and as right.
         """
         known = self.captured.get(key)
         if known is not None and not self._is_stale(known):
@@ -248,9 +250,18 @@ class Captures(ABC, Generic[K]):
         try:
             return self._capture(key)
         except Exception as failure:
-            self.failed = True
-            log.warning("a step could not be captured as a CUDA graph, all run without from now on: %r", failure)
+            self._give_up(key, failure)
             return None
+
+    def _give_up(self, key: K, failure: Exception) -> None:
+        """Steps like this one run without from now on: those with parts, if it had some, or all."""
+        if key.added is not None and key.added.parts:
+            self._form.does_parts = False
+            self.lately, self.united = {}, (set(), frozenset())
+        else:
+            self.failed = True
+        which = "all" if self.failed else "those with more than low ranks"
+        log.warning("a step could not be captured as a CUDA graph, %s run without from now on: %r", which, failure)
 
     def _is_stale(self, captured: Captured) -> bool:
         """Whether it reads addresses where they are no more."""
