@@ -40,6 +40,7 @@ from adapter_server.bench.workloads import IN_PLACE, Popularity, Workload, choos
 from adapter_server.engine import Engine
 from adapter_server.errors import AdapterServerError, RequestFailed
 
+PAGE = "page_size" if hasattr(ContinuousBatchingConfig, "page_size") else "block_size"  # in transformers 5.17
 LAWS: Mapping[str, Popularity] = {
     "ours, uniform": "uniform",
     "ours, identical": "identical",
@@ -230,7 +231,7 @@ class Scene:
         logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)  # warns of what is meant here
         model, given = _twin(self.plain), [list(prompt) for prompt in self.prompts]
         blocks = len(given) * (2 + (self.plan.prompt + self.plan.new) // BLOCK_TOKENS)
-        how = ContinuousBatchingConfig(page_size=BLOCK_TOKENS, num_blocks=blocks)
+        how = ContinuousBatchingConfig(**{PAGE: BLOCK_TOKENS}, num_blocks=blocks)
         options = {"continuous_batching_config": how, "persistent_manager": True, "record_timestamps": True}
 
         def run(_: int, new: int) -> Outcome:
