@@ -265,8 +265,7 @@ class Captures(ABC, Generic[K]):
 
     def _is_stale(self, captured: Captured) -> bool:
         """Whether it reads addresses where they are no more."""
-        form = self.model.lowrank
-        return captured.table is not None and isinstance(form, Grouped) and captured.table is not form.table.rows
+        return captured.table is not None and captured.table is not self._form.table.rows
 
     def _capture(self, key: K) -> Captured:
         """It runs once on padding alone, so that what is compiled or allocated once is there."""
@@ -276,8 +275,7 @@ class Captures(ABC, Generic[K]):
         host = self.next_host()  # a step that nobody waited for may be still to read the other
         self.pad(host)
         self.send(host)
-        form, step = self.model.lowrank, self.step(key)
-        table = form.table.rows if isinstance(form, Grouped) and key.added is not None else None
+        step, table = self.step(key), None if key.added is None else self._form.table.rows
         self.captured[key] = captured = Captured(*self._recorded(step, key), step, table)
         return captured
 

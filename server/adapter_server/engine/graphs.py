@@ -32,7 +32,7 @@ from adapter_server.engine.capture import (
     bucket,
     whole,
 )
-from adapter_server.engine.grouped import Grouped, Listed
+from adapter_server.engine.grouped import Listed
 from adapter_server.engine.kv import Decodes, KvStep, PagePool
 from adapter_server.engine.placed import Placed
 from adapter_server.engine.routing import Routing, Step
@@ -212,9 +212,9 @@ class Graphs(Captures[GraphKey]):
         return Step(routing, routing, KvStep(self.kv, sheet["places"][:n], [], decodes), given=self.given(key, n))
 
     def _tiles(self, key: GraphKey) -> Tiles | None:
-        form, sheet, n = self.model.lowrank, self.sheet, key.rows
-        if key.added is None or not isinstance(form, Grouped):
+        if key.added is None:
             return None
+        form, sheet, n = self._form, self.sheet, key.rows
         pairs, tiles = n * key.added.depths, key.tiles
         runs = [form.kernels.Run(i * tiles, (i + 1) * tiles, key.few) for i in range(key.added.depths)]
         places = sheet["tiles"][: runs[-1].stop]

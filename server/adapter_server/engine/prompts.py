@@ -75,8 +75,8 @@ class Prompts(Captures[PromptKey]):
 
     def _at_head(self, head: Routing) -> Listed | None:
         """The pairs of the kept tokens; None where no adapter acts on them."""
-        form, touched = self.model.lowrank, any(self.model.head_index in s.placed.groups for s in head.segments)
-        return form.listed(head, everything=True) if touched and isinstance(form, Grouped) else None
+        touched = any(self.model.head_index in s.placed.groups for s in head.segments)
+        return self._form.listed(head, everything=True) if touched else None
 
     @torch.inference_mode()
     def launch(self, slices: Sequence[Slice], routing: Routing, head: Routing) -> Tensor | None:
@@ -170,9 +170,9 @@ class Prompts(Captures[PromptKey]):
         return Step(routing, head, kv, given=self.given(key, n))
 
     def _head_plans(self, key: PromptKey) -> dict[int, Plan]:
-        form, sheet = self.model.lowrank, self.sheet
-        if not key.head or key.added is None or not isinstance(form, Grouped):
+        if not key.head or key.added is None:
             return {}
+        form, sheet = self._form, self.sheet
         runs = [form.kernels.Run(0, key.head, form.kernels.FEW)]
         tokens, weights, places = (sheet[HEAD + name] for name in ("tokens", "weights", "tiles"))
         tiles = form.tiles(tokens, weights, places, runs, key.added.width)
@@ -187,9 +187,9 @@ class Prompts(Captures[PromptKey]):
         return made
 
     def _tiles(self, key: PromptKey) -> Tiles | None:
-        form, sheet, n = self.model.lowrank, self.sheet, key.tokens
-        if key.added is None or not isinstance(form, Grouped):
+        if key.added is None:
             return None
+        form, sheet, n = self._form, self.sheet, key.tokens
         kernels, end = form.kernels, key.many + key.few
         runs = [kernels.Run(0, key.many, kernels.MANY), kernels.Run(key.many, end, kernels.FEW)]
         some = [run for run in runs if run.stop > run.start]
