@@ -182,6 +182,32 @@ def test_a_machine_without_a_compiler_is_told_so(
     assert "install gcc" in caplog.text
 
 
+def test_groups_that_some_adapters_touch_have_their_own_units() -> None:
+    """Of different numbers of members; the first adapters met touch fewer groups than the last."""
+    form = Native(kernel())
+    shapes = [("q", "k", "v"), ("o",), ("gate", "up")]
+    modules = {name: torch.nn.Linear(IN, OUT).requires_grad_(False) for names in shapes for name in names}
+    groups = [LinearGroup(i, {n: modules[n] for n in names}, form, True, False) for i, names in enumerate(shapes)]
+    touched = [("o",), ("q", "v"), ("gate", "o"), ("up", "k", "o"), tuple(modules)]
+    adapters = []
+    for i, names in enumerate(touched):
+        patches = {n: Patch(A=torch.randn(3 + i, IN) / 9, B=torch.randn(OUT, 3 + i) / 9) for n in names}
+        adapter = Adapter(Spec(f"a{i}", "0" * 12, "", "X", {}, 0), patches)
+        own = {g.index: g.place(patches) for g in groups if set(g.paths) & patches.keys()}
+        adapters.append(Placed(adapter, own, {}))
+    for count in range(1, len(adapters) + 1):
+        rows = [(3, ()), *((1 + 9 * i, ((placed, 1.0),)) for i, placed in enumerate(adapters[:count]))]
+        routing, x = route(rows, torch.device("cpu")), torch.randn(sum(n for n, _ in rows), IN)
+        assert form.special(routing) == []
+        with running(Step(routing, Routing(1))):
+            got = {n: y for g in groups for n, y in zip(g.paths, g.apart(x)[0].split(g.outs, 1), strict=True)}
+        for name, module in modules.items():
+            patches = [uses[0][0].adapter.patches.get(name) if uses else None for _, uses in rows]
+            each = zip(x.split([n for n, _ in rows]), patches, strict=True)
+            want = [module(part) if patch is None else patch.apply(part, module) for part, patch in each]
+            assert torch.allclose(got[name], torch.cat(want), atol=1e-4), (name, count)
+
+
 def kernel() -> ctypes.CDLL:
     found = native.library()
     if found is None:

@@ -8,23 +8,22 @@
 /* The tables, int64; pointers as integers, 0 for none.
  *
  *   units     up to BLOCK neighbouring tokens of one adapter, UNIT numbers and then per member: Bt, rank
- *   parts     what is no low rank, PART numbers each: what it is, its first column, its width, and what deltas.c says
+ *   lists     what of an adapter is no low rank, PART numbers each: what it is, its first column, its width, and what
+ *             deltas.c says
  *   turns     per member of its own input and token: R, its blocks, their size; of size 0 x + R ∘ x; R 0: x
  *
- * A is [R, in] with the members' rows one after another, Bt [rank, out], weights [count], mul and add [width]. A unit's
- * parts are `count` from `first`, of which the first `before` read y as the base gives it. `scratch` holds the shrunk
- * tokens: offsets[i] is where unit i's begin. `room` has `each` numbers per thread. `inputs` [own, T, in] is what the
- * members read that have an input of their own, `input_of` [members] which one, −1 for x. `threads`: how many are worth
- * it; `overlapping`: tokens may have several units, which then follow one another.
+ * Units stand `stride` numbers apart. A is [R, in] with the members' rows one after another, Bt [rank, out], weights
+ * [count], mul and add [width]. A unit's list has PARTS parts, of which the first BEFORE read y as the base gives it.
+ * `scratch` holds the shrunk tokens, a unit's from its OFFSET on. `room` has `each` numbers per thread. `inputs` [own, T,
+ * in] is what the members read that have an input of their own, `input_of` [members] which one, −1 for x. `threads`: how
+ * many are worth it; `overlapping`: tokens may have several units, which then follow one another.
  */
 typedef struct {
     const i64 *units;
-    i64 n;
+    i64 n, stride;
     const i64 *outs;
     i64 members;
     float *scratch;
-    const i64 *offsets;
-    const i64 *parts;
     float *room;
     i64 each;
     i64 threads, overlapping;
@@ -34,7 +33,7 @@ typedef struct {
     i64 own;
 } added;
 
-enum { START, COUNT, WEIGHTS, MUL, ADD, FIRST, PARTS, BEFORE, A, RANKS, UNIT };
+enum { START, COUNT, WEIGHTS, OFFSET, MUL, ADD, LIST, PARTS, BEFORE, A, RANKS, UNIT };
 enum { SCALED, SPARSE, SPECTRAL, KRONECKER, CIRCULANT, ROWS, MIRROR, NETWORK }; /* what a part is */
 enum { KIND, COLUMN, WIDTH, ARGS, PART = 12 };
 

@@ -1,7 +1,7 @@
 """What a step's adapters add at a group of Linears on the CPU, by `lowrank.c` and `deltas.c`: one call for all of it.
 
 The tables that those read (`added.h`) name the adapters' own tensors, of which nothing is padded, copied or kept. An
-adapter's part of them is made once, an `Entry`; a routing's once, a `NativeSmall`.
+adapter's part of them is made once, an `Entry` a group; a routing's once, `Units` for all groups.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import ctypes
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -23,6 +23,7 @@ from adapter_server.engine.native import MOST_ROWS, SERIAL, Added, Panels, Table
 from adapter_server.engine.operands import ACTS
 from adapter_server.engine.placed import check_index
 from adapter_server.engine.routing import Routing, Segment
+from adapter_server.engine.units import BLOCK, LANES, PART, UNIT, Record, Units
 from adapter_server.families.base import BlockPatch, Network, Patch, as_low_rank, network_of, with_whole_factors
 from adapter_server.families.deltas import SIDE, Circulant, Delta, Kronecker, Mirror, Rows, Scaled, Sparse, Spectral
 
@@ -30,12 +31,8 @@ if TYPE_CHECKING:
     from adapter_server.engine.placed import GroupPatch, Placed, Product, Separate, Turned
     from adapter_server.engine.site import LinearGroup
 
-BLOCK = 16  # tokens that one thread takes at a time
-LANES = 16  # numbers in a vector of any processor, at most
-PART = 12  # numbers of a part, in `added.h`
 SCALED, SPARSE, SPECTRAL, KRONECKER, CIRCULANT, ROWS, MIRROR, NETWORK = range(8)
-STREAM = 9  # where a network's part names the residual stream
-COUNT = 1  # where a unit says how many tokens it has
+STREAM = 9  # where a network's part, which is all of its entry's, names the residual stream
 READS = ("y", "y + r", "r")
 _NOTHING = torch.empty(0)
 WORTH = 4  # times its multiplications: a Kronecker product's are of a whole vector of tokens, and of its own numbers
@@ -49,6 +46,8 @@ class Native:
     def __init__(self, kernel: ctypes.CDLL) -> None:
         self.kernel = kernel
         self._rooms: dict[str, Tensor] = {}
+        self._records: dict[Placed, Record] = {}
+        self._shape = (0, 0)  # of a record's fields
 
     def room(self, name: str, numbers: int) -> Tensor:
         """Working memory. Who was given a smaller one keeps that."""
@@ -70,28 +69,70 @@ class Native:
 
     def prepared(self, patch: GroupPatch, columns: Sequence[slice]) -> GroupPatch:
         """With its entry. Raises AdapterRefused."""
-        return replace(patch, entry=Entry(patch))
+        return replace(patch, entry=Entry(patch, columns[-1].stop))
+
+    def special(self, routing: Routing) -> Sequence[Segment]:
+        """All but those in one piece, alone on their tokens, that turn no input and replace no weight, and have no part
+        that is left to torch or stands behind a block.
+        """
+        if "special" not in routing.shared:
+            routing.shared["special"] = [s for s in routing.segments if not self._is_lean(s)]
+        found: Sequence[Segment] = routing.shared["special"]
+        return found
+
+    def _is_lean(self, segment: Segment) -> bool:
+        return segment.sole and isinstance(segment.tokens, slice) and self._record(segment.placed).lean
 
     def plan(
         self, group: LinearGroup, routing: Routing, touching: Sequence[Segment]
     ) -> tuple[list[Adder], list[Segment]]:
-        small = [s for s in touching if isinstance(s.tokens, slice) and _entry(s, group).acts]
         large = [s for s in touching if not isinstance(s.tokens, slice)]
-        return ([NativeSmall(self, group, routing, small)] if small else []), large
+        if not any(group.index in segment.placed.groups for segment in routing.segments):
+            return [], large
+        units = self.units(routing, BLOCK)
+        if units is None or not units.acting[group.index]:
+            return [], large
+        small = [s for s in touching if isinstance(s.tokens, slice) and _entry(s, group).acts]
+        return [NativeSmall(self, group, routing, units, small)], large
+
+    def units(self, routing: Routing, most: int) -> Units | None:
+        """A routing's, in units of up to so many tokens, made once for all groups; None: no segment is in one piece."""
+        if ("units", most) not in routing.shared:
+            segments = [s for s in routing.segments if isinstance(s.tokens, slice)]
+            made = Units(segments, self._all(segments), most) if segments else None
+            routing.shared["units", most] = made
+        found: Units | None = routing.shared["units", most]
+        return found
+
+    def _all(self, segments: Sequence[Segment]) -> list[Record]:
+        """Their records, of one shape: each asked for before may have made it larger."""
+        for segment in segments:
+            self._record(segment.placed)
+        return [self._record(segment.placed) for segment in segments]
+
+    def _record(self, placed: Placed) -> Record:
+        found = self._records.get(placed)
+        if found is None or found.fields.shape != self._shape:
+            members = max((len(patch.pairs) for patch in placed.groups.values()), default=0)
+            groups, width = max(placed.groups, default=-1) + 1, UNIT + 2 * members
+            self._shape = max(self._shape[0], groups), max(self._shape[1], width)
+            entries = {index: entry_of(placed, index) for index in placed.groups}
+            found = self._records[placed] = Record.of(entries, self._shape)
+        return found
 
     def forget(self, placed: Placed) -> None:
-        """Nothing is kept."""
+        self._records.pop(placed, None)
 
 
 class Entry:
     """What the tables say of one adapter at one group."""
 
-    def __init__(self, patch: GroupPatch) -> None:
+    def __init__(self, patch: GroupPatch, width: int) -> None:
+        """`width`: of the group's output."""
         self.kept: list[object] = []  # whose addresses are named
         pairs = [(0, 0) if pair is None else (self._at(pair[1]), pair[0].shape[0]) for pair in patch.pairs]
         A = (0, 0) if patch.A is None else (self._at(patch.A), patch.A.shape[0])
-        self.low_rank = (*A, *itertools.chain.from_iterable(pairs))
-        self.vectors = self._at(patch.mul), self._at(patch.add)
+        vectors = self._at(patch.mul), self._at(patch.add)
         self.numbers = sum(t.numel() for t in (patch.A, *(pair[1] for pair in patch.pairs if pair)) if t is not None)
         self.stream = ""  # path of the module whose input is the residual stream that a network reads
         self.shrunk = A[1]  # numbers of a token's that are shared by all threads
@@ -112,11 +153,17 @@ class Entry:
         self.turns = {turned.member: self._turn(turned) for turned in patch.turns}
         if patch.shift is not None:  # of a Linear that stands alone
             self.turns[0] = (self._at(patch.shift), 1, 0)
+        self.list = _array(itertools.chain.from_iterable(self.parts))
+        parts = (ctypes.addressof(self.list), len(self.parts), self.before) if self.parts else (0, 0, 0)
+        self.fields = (*vectors, *parts, *A, *itertools.chain.from_iterable(pairs))  # of a unit, from MUL on
+        self.acts = any((A[0], *vectors, self.parts, self.turns))  # whether there is anything for the kernel to do
+        self.room = max(self.room, BLOCK * width if self.before else 0)
+        left = len(patch.deltas) + len(patch.mirrors) - len(self.done)
+        self.lean = not (left or self.turns) and patch.block is None and patch.product is None
 
     @property
-    def acts(self) -> bool:
-        """Whether there is anything for the kernel to do."""
-        return any((self.low_rank[0], *self.vectors, self.parts, self.turns))
+    def facts(self) -> tuple[int, ...]:
+        return self.acts, self.numbers, self.lanes, self.room, self.shrunk, self.by_token
 
     def _at(self, t: Tensor | None) -> int:
         if t is None:
@@ -213,53 +260,40 @@ PARTS: dict[type, Callable[[Entry, slice, Any], None]] = {
 class NativeSmall:
     """The segments of a routing at one group: one call a step. Long ones go in as units, each for one thread."""
 
-    def __init__(self, form: Native, group: LinearGroup, routing: Routing, segments: Sequence[Segment]) -> None:
-        self.form, self.narrow = form, group.base_dtype == group.dtype
-        self.entries = [_entry(s, group) for s in segments]
+    def __init__(
+        self, form: Native, group: LinearGroup, routing: Routing, units: Units, segments: Sequence[Segment]
+    ) -> None:
+        """`segments`: the special ones."""
+        self.narrow = group.base_dtype == group.dtype
         self.vectors = frozenset(s.placed for s in segments if s.sole)
-        self.inputs = Inputs(form, group, routing.tokens, segments) if _panels(group.base) is not None else None
+        turning = _panels(group.base) is not None and any(_entry(s, group).turns for s in segments)
+        self.inputs = Inputs(form, group, routing.tokens, segments) if turning else None
         self.scaled = frozenset(s.placed for s in segments if self.inputs is not None and s.alone)
-        self.done = frozenset(map(id, self._done(segments, group.index)))
+        self.done = frozenset(id(part) for s in segments for part in self._done(s, group))
+        self._streams = [entry for s in segments if (entry := _entry(s, group)).stream]
         self._call, self._width, self._inp = form.kernel.adapters_add, sum(group.outs), group.inp
         self.most = torch.get_num_threads()  # that there is room for
-        self.threads = 1 if self._work(segments) < SERIAL else self.most
-        self.table = self._table(group.outs, segments)
+        self.threads = 1 if units.work[group.index] < SERIAL else self.most
+        if units.acting[group.index] == 1 and segments and _entry(segments[0], group).by_token:
+            few = min(BLOCK, -(-segments[0].count // self.threads))
+            units = form.units(routing, few) or units  # so that every thread has some
+        self.table = self._table(form, group, units)
 
-    def _done(self, segments: Sequence[Segment], index: int) -> Iterator[Any]:
-        for segment, entry in zip(segments, self.entries, strict=True):
-            yield from entry.done if segment.sole else entry.done[entry.before :]
-            if self.inputs is not None and _turns(segment, entry):
-                yield from segment.placed.groups[index].turns
+    def _done(self, segment: Segment, group: LinearGroup) -> Sequence[Delta | Mirror | BlockPatch | Turned]:
+        """What of a segment's the kernel runs."""
+        entry = _entry(segment, group)
+        turns = segment.placed.groups[group.index].turns if self.inputs and _turns(segment, entry) else ()
+        return [*(entry.done if segment.sole else entry.done[entry.before :]), *turns]
 
-    def _work(self, segments: Sequence[Segment]) -> int:
-        each = zip(segments, self.entries, strict=True)
-        return sum(s.count * entry.numbers + -(-s.count // LANES) * entry.lanes for s, entry in each)
-
-    def _most(self, segment: Segment) -> int:
-        """Tokens of a unit: fewer of one adapter whose parts are worth it, so that every thread has some."""
-        alone = len(self.entries) == 1 and self.entries[0].by_token
-        return min(BLOCK, -(-segment.count // self.threads)) if alone else BLOCK
-
-    def _table(self, outs: Sequence[int], segments: Sequence[Segment]) -> Table:
+    def _table(self, form: Native, group: LinearGroup, units: Units) -> Table:
         """The struct `added`."""
-        firsts = itertools.accumulate((len(entry.parts) for entry in self.entries), initial=0)
-        each = zip(segments, self.entries, firsts, strict=False)
-        made = [(u, e.shrunk) for s, e, first in each for u in _units(s, e, first, self._most(s))]
-        units, ends = [unit for unit, _ in made], list(itertools.accumulate(unit[COUNT] * n for unit, n in made))
-        room = max(max(entry.room, BLOCK * sum(outs) if entry.before else 0) for entry in self.entries)
-        scratch = self.form.room("shrunk", ends[-1])
-        rooms = self.form.room("parts", self.most * room)
-        parts = [part for entry in self.entries for part in entry.parts]
-        tables = (itertools.chain.from_iterable(units), outs, [0, *ends[:-1]], itertools.chain.from_iterable(parts))
-        arrays = [_array(table) for table in tables]
-        self._parts, paths = arrays[-1], [entry.stream for entry in self.entries for _ in entry.parts]
-        self._streams = [(i * PART + STREAM, path) for i, path in enumerate(paths) if path]
-        at_units, at_outs, offsets, at_parts = (ctypes.addressof(array) for array in arrays)
-        self._alive = segments, scratch, rooms, arrays  # the table points into their memory
-        overlapping = not all(segment.sole for segment in segments)
+        at, count, stride, kept = units.of(group.index)
+        room, outs = units.room[group.index], _widths(group.outs)
+        scratch, rooms = form.room("shrunk", units.shrunk[group.index]), form.room("parts", self.most * room)
+        self._alive = units, kept, scratch, rooms  # the table points into their memory
         return _array([
-            *(at_units, len(units), at_outs, len(outs), scratch.data_ptr(), offsets),
-            *(at_parts, rooms.data_ptr(), room, self.threads, overlapping),
+            *(at, count, stride, ctypes.addressof(outs), len(outs), scratch.data_ptr()),
+            *(rooms.data_ptr(), room, self.threads, units.overlapping[group.index]),
             *((0, 0, 0, 0) if self.inputs is None else self.inputs.table),
         ])  # fmt: skip
 
@@ -276,9 +310,9 @@ class NativeSmall:
 
     def note_streams(self) -> None:
         """Where the step's residual stream is, for networks that read it."""
-        self._noted = [stream(path).float().contiguous() for _, path in self._streams]
-        for (place, _), noted in zip(self._streams, self._noted, strict=True):
-            self._parts[place] = noted.data_ptr()
+        self._noted = [stream(entry.stream).float().contiguous() for entry in self._streams]
+        for entry, noted in zip(self._streams, self._noted, strict=True):
+            entry.list[STREAM] = noted.data_ptr()
 
     def add(self, y: Tensor, x: Tensor) -> None:
         """y [T, outs] += what the segments add, all contiguous float32."""
@@ -299,9 +333,9 @@ class Inputs:
                 self.turns[members.index(member), segment.tokens] = torch.tensor(turn)
         self.room = form.room("inputs", self.own * tokens * group.inp)
         self.order = _array(members.index(m) if m in members else -1 for m in range(len(group.outs)))
-        self.outs = _array(group.outs)
         self.table = (self.turns.data_ptr(), self.room.data_ptr(), ctypes.addressof(self.order), self.own)
-        self.alone = _array([0, 0, ctypes.addressof(self.outs), len(group.outs), *7 * (0,), *self.table])
+        outs = ctypes.addressof(_widths(group.outs)), len(group.outs)
+        self.alone = _array([0, 0, 0, *outs, *5 * (0,), *self.table])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -329,23 +363,15 @@ def _turns(segment: Segment, entry: Entry) -> Mapping[int, tuple[int, int, int]]
 
 
 def _entry(segment: Segment, group: LinearGroup) -> Entry:
-    """Raises RuntimeError where the adapter was laid out by another form."""
-    entry = segment.placed.groups[group.index].entry
+    return entry_of(segment.placed, group.index)
+
+
+def entry_of(placed: Placed, index: int) -> Entry:
+    """At the group of this index. Raises RuntimeError where the adapter was laid out by another form."""
+    entry = placed.groups[index].entry
     if not isinstance(entry, Entry):
-        raise RuntimeError(f"{segment.placed.adapter.spec.name} was not prepared for the kernels in C")
+        raise RuntimeError(f"{placed.adapter.spec.name} was not prepared for the kernels in C")
     return entry
-
-
-def _units(segment: Segment, entry: Entry, first: int, most: int) -> Iterator[tuple[int, ...]]:
-    """A segment's rows in the kernel's table, of at most so many tokens; its parts begin at `first`."""
-    start = segment.tokens.start if isinstance(segment.tokens, slice) else 0
-    weights = 0 if segment.weights is None else segment.weights.data_ptr()
-    parts = (*entry.vectors, first, len(entry.parts), entry.before)
-    if not segment.sole:
-        parts = (0, 0, first + entry.before, len(entry.parts) - entry.before, 0)
-    for i in range(0, segment.count, most):
-        count = min(most, segment.count - i)
-        yield start + i, count, weights and weights + 4 * i, *parts, *entry.low_rank
 
 
 @functools.cache
@@ -367,6 +393,11 @@ def plan_of(n: int) -> tuple[Table, Tensor] | None:
 
 def _panels(base: Product | Separate) -> Panels | None:
     return base.packed if isinstance(base.packed, Panels) else None
+
+
+@functools.cache
+def _widths(outs: tuple[int, ...]) -> Table:
+    return _array(outs)
 
 
 def _array(values: Iterable[int]) -> Table:

@@ -102,6 +102,8 @@ class FusedNorm:
 
     def _mixed(self, routing: Routing) -> Tensor | None:
         """W + Σ wᵢ (Wᵢ − W) of each use [uses, n], or of the sole one: an RMS norm is linear in its weight."""
+        if not routing.inside:
+            return None
         uses = routing.uses if routing.sole_use is None else routing.uses[routing.sole_use :][:1]
         each = [self._of(use) for use in uses]
         return None if all(weight is self.weight for weight in each) else torch.stack(each)

@@ -100,6 +100,8 @@ void expand(const float *s, i64 s_row, const float *bt, i64 bt_row, i64 rank, i6
     for (; c < count; c++) combine(s + c * s_row, s_row, bt, bt_row, rank, scale, to + c * width, width, 1);
 }
 
+static const i64 *list(const i64 *unit) { return (const i64 *)(intptr_t)unit[LIST]; }
+
 static rows rows_of(const i64 *unit, float *y, i64 width, const float *x, i64 in) {
     return (rows){.x = x + unit[START] * in, .y = y + unit[START] * width, .weights = at(unit[WEIGHTS]),
                   .count = unit[COUNT], .in = in, .width = width};
@@ -141,7 +143,7 @@ static void part_add(const i64 *part, rows of, float *room) {
 /* Of one unit, by one thread: no other is waited for between its products. */
 static void alone(const added *all, const i64 *unit, rows of, float *s) {
     float *room = all->room + omp_get_thread_num() * all->each;
-    const i64 *parts = all->parts + unit[FIRST] * PART, *member = unit + UNIT;
+    const i64 *parts = list(unit), *member = unit + UNIT;
     vectors(unit, parts, of, room);
     rows to = of;
     if (unit[RANKS]) shrink(at(unit[A]), of.in, unit[RANKS], of, s, unit[RANKS]);
@@ -173,7 +175,7 @@ static void scaled(const i64 *part, rows of, float *s, gate *door) {
 /* Of one unit, by all threads of the region that this is called in. */
 static void shared(const added *all, const i64 *unit, rows of, float *s, gate *door) {
     float *room = all->room + omp_get_thread_num() * all->each;
-    const i64 *parts = all->parts + unit[FIRST] * PART;
+    const i64 *parts = list(unit);
     if (unit[MUL] || unit[ADD] || unit[BEFORE]) {
         if (omp_get_thread_num() == 0) vectors(unit, parts, of, room);
         meet(door);
@@ -203,18 +205,17 @@ static void shared(const added *all, const i64 *unit, rows of, float *s, gate *d
 }
 
 void add_within(const added *all, float *y, i64 width, const float *x, i64 in, gate *door) {
-    const i64 stride = UNIT + 2 * all->members;
     if (all->n < all->threads || all->overlapping)
         for (i64 i = 0; i < all->n; i++) {
-            const i64 *unit = all->units + i * stride;
-            shared(all, unit, rows_of(unit, y, width, x, in), all->scratch + all->offsets[i], door);
+            const i64 *unit = all->units + i * all->stride;
+            shared(all, unit, rows_of(unit, y, width, x, in), all->scratch + unit[OFFSET], door);
             if (i + 1 < all->n) meet(door);
         }
     else
 #pragma omp for schedule(dynamic, 1) nowait
         for (i64 i = 0; i < all->n; i++) {
-            const i64 *unit = all->units + i * stride;
-            alone(all, unit, rows_of(unit, y, width, x, in), all->scratch + all->offsets[i]);
+            const i64 *unit = all->units + i * all->stride;
+            alone(all, unit, rows_of(unit, y, width, x, in), all->scratch + unit[OFFSET]);
         }
 }
 

@@ -154,9 +154,9 @@ class Apart(Protocol):
 class Adder(Protocol):
     """The small segments of a routing at one group, ready to run.
 
-    `narrow`: x and y may stay in the base's dtype; what is added is rounded once all the same.
-    `vectors`: the adapters whose mul and add it adds too. `scaled`: those whose in_scale it applies. `done`: the
-    ids of the deltas, mirrors, turns and blocks that it runs.
+    `narrow`: x and y may stay in the base's dtype; what is added is rounded once all the same. Of special segments,
+    `vectors`: the adapters whose mul and add it adds too. `scaled`: those whose in_scale it applies. `done`: the ids
+    of the deltas, mirrors, turns and blocks that it runs.
     """
 
     @property
@@ -193,10 +193,13 @@ class LowRank(Protocol):
     def prepared(self, patch: GroupPatch, columns: Sequence[slice]) -> GroupPatch:
         """With what can be made of it beforehand, on a loader's thread; `columns`: the members' in the group."""
 
+    def special(self, routing: Routing) -> Sequence[Segment]:
+        """The segments that have to be looked at group by group: the others run small, in all that they do."""
+
     def plan(
         self, group: LinearGroup, routing: Routing, touching: Sequence[Segment]
     ) -> tuple[Sequence[Adder], Sequence[Segment]]:
-        """Who runs small, and what is left to run large, of the segments that touch this group."""
+        """Who runs small, and what is left to run large: `touching` are the special segments that touch this group."""
 
     def forget(self, placed: Placed) -> None:
         """An adapter has been evicted."""
@@ -210,6 +213,9 @@ class ByLowRank:
 
     def prepared(self, patch: GroupPatch, columns: Sequence[slice]) -> GroupPatch:
         return patch
+
+    def special(self, routing: Routing) -> Sequence[Segment]:
+        return routing.segments
 
 
 class AfterBase:

@@ -212,40 +212,54 @@ class LinearGroup:
         add_to(y, segment, delta)
 
     def plan(self, routing: Routing, tokens: int) -> Plan:
-        """How this group runs under a routing. O(adapters of the step); made once, kept while the routing is."""
+        """How this group runs under a routing; made once, kept while the routing is. O(adapters of the step), but of
+        those alone that are special to the form in which low ranks run.
+        """
         if tokens != routing.tokens:
             raise RuntimeError(f"{self.paths[0]} saw {tokens} tokens where the step has {routing.tokens}")
-        here = [(s, patch) for s in routing.segments if (patch := s.placed.groups.get(self.index))]
+        here = [(s, patch) for s in self.lowrank.special(routing) if (patch := s.placed.groups.get(self.index))]
         replaced = [(s, patch.product) for s, patch in here if patch.product is not None]
         if len(replaced) == 1 and replaced[0][0].count == routing.tokens and replaced[0][0].alone:
             return Plan(whole=replaced[0][1])
         small, large = self.lowrank.plan(self, routing, [s for s, _ in here])
+        plan = self._special(routing, here, small, large) if here else Plan(small=small)
+        if plan.narrow and len(small) == 1:
+            plan.beside = small[0].beside(routing)
+        return plan
+
+    def _special(
+        self,
+        routing: Routing,
+        here: Sequence[tuple[Segment, GroupPatch]],
+        small: Sequence[Adder],
+        large: Sequence[Segment],
+    ) -> Plan:
+        """With what special segments do beyond `small`."""
         done = frozenset[Placed]().union(*(adder.vectors for adder in small))
         scaled = frozenset[Placed]().union(*(adder.scaled for adder in small))
         run = frozenset[int]().union(*(adder.done for adder in small))
-        plan = Plan(
-            in_scale=None if (shift := self._vectors(routing, "shift", scaled)) is None else shift + 1,
-            mul=self._vectors(routing, "mul", done),
-            add=self._vectors(routing, "add", done),
+        return Plan(
+            in_scale=None if (shift := self._vectors(routing, here, "shift", scaled)) is None else shift + 1,
+            mul=self._vectors(routing, here, "mul", done),
+            add=self._vectors(routing, here, "add", done),
             small=small,
             large=large,
             deltas=[(s, *delta) for s, patch in here for delta in patch.deltas if id(delta[1]) not in run],
             mirrors=[(s, *mirror) for s, patch in here for mirror in patch.mirrors if id(mirror[1]) not in run],
             turns=[(s, turned) for s, patch in here for turned in patch.turns if id(turned) not in run],
-            replaced=replaced,
+            replaced=[(s, patch.product) for s, patch in here if patch.product is not None],
             blocks=[(s, patch.block) for s, patch in here if patch.block and id(patch.block) not in run],
         )
-        if plan.narrow and len(small) == 1:
-            plan.beside = small[0].beside(routing)
-        return plan
 
     def span(self, run: range) -> slice:
         """Where the outputs of neighbouring members stand."""
         return slice(self.columns[run.start].start, self.columns[run.stop - 1].stop)
 
-    def _vectors(self, routing: Routing, name: str, done: frozenset[Placed] = frozenset()) -> Tensor | None:
+    def _vectors(
+        self, routing: Routing, here: Sequence[tuple[Segment, GroupPatch]], name: str, done: frozenset[Placed]
+    ) -> Tensor | None:
         """[uses, width]: Σ wᵢ vᵢ for each distinct set of adapters but those `done`; None where none has one."""
-        mine = {s.placed for s in routing.segments if _has(s.placed.groups.get(self.index), name)} - done
+        mine = {s.placed for s, patch in here if getattr(patch, name) is not None} - done
         if not mine:
             return None
         left = [[(p, w) for p, w in uses if p in mine] for uses in routing.uses]
@@ -403,10 +417,6 @@ def _runs_alike(outs: Sequence[int]) -> list[range]:
     """Neighbouring members of one output width: (8, 4, 4) → 0..0, 1..2."""
     starts = [m for m in range(len(outs)) if m == 0 or outs[m] != outs[m - 1]]
     return [range(a, b) for a, b in itertools.pairwise([*starts, len(outs)])]
-
-
-def _has(patch: GroupPatch | None, name: str) -> bool:
-    return patch is not None and getattr(patch, name) is not None
 
 
 def _scale(patch: Patch) -> Tensor | None:
