@@ -184,7 +184,21 @@ def test_a_header_of_300_000_things_is_refused_before_it_is_parsed(kind: str, mo
 
 def test_the_tensor_count_is_capped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guard, "MAX_TENSORS", 1)
+    guard._parsed.cache_clear()
     refuses("2 tensors, allowed are 1|brackets", lambda: guard.parse_header(files.safetensors(files.tensors())))
+
+
+def test_what_is_remembered_of_a_header_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the same header of a shorter file passes, nor can who was given it change it."""
+    data = files.safetensors(files.tensors())
+    header = guard.parse_header(data)
+    assert guard.parse_header(data) is header
+    with pytest.raises(TypeError):
+        header["x"] = next(iter(header.values()))  # type: ignore[index]
+    refuses("bytes are missing", lambda: guard.parse_header(data, len(data) - 1))
+    monkeypatch.setattr(guard, "REMEMBERED", 8)
+    assert guard.parse_header(data) == header
+    assert guard.parse_header(data) is not header
 
 
 def test_total_bytes_are_capped() -> None:

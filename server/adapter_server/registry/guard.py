@@ -9,6 +9,7 @@ safetensors:  | n: u64 LE | n bytes of JSON: {name: {dtype, shape, data_offsets}
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import math
@@ -19,6 +20,7 @@ import stat
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
@@ -35,6 +37,7 @@ PICKLES = ("adapter_model.bin", "pytorch_adapter.bin")
 MAX_CONFIG_BYTES = 64 << 10
 MAX_CONFIG_DEPTH = 32
 MAX_HEADER_BYTES = 10 << 20
+REMEMBERED = 256 << 10  # bytes of a header that is worth keeping
 MAX_TENSORS = 100_000
 PIECE = 4 << 20  # bytes that are read at once, and hashed as one
 MAX_BYTES = ServerConfig().max_adapter_bytes  # of one weights file
@@ -218,8 +221,14 @@ def header_bytes(first: Buffer, size: int, max_bytes: int = MAX_BYTES) -> int:
 def parse_header(data: Buffer, size: int | None = None, max_bytes: int = MAX_BYTES) -> Header:
     """The header of a safetensors file, proved to describe exactly `size` bytes (default: all of `data`)."""
     size = len(data) if size is None else size
-    start = header_bytes(data[:8], size, max_bytes)
-    entries = _json_object(WEIGHTS, bytes(data[8:start]), depth=3, brackets=6 * MAX_TENSORS)
+    text = bytes(data[8 : header_bytes(data[:8], size, max_bytes)])
+    return _parsed(text, size) if len(text) <= REMEMBERED else _parsed.__wrapped__(text, size)
+
+
+@functools.lru_cache(maxsize=16)
+def _parsed(text: bytes, size: int) -> Header:
+    """Adapters of one making have one header, and each is read more than once."""
+    start, entries = 8 + len(text), _json_object(WEIGHTS, text, depth=3, brackets=6 * MAX_TENSORS)
     _check_metadata(entries.pop("__metadata__", {}))
     if len(entries) > MAX_TENSORS:
         _refuse(WEIGHTS, f"{len(entries):,} tensors, allowed are {MAX_TENSORS:,}")
@@ -227,7 +236,7 @@ def parse_header(data: Buffer, size: int | None = None, max_bytes: int = MAX_BYT
         _refuse(WEIGHTS, "no tensors: save the adapter again")
     header = {name: _span(name, entry, start) for name, entry in entries.items()}
     _check_layout(header, start, size)
-    return header
+    return MappingProxyType(header)
 
 
 def _check_metadata(metadata: object) -> None:

@@ -16,12 +16,13 @@ that has the inode and times of a verified one would be quicker, and wrong: who 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -129,36 +130,45 @@ def find(root: Path, name: str, word: str) -> Version | None:
 
 
 class Hasher:
-    """The content hash of an adapter, on threads of its own beside whoever reads or compiles the bytes."""
+    """The content hash of an adapter, on threads of its own beside whoever reads or compiles the bytes; of less than a
+    piece by who asks for it, since to start a thread takes as long.
+    """
 
     def __init__(self) -> None:
-        self._threads = ThreadPoolExecutor(HASHERS, "adapter-hasher")
-        self._pieces: list[Future[bytes]] = []
+        self._threads: ThreadPoolExecutor | None = None
+        self._pieces: list[Callable[[], bytes]] = []
         self._size = 0
 
     def __enter__(self) -> Hasher:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._threads.shutdown(cancel_futures=True)
+        if self._threads is not None:
+            self._threads.shutdown(cancel_futures=True)
 
     def add(self, data: guard.Buffer) -> None:
         """The weights' next bytes, whole pieces of them but at the end. They must not change before `hexdigest`."""
         view = memoryview(data)
-        pieces = (view[at : at + guard.PIECE] for at in range(0, len(view), guard.PIECE))
-        self._pieces += [self._threads.submit(_sha256, piece) for piece in pieces]
+        self._pieces += [self._begun(view[at : at + guard.PIECE]) for at in range(0, len(view), guard.PIECE)]
         self._size += len(view)
+
+    def _begun(self, piece: memoryview) -> Callable[[], bytes]:
+        """Gives the piece's hash."""
+        if self._threads is None and len(piece) < guard.PIECE:
+            return functools.cache(functools.partial(_sha256, piece))
+        self._threads = self._threads or ThreadPoolExecutor(HASHERS, "adapter-hasher")
+        return self._threads.submit(_sha256, piece).result
 
     def wait(self) -> None:
         """Until what was added is hashed, and may change."""
         for piece in self._pieces:
-            piece.result()
+            piece()
 
     def hexdigest(self, config: guard.Buffer) -> str:
         """Of this config and the weights that were added. Waits for them."""
         whole = hashlib.sha256(len(config).to_bytes(8, "little") + bytes(config) + self._size.to_bytes(8, "little"))
         for piece in self._pieces:
-            whole.update(piece.result())
+            whole.update(piece())
         return whole.hexdigest()
 
 
