@@ -23,10 +23,12 @@ from adapter_server.families.deltas import (
     Circulant,
     Delta,
     Kronecker,
+    Mirror,
     Rows,
     Scaled,
     Sparse,
     Spectral,
+    Turn,
     held_bytes,
 )
 
@@ -206,6 +208,36 @@ def test_groups_that_some_adapters_touch_have_their_own_units() -> None:
             each = zip(x.split([n for n, _ in rows]), patches, strict=True)
             want = [module(part) if patch is None else patch.apply(part, module) for part, patch in each]
             assert torch.allclose(got[name], torch.cat(want), atol=1e-4), (name, count)
+
+
+def patches() -> dict[str, Patch]:
+    """Those that the tables say all of come first."""
+    return {
+        "low rank": Patch(A=torch.randn(2, IN), B=torch.randn(OUT, 2), gain=torch.rand(OUT)),
+        "vectors": Patch(out_scale=torch.rand(OUT), bias=torch.randn(OUT)),
+        "sparse": Patch(delta=sparse(OUT, IN, 9)),
+        "mirror": Patch(mirror=Mirror(torch.randperm(OUT), torch.randn(OUT))),
+        "a delta of torch's": Patch(delta=Circulant.of(torch.randn(1, 1, 2 * 67))),
+        "shift": Patch(in_scale=torch.rand(IN)),
+        "turn": Patch(turn=Turn(torch.randn(1, 5, 5))),
+        "weight": Patch(weight=torch.randn(OUT, IN)),
+    }
+
+
+@pytest.mark.parametrize(("name", "special"), [(name, i > 3) for i, name in enumerate(patches())])
+def test_who_is_looked_at_group_by_group(name: str, special: bool) -> None:
+    """Whom the tables do not say all of; whoever shares tokens, or has gaps between them."""
+    form, patch = Native(kernel()), patches()[name]
+    out, inp = (OUT, IN) if patch.delta is None else patch.delta.dense().shape
+    group = LinearGroup(0, {"m": torch.nn.Linear(inp, out)}, form, pack=True, head=False)
+    adapters = [Adapter(Spec(each, "0" * 12, "", "X", {}, 0), {"m": patch}) for each in "ab"]
+    one, other = ((Placed(each, {0: group.place({"m": patch})}, {}), 0.5) for each in adapters)
+    alone, *others = [
+        route(rows, torch.device("cpu"))
+        for rows in ([(3, (one,)), (1, ())], [(2, (one, other))], [(1, (one,)), (1, ()), (1, (one,))])
+    ]
+    assert [s.placed for s in form.special(alone)] == special * [one[0]]
+    assert all(list(form.special(routing)) == list(routing.segments) for routing in others)
 
 
 def kernel() -> ctypes.CDLL:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from adapter_server.engine.grouped import Beside, Grouped, GroupedSmall, Listed, Place, Table, has_vectors, is_small
+from adapter_server.engine.grouped import Beside, Grouped, GroupedSmall, Listed, Place, Table, has_vectors
 from adapter_server.engine.kv import Lease, PagePool
 from adapter_server.engine.parts import ELSEWHERE, Part, Parts, weighable
 from adapter_server.engine.placed import Placed
@@ -201,9 +201,9 @@ class Captures(ABC, Generic[K]):
 
     def _noted(self, routing: Routing) -> set[frozenset[Part]]:
         """The parts of each of a routing's adapters; looked at once a routing."""
-        patches = [(index, patch) for s in routing.segments for index, patch in s.placed.groups.items()]
-        self.groups |= {index for index, patch in patches if is_small(patch)}
-        self.scaled = self.scaled or any(patch.mul is not None for _, patch in patches)
+        for groups, scaled in (self._form.touched(segment.placed) for segment in routing.segments):
+            self.groups = self.groups if groups <= self.groups else self.groups | groups
+            self.scaled = self.scaled or scaled
         return {parts for s in routing.segments if (parts := self._form.parts(s.placed))}
 
     def _lately(self, running: set[frozenset[Part]]) -> frozenset[Part]:

@@ -169,6 +169,7 @@ class Grouped(ByLowRank):
         self.kernels, self.table, self.does_parts = kernels, Table(kernels, device), parts
         self.aside = _urgent_stream(device)
         self._parts: dict[Placed, frozenset[Part] | None] = {}
+        self._touched: dict[Placed, tuple[frozenset[int], bool]] = {}
         self._reads: dict[int, str] = {}  # by group: the path where networks read the stream
         self._blocks: dict[int, Tensor] = {}
         self._room = torch.empty(0)
@@ -192,6 +193,14 @@ class Grouped(ByLowRank):
         found = self._parts[placed]
         return found if self.does_parts or not found else None
 
+    def touched(self, placed: Placed) -> tuple[frozenset[int], bool]:
+        """The groups where an adapter has a low rank or vectors, and whether it scales the base's output somewhere."""
+        if placed not in self._touched:
+            groups = placed.groups.items()
+            small = frozenset(index for index, patch in groups if patch.A is not None or has_vectors(patch))
+            self._touched[placed] = small, any(patch.mul is not None for _, patch in groups)
+        return self._touched[placed]
+
     def _together(self, parts: frozenset[Part] | None) -> frozenset[Part] | None:
         """The same, if its networks read the stream where those before did: a graph has it in one place a group."""
         networks = [part for part in parts or () if part.name == "network"]
@@ -214,6 +223,7 @@ class Grouped(ByLowRank):
     def forget(self, placed: Placed) -> None:
         self.table.drop(placed)
         self._parts.pop(placed, None)
+        self._touched.pop(placed, None)
 
     def outputs(self, group: LinearGroup) -> Outputs:
         """The group's columns in blocks, and its place in the table's rows."""
@@ -237,7 +247,7 @@ class Grouped(ByLowRank):
 
     def _is_listed(self, placed: Placed, everything: bool) -> bool:
         """Whether the kernels have anything to do for it. What `everything` asks for is all parts too."""
-        return any(is_small(patch) for patch in placed.groups.values()) or (everything and bool(self.parts(placed)))
+        return bool(self.touched(placed)[0]) or (everything and bool(self.parts(placed)))
 
     def _listed(self, segments: Sequence[Segment]) -> Listed:
         tokens = [_tokens(s) for s in segments]
@@ -310,7 +320,7 @@ class GroupedSmall(AfterBase):
 
     def beside(self, routing: Routing) -> Beside | None:
         """The same beside the base's product, where nobody scales what that gives."""
-        if not self.narrow or any(patch.mul is not None for p in self.vectors for patch in p.groups.values()):
+        if not self.narrow or any(self.form.touched(placed)[1] for placed in self.vectors):
             return None
         if "live" not in routing.shared:
             live = torch.zeros(routing.tokens, dtype=torch.int32)
@@ -362,11 +372,6 @@ def _urgent_stream(device: torch.device) -> torch.cuda.Stream | None:
 
 def has_vectors(patch: GroupPatch | None) -> bool:
     return patch is not None and (patch.mul is not None or patch.add is not None)
-
-
-def is_small(patch: GroupPatch) -> bool:
-    """Whether it has a low rank or vectors."""
-    return patch.A is not None or has_vectors(patch)
 
 
 def _is_large(segment: Segment) -> bool:
