@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 
 import rig
-from adapter_server.core import Event, Finished, Token
+from adapter_server.core import Event, Finished, Stats, Token
 from adapter_server.engine import Worker
 from adapter_server.engine.worker import Pace
 from adapter_server.errors import NotMergeable, PromptTooLong, QueueFull, RequestFailed, Unavailable
@@ -131,6 +131,25 @@ def test_calls_answer_and_the_picture_shows_it(worker: Worker) -> None:
     assert worker.stats().residents == ()
     with pytest.raises(NotMergeable):
         worker.call("merge", worker.engine.pool.store.resolve("prefix")).result(10)
+
+
+def test_a_picture_that_takes_long_is_taken_seldom(mail: Mail, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of thousands of adapters: it takes a fiftieth of the time, and no more."""
+    made = Worker(rig.engine("llama"), mail.batches.put)
+    plain, taken = made.engine.stats, []
+
+    def slow() -> Stats:
+        taken.append(time.sleep(0.1))
+        return plain()
+
+    monkeypatch.setattr(made.engine, "stats", slow)
+    for _ in range(20):
+        made._turn()
+    assert len(taken) == 1
+    made._again = 0.0
+    made._turn()
+    assert len(taken) == 2
+    made.engine.close()
 
 
 def test_stopping_lets_rows_finish_and_takes_nothing_new(worker: Worker, mail: Mail) -> None:

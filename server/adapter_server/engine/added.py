@@ -163,7 +163,8 @@ class Entry:
 
     @property
     def facts(self) -> tuple[int, ...]:
-        return self.acts, self.numbers, self.lanes, self.room, self.shrunk, self.by_token
+        """What `Units` reckon with."""
+        return self.acts, self.numbers, self.lanes, self.room, self.shrunk
 
     def _at(self, t: Tensor | None) -> int:
         if t is None:

@@ -24,6 +24,7 @@ IDLE_S = 0.05  # how long an idle loop sleeps when nothing wakes it; deadlines a
 LONGEST_WAIT_S = 60.0  # that a refused caller is told to wait
 HALF_LIFE_S = 30.0  # of what is known about the pace
 STATS_S = 0.05  # how old the picture of a busy engine may be
+STATS_SHARE = 0.02  # of its time, at most, goes into that: one of thousands of adapters may be older
 log = logging.getLogger(__name__)
 
 
@@ -63,7 +64,7 @@ class Worker:
         self.engine, self.deliver = engine, deliver
         self._inbox: queue.SimpleQueue[Callable[[], list[Event]]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
-        self._stats, self._pictured = engine.stats(), 0.0
+        self._stats, self._again = engine.stats(), 0.0
         self._stop_at: float | None = None
         self._queued = 0  # submitted and not yet seen by the engine
         self._lock = threading.Lock()
@@ -177,7 +178,7 @@ class Worker:
         before = self.engine.steps
         events = self._read()
         events += self.engine.step()
-        if time.monotonic() - self._pictured > STATS_S:
+        if time.monotonic() >= self._again:
             self._picture()
         self._send(events)
         if self.engine.steps == before and not events and self._inbox.empty():
@@ -197,7 +198,9 @@ class Worker:
             return
 
     def _picture(self) -> None:
-        self._stats, self._pictured = self.engine.stats(), time.monotonic()
+        start = time.monotonic()
+        self._stats, now = self.engine.stats(), time.monotonic()
+        self._again = now + max(STATS_S, (now - start) / STATS_SHARE)
 
     def _send(self, events: list[Event]) -> None:
         ended = [event for event in events if isinstance(event, Finished)]
