@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import itertools
 import re
 
@@ -208,6 +209,38 @@ def test_groups_that_some_adapters_touch_have_their_own_units() -> None:
             each = zip(x.split([n for n, _ in rows]), patches, strict=True)
             want = [module(part) if patch is None else patch.apply(part, module) for part, patch in each]
             assert torch.allclose(got[name], torch.cat(want), atol=1e-4), (name, count)
+
+
+def test_whoever_alone_knows_of_a_group_may_stand_in_pieces() -> None:
+    """What is asked first is whether somebody in one piece acts there; nobody that was ever laid out has that group."""
+    form = Native(kernel())
+    modules = [torch.nn.Linear(IN, OUT).requires_grad_(False) for _ in range(2)]
+    groups = [LinearGroup(i, {f"m{i}": m}, form, pack=True, head=False) for i, m in enumerate(modules)]
+    patches = {f"m{i}": Patch(A=torch.randn(3, IN) / 9, B=torch.randn(OUT, 3) / 9) for i in range(2)}
+    [one, both] = [
+        Placed(Adapter(Spec(name, "0" * 12, "", "X", {}, 0), patches), {g.index: g.place(patches) for g in own}, {})
+        for name, own in (("one", groups[:1]), ("both", groups))
+    ]
+    rows, x = [(1, ((both, 1.0),)), (2, ((one, 1.0),)), (1, ((both, 1.0),))], torch.randn(4, IN)
+    with running(Step(route(rows, torch.device("cpu")), Routing(1))):
+        y = [group.apart(x)[0] for group in groups]
+    for i, module in enumerate(modules):
+        want = patches[f"m{i}"].apply(x, module)
+        assert torch.allclose(y[i][[0, 3]], want[[0, 3]], atol=1e-4)
+        assert torch.allclose(y[i][1:3], (want if i == 0 else module(x))[1:3], atol=1e-4)
+
+
+def test_what_is_kept_of_an_adapter_goes_with_it() -> None:
+    """However often it runs after it was let go of."""
+    form, patch = Native(kernel()), patches()["low rank"]
+    group = LinearGroup(0, {"m": torch.nn.Linear(IN, OUT)}, form, pack=True, head=False)
+    placed = Placed(Adapter(Spec("a", "0" * 12, "", "X", {}, 0), {"m": patch}), {0: group.place({"m": patch})}, {})
+    form.forget(placed)
+    run(group, placed, torch.randn(2, IN))
+    assert len(form._records) == 1
+    del placed
+    gc.collect()
+    assert len(form._records) == 0
 
 
 def patches() -> dict[str, Patch]:

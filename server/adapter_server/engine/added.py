@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ class Native:
     def __init__(self, kernel: ctypes.CDLL) -> None:
         self.kernel = kernel
         self._rooms: dict[str, Tensor] = {}
-        self._records: dict[Placed, Record] = {}
+        self._records: WeakKeyDictionary[Placed, Record] = WeakKeyDictionary()
         self._shape = (0, 0)  # of a record's fields
 
     def room(self, name: str, numbers: int) -> Tensor:
@@ -89,19 +90,25 @@ class Native:
         large = [s for s in touching if not isinstance(s.tokens, slice)]
         if not any(group.index in segment.placed.groups for segment in routing.segments):
             return [], large
-        units = self.units(routing, BLOCK)
-        if units is None or not units.acting[group.index]:
+        units = self.units(routing)
+        if units is None or not units.acts(group.index):
             return [], large
         small = [s for s in touching if isinstance(s.tokens, slice) and _entry(s, group).acts]
         return [NativeSmall(self, group, routing, units, small)], large
 
-    def units(self, routing: Routing, most: int) -> Units | None:
-        """A routing's, in units of up to so many tokens, made once for all groups; None: no segment is in one piece."""
-        if ("units", most) not in routing.shared:
+    def units(self, routing: Routing) -> Units | None:
+        """A routing's, made once for all groups; None where no segment is in one piece."""
+        if "units" not in routing.shared:
             segments = [s for s in routing.segments if isinstance(s.tokens, slice)]
-            made = Units(segments, self._all(segments), most) if segments else None
-            routing.shared["units", most] = made
-        found: Units | None = routing.shared["units", most]
+            routing.shared["units"] = Units(segments, self._all(segments), BLOCK) if segments else None
+        found: Units | None = routing.shared["units"]
+        return found
+
+    def finer(self, routing: Routing, segment: Segment, most: int) -> Units:
+        """One segment's, of fewer tokens each."""
+        if ("units", segment, most) not in routing.shared:
+            routing.shared["units", segment, most] = Units([segment], self._all([segment]), most)
+        found: Units = routing.shared["units", segment, most]
         return found
 
     def _all(self, segments: Sequence[Segment]) -> list[Record]:
@@ -121,7 +128,7 @@ class Native:
         return found
 
     def forget(self, placed: Placed) -> None:
-        self._records.pop(placed, None)
+        """Its record goes with it."""
 
 
 class Entry:
@@ -275,9 +282,9 @@ class NativeSmall:
         self._call, self._width, self._inp = form.kernel.adapters_add, sum(group.outs), group.inp
         self.most = torch.get_num_threads()  # that there is room for
         self.threads = 1 if units.work[group.index] < SERIAL else self.most
-        if units.acting[group.index] == 1 and segments and _entry(segments[0], group).by_token:
-            few = min(BLOCK, -(-segments[0].count // self.threads))
-            units = form.units(routing, few) or units  # so that every thread has some
+        alone = self.threads > 1 and units.acting[group.index] == 1 and segments
+        if alone and _entry(segments[0], group).by_token:  # so that every thread has some
+            units = form.finer(routing, segments[0], min(BLOCK, -(-segments[0].count // self.threads)))
         self.table = self._table(form, group, units)
 
     def _done(self, segment: Segment, group: LinearGroup) -> Sequence[Delta | Mirror | BlockPatch | Turned]:
@@ -291,7 +298,7 @@ class NativeSmall:
         at, count, stride, kept = units.of(group.index)
         room, outs = units.room[group.index], _widths(group.outs)
         scratch, rooms = form.room("shrunk", units.shrunk[group.index]), form.room("parts", self.most * room)
-        self._alive = units, kept, scratch, rooms  # the table points into their memory
+        self._alive = units, kept, scratch, rooms  # whose memory the table points into
         return _array([
             *(at, count, stride, ctypes.addressof(outs), len(outs), scratch.data_ptr()),
             *(rooms.data_ptr(), room, self.threads, units.overlapping[group.index]),

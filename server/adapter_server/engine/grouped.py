@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -168,8 +169,8 @@ class Grouped(ByLowRank):
         """`parts`: whether kernels do what adapters do beyond low rank and vectors."""
         self.kernels, self.table, self.does_parts = kernels, Table(kernels, device), parts
         self.aside = _urgent_stream(device)
-        self._parts: dict[Placed, frozenset[Part] | None] = {}
-        self._touched: dict[Placed, tuple[frozenset[int], bool]] = {}
+        self._parts: WeakKeyDictionary[Placed, frozenset[Part] | None] = WeakKeyDictionary()
+        self._touched: WeakKeyDictionary[Placed, tuple[frozenset[int], bool]] = WeakKeyDictionary()
         self._reads: dict[int, str] = {}  # by group: the path where networks read the stream
         self._blocks: dict[int, Tensor] = {}
         self._room = torch.empty(0)
@@ -222,8 +223,6 @@ class Grouped(ByLowRank):
 
     def forget(self, placed: Placed) -> None:
         self.table.drop(placed)
-        self._parts.pop(placed, None)
-        self._touched.pop(placed, None)
 
     def outputs(self, group: LinearGroup) -> Outputs:
         """The group's columns in blocks, and its place in the table's rows."""

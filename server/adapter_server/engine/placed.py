@@ -140,7 +140,7 @@ class GroupPatch:
         yield from self.block.tensors() if self.block else ()
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Placed:
     """An adapter laid out on the device: per group, per other module, and what stands before its rows' prompts."""
 

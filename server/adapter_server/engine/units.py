@@ -61,8 +61,8 @@ class Units:
     """
 
     def __init__(self, segments: Sequence[Segment], records: Sequence[Record], most: int) -> None:
-        self.records = records  # whose addresses are named
-        self.facts = np.stack([record.facts for record in records])
+        self._segments = segments  # whose adapters' and weights' addresses are named
+        facts = np.stack([record.facts for record in records])
         counts = np.array([segment.count for segment in segments])
         sole = np.array([segment.sole for segment in segments])
         per = -(-counts // most)
@@ -71,13 +71,13 @@ class Units:
         self.table = np.stack([records[i].fields for i in self._of.tolist()])
         self._tokens(segments, before, np.minimum(most, counts[self._of] - before))
         self._share(~sole[self._of])
-        self.shrunk = self._offsets()
-        self.acts = self.facts[:, :, ACTS] > 0
-        self.acting: list[int] = self.acts.sum(0).tolist()
-        laned = -(-counts // LANES) @ self.facts[:, :, LANED]
-        self.work: list[int] = (counts @ self.facts[:, :, NUMBERS] + laned).tolist()
-        self.room: list[int] = self.facts[:, :, ROOM].max(0).tolist()
-        self.overlapping: list[bool] = (self.acts & ~sole[:, None]).any(0).tolist()
+        self.shrunk = self._offsets(facts[self._of][:, :, SHRUNK])
+        self._acts = facts[:, :, ACTS] > 0
+        self.acting: list[int] = self._acts.sum(0).tolist()
+        laned = -(-counts // LANES) @ facts[:, :, LANED]
+        self.work: list[int] = (counts @ facts[:, :, NUMBERS] + laned).tolist()
+        self.room: list[int] = facts[:, :, ROOM].max(0).tolist()
+        self.overlapping: list[bool] = (self._acts & ~sole[:, None]).any(0).tolist()
         self._address = self.table.ctypes.data
 
     def _tokens(self, segments: Sequence[Segment], before: Numbers, counts: Numbers) -> None:
@@ -98,18 +98,22 @@ class Units:
         own[:, :, (MUL, ADD, BEFORE)] = 0
         self.table[shared] = own
 
-    def _offsets(self) -> list[int]:
-        """Where each unit's shrunk tokens begin; how many there are by group."""
-        each = self.table[:, :, COUNT] * self.facts[self._of][:, :, SHRUNK]
+    def _offsets(self, shrunk: Numbers) -> list[int]:
+        """Where each unit's shrunk tokens begin, of `shrunk` numbers each; how many numbers there are by group."""
+        each = self.table[:, :, COUNT] * shrunk
         ends = np.cumsum(each, 0)
         self.table[:, :, OFFSET] = ends - each
         found: list[int] = ends[-1].tolist()
         return found
 
+    def acts(self, group: int) -> bool:
+        """Whether one of the segments does anything at a group; those in pieces may be alone to know of it."""
+        return group < len(self.acting) and self.acting[group] > 0
+
     def of(self, group: int) -> tuple[int, int, int, Any]:
         """(address of a group's units, how many, how far apart, what keeps them alive): those of who acts there."""
         count, groups, width = self.table.shape
-        if self.acting[group] == len(self.records):
+        if self.acting[group] == len(self._segments):
             return self._address + group * width * WORD, count, groups * width, self.table
-        some = np.ascontiguousarray(self.table[self.acts[self._of, group], group])
+        some = np.ascontiguousarray(self.table[self._acts[self._of, group], group])
         return some.ctypes.data, len(some), width, some

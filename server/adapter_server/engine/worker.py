@@ -24,7 +24,8 @@ IDLE_S = 0.05  # how long an idle loop sleeps when nothing wakes it; deadlines a
 LONGEST_WAIT_S = 60.0  # that a refused caller is told to wait
 HALF_LIFE_S = 30.0  # of what is known about the pace
 STATS_S = 0.05  # how old the picture of a busy engine may be
-STATS_SHARE = 0.02  # of its time, at most, goes into that: one of thousands of adapters may be older
+STATS_SHARE = 0.02  # of its time that goes into that, if so it is no older than the next line says
+OLDEST_STATS_S = 0.5
 log = logging.getLogger(__name__)
 
 
@@ -200,7 +201,7 @@ class Worker:
     def _picture(self) -> None:
         start = time.monotonic()
         self._stats, now = self.engine.stats(), time.monotonic()
-        self._again = now + max(STATS_S, (now - start) / STATS_SHARE)
+        self._again = now + max(STATS_S, min(OLDEST_STATS_S, (now - start) / STATS_SHARE))
 
     def _send(self, events: list[Event]) -> None:
         ended = [event for event in events if isinstance(event, Finished)]
