@@ -182,7 +182,7 @@ class EngineProcess:
         """Refuses what a load would refuse. For any thread but the event loop's: it waits for the answer."""
         with self._judging:
             try:
-                self._desk.send((spec, blob.header))
+                self._desk.send((spec, dict(blob.header)))
                 self._desk.send_bytes(blob.data)
                 refusal = self._desk.receive()
             except (EOFError, OSError):
