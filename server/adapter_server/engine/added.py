@@ -50,6 +50,9 @@ class Native:
         self._records: WeakKeyDictionary[Placed, Record] = WeakKeyDictionary()
         self._shape = (0, 0)  # of a record's fields
 
+    def meet(self, index: int, members: int) -> None:
+        self._shape = max(self._shape[0], index + 1), max(self._shape[1], UNIT + 2 * members)
+
     def room(self, name: str, numbers: int) -> Tensor:
         """Working memory. Who was given a smaller one keeps that."""
         if numbers > self._rooms.get(name, _NOTHING).numel():
@@ -91,7 +94,7 @@ class Native:
         if not any(group.index in segment.placed.groups for segment in routing.segments):
             return [], large
         units = self.units(routing)
-        if units is None or not units.acts(group.index):
+        if units is None or not units.acting[group.index]:
             return [], large
         small = [s for s in touching if isinstance(s.tokens, slice) and _entry(s, group).acts]
         return [NativeSmall(self, group, routing, units, small)], large
@@ -100,29 +103,20 @@ class Native:
         """A routing's, made once for all groups; None where no segment is in one piece."""
         if "units" not in routing.shared:
             segments = [s for s in routing.segments if isinstance(s.tokens, slice)]
-            routing.shared["units"] = Units(segments, self._all(segments), BLOCK) if segments else None
+            records = [self._record(segment.placed) for segment in segments]
+            routing.shared["units"] = Units(segments, records, BLOCK) if segments else None
         found: Units | None = routing.shared["units"]
         return found
 
     def finer(self, routing: Routing, segment: Segment, most: int) -> Units:
         """One segment's, of fewer tokens each."""
         if ("units", segment, most) not in routing.shared:
-            routing.shared["units", segment, most] = Units([segment], self._all([segment]), most)
+            routing.shared["units", segment, most] = Units([segment], [self._record(segment.placed)], most)
         found: Units = routing.shared["units", segment, most]
         return found
 
-    def _all(self, segments: Sequence[Segment]) -> list[Record]:
-        """Their records, of one shape: each asked for before may have made it larger."""
-        for segment in segments:
-            self._record(segment.placed)
-        return [self._record(segment.placed) for segment in segments]
-
     def _record(self, placed: Placed) -> Record:
-        found = self._records.get(placed)
-        if found is None or found.fields.shape != self._shape:
-            members = max((len(patch.pairs) for patch in placed.groups.values()), default=0)
-            groups, width = max(placed.groups, default=-1) + 1, UNIT + 2 * members
-            self._shape = max(self._shape[0], groups), max(self._shape[1], width)
+        if (found := self._records.get(placed)) is None:
             entries = {index: entry_of(placed, index) for index in placed.groups}
             found = self._records[placed] = Record.of(entries, self._shape)
         return found

@@ -184,6 +184,9 @@ class Adder(Protocol):
 class LowRank(Protocol):
     """A form in which small segments run."""
 
+    def meet(self, index: int, members: int) -> None:
+        """The base has a group of this index and so many members; told of each before an adapter is laid out."""
+
     def arrange(self, rows: Sequence[PackedRow]) -> list[int]:
         """The order in which a step's rows are packed: adapter by adapter."""
 
@@ -207,6 +210,9 @@ class LowRank(Protocol):
 
 class ByLowRank:
     """What forms have in common that run low ranks and vectors alone."""
+
+    def meet(self, index: int, members: int) -> None:
+        """Nothing is made beforehand."""
 
     def laid(self, patch: Patch) -> Patch:
         return patch if isinstance(patch.delta, Rows) else as_low_rank(patch)

@@ -84,6 +84,7 @@ class LinearGroup:
         self.paths = tuple(modules)
         params = [linear_params(module) for module in modules.values()]
         self.outs = tuple(weight.shape[0] for weight, _ in params)
+        lowrank.meet(index, len(self.outs))
         self.inp, self.device = params[0][0].shape[1], params[0][0].device
         ends = torch.tensor(self.outs).cumsum(0).tolist()
         self.columns = tuple(slice(end - out, end) for end, out in zip(ends, self.outs, strict=True))

@@ -45,7 +45,7 @@ class Record:
 
     @classmethod
     def of(cls, entries: Mapping[int, Entry], shape: tuple[int, int]) -> Record:
-        """`shape`: that of the fields; no entry needs more."""
+        """`shape`: that of the fields, for every group and the most members that one has."""
         fields, facts = np.zeros(shape, np.int64), np.zeros((shape[0], FACTS), np.int64)
         for index, entry in entries.items():
             fields[index, MUL : MUL + len(entry.fields)] = entry.fields
@@ -105,10 +105,6 @@ class Units:
         self.table[:, :, OFFSET] = ends - each
         found: list[int] = ends[-1].tolist()
         return found
-
-    def acts(self, group: int) -> bool:
-        """Whether one of the segments does anything at a group; those in pieces may be alone to know of it."""
-        return group < len(self.acting) and self.acting[group] > 0
 
     def of(self, group: int) -> tuple[int, int, int, Any]:
         """(address of a group's units, how many, how far apart, what keeps them alive): those of who acts there."""

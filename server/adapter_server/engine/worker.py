@@ -24,8 +24,8 @@ IDLE_S = 0.05  # how long an idle loop sleeps when nothing wakes it; deadlines a
 LONGEST_WAIT_S = 60.0  # that a refused caller is told to wait
 HALF_LIFE_S = 30.0  # of what is known about the pace
 STATS_S = 0.05  # how old the picture of a busy engine may be
-STATS_SHARE = 0.02  # of its time that goes into that, if so it is no older than the next line says
-OLDEST_STATS_S = 0.5
+STATS_SHARE = 0.02  # of its time that the picture may take; of thousands of adapters it may be older then,
+OLDEST_STATS_S = 0.5  # but no older than this
 log = logging.getLogger(__name__)
 
 

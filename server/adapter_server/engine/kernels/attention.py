@@ -110,6 +110,22 @@ def _spans(length, window, CHUNK: tl.constexpr, MOST: tl.constexpr, KEYS: tl.con
     return start, tl.maximum(each, CHUNK)
 
 
+@triton.jit
+def _places(pages, p, live, PAGE: tl.constexpr):
+    """Where a row's keys `p` are in the pool."""
+    page = tl.load(pages + p // PAGE, mask=live, other=0).to(tl.int64)
+    return page * PAGE + p % PAGE
+
+
+@triton.jit
+def _scores(asked, k, scale, cap, CAPPED: tl.constexpr, PRECISION: tl.constexpr):
+    """q k · scale, within ±cap where that is asked for."""
+    s = tl.dot(asked, k, input_precision=PRECISION) * scale
+    if CAPPED:
+        s = cap * (1.0 - 2.0 / (tl.exp(2.0 * s / cap) + 1.0))
+    return s
+
+
 @triton.jit(do_not_specialize=["table_row", "window", "chunks"])
 def _attend(
     parts, sums, q, keys, values, table, lengths, tokens,
@@ -139,25 +155,16 @@ def _attend(
         for at in range(begin, end, KEYS):
             p = at + tl.arange(0, KEYS)
             live = p < end
-            page = tl.load(table + row * table_row + p // PAGE, mask=live, other=0).to(tl.int64)
-            place = page * PAGE + p % PAGE
-            k = tl.load(
-                keys + place[None, :] * k_place + kv_head * k_head + d[:, None],
-                mask=live[None, :] & (d < DIM)[:, None],
-                other=0.0,
-            )
-            s = tl.dot(asked, k.to(COMPUTE), input_precision="ieee") * scale
-            if CAPPED:
-                s = cap * (1.0 - 2.0 / (tl.exp(2.0 * s / cap) + 1.0))
+            place = _places(table + row * table_row, p, live, PAGE)
+            mask = live[None, :] & (d < DIM)[:, None]
+            k = tl.load(keys + place[None, :] * k_place + kv_head * k_head + d[:, None], mask=mask, other=0.0)
+            s = _scores(asked, k.to(COMPUTE), scale, cap, CAPPED, "ieee")
             s = tl.where(live[None, :], s, float("-inf"))
             higher = tl.maximum(top, tl.max(s, 1))
             weight = tl.exp(s - higher[:, None])
             fade = tl.exp(top - higher)
-            v = tl.load(
-                values + place[:, None] * v_place + kv_head * v_head + w[None, :],
-                mask=live[:, None] & (w < WIDTH)[None, :],
-                other=0.0,
-            )
+            mask = live[:, None] & (w < WIDTH)[None, :]
+            v = tl.load(values + place[:, None] * v_place + kv_head * v_head + w[None, :], mask=mask, other=0.0)
             total = total * fade + tl.sum(weight, 1)
             mixed = mixed * fade[:, None] + tl.dot(weight.to(HELD).to(COMPUTE), v.to(COMPUTE), input_precision="ieee")
             top = higher
@@ -215,11 +222,9 @@ def _prefill(
         live = i < count
         position = past + tl.minimum(i, count - 1)  # one past the end asks as the last, so that it sees a key
         token = (first + i).to(tl.int64)
-        asked = tl.load(
-            q + head.to(tl.int64) * q_head + token[:, None] * q_token + d[None, :],
-            mask=live[:, None] & (d < DIM)[None, :],
-            other=0.0,
-        ).to(COMPUTE)
+        wanted = live[:, None] & (d < DIM)[None, :]
+        asked = tl.load(q + head.to(tl.int64) * q_head + token[:, None] * q_token + d[None, :], mask=wanted, other=0.0)
+        asked = asked.to(COMPUTE)
         top = tl.full((QUERIES,), float("-inf"), tl.float32)
         total = tl.zeros((QUERIES,), tl.float32)
         if SINKS:
@@ -230,27 +235,18 @@ def _prefill(
         begin = tl.where(window > 0, tl.maximum(past - window + 1, 0), 0)
         for at in range(begin, end, KEYS):
             p = at + tl.arange(0, KEYS)
-            page = tl.load(table + row * table_row + p // PAGE, mask=p < end, other=0).to(tl.int64)
-            place = page * PAGE + p % PAGE
-            k = tl.load(
-                keys + place[None, :] * k_place + kv_head * k_head + d[:, None],
-                mask=(p < end)[None, :] & (d < DIM)[:, None],
-                other=0.0,
-            )
-            s = tl.dot(asked, k.to(COMPUTE), input_precision=PRECISION) * scale
-            if CAPPED:
-                s = cap * (1.0 - 2.0 / (tl.exp(2.0 * s / cap) + 1.0))
+            place = _places(table + row * table_row, p, p < end, PAGE)
+            mask = (p < end)[None, :] & (d < DIM)[:, None]
+            k = tl.load(keys + place[None, :] * k_place + kv_head * k_head + d[:, None], mask=mask, other=0.0)
+            s = _scores(asked, k.to(COMPUTE), scale, cap, CAPPED, PRECISION)
             seen = (p[None, :] <= position[:, None]) & ((window <= 0) | (p[None, :] > position[:, None] - window))
             s = tl.where(seen, s, float("-inf"))
             higher = tl.maximum(top, tl.max(s, 1))
             steady = tl.where(higher == float("-inf"), 0.0, higher)  # a token that has seen no key yet
             weight = tl.exp(s - steady[:, None])
             fade = tl.exp(top - steady)
-            v = tl.load(
-                values + place[:, None] * v_place + kv_head * v_head + w[None, :],
-                mask=(p < end)[:, None] & (w < WIDTH)[None, :],
-                other=0.0,
-            )
+            mask = (p < end)[:, None] & (w < WIDTH)[None, :]
+            v = tl.load(values + place[:, None] * v_place + kv_head * v_head + w[None, :], mask=mask, other=0.0)
             total = total * fade + tl.sum(weight, 1)
             part = tl.dot(weight.to(HELD).to(COMPUTE), v.to(COMPUTE), input_precision=PRECISION)
             mixed = mixed * fade[:, None] + part

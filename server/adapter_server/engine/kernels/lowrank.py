@@ -196,16 +196,11 @@ def _expand_few(
     """y[tokens, columns] += weights · (mul · y + add + parts.sum(0) @ Bt) for a tile and a block of a member's columns;
     not ADDED, y is what is added alone.
     """
-    place = places + (start + tl.program_id(0)) * 4
-    first, count, own = tl.load(place + 1), tl.load(place + 2), tl.load(place + 3)
+    place, first, count, own = _tile(places, start)
     member, begin, out, to = _block(blocks + tl.program_id(1) * 4, ALIGNED, WIDE)
     row = table + tl.load(place).to(tl.int64) * table_row + at
-    field = row + 4 + 3 * member
-    rank, above = tl.load(field + 2).to(tl.int32), tl.load(field + 1).to(tl.int32)
-    touched = count > 0
-    if ADDED:  # else what is not touched is written too: 0
-        touched = touched & ((rank > 0) | _has_vectors(row, own))
-    if touched:
+    field, rank, above = _member(row, member)
+    if _touched(row, rank, count, own, ADDED):
         c = tl.arange(0, WIDE)
         inside = begin + c < out
         known = inside & ADDED
@@ -255,8 +250,26 @@ def _block(block, ALIGNED: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
-def _has_vectors(row, own):
-    return (own > 0) & ((tl.load(row + 2) != 0) | (tl.load(row + 3) != 0))
+def _tile(places, start):
+    """(the program's tile, its first pair, how many, whether its vectors are added too)"""
+    place = places + (start + tl.program_id(0)) * 4
+    return place, tl.load(place + 1), tl.load(place + 2), tl.load(place + 3)
+
+
+@triton.jit
+def _member(row, member):
+    """(where the table names a member's Bt, its rank, its first row in A)"""
+    field = row + 4 + 3 * member
+    return field, tl.load(field + 2).to(tl.int32), tl.load(field + 1).to(tl.int32)
+
+
+@triton.jit
+def _touched(row, rank, count, own, ADDED: tl.constexpr):
+    """Whether there is something to write: y where it changes, and all of what is to be added, if it be 0."""
+    touched = count > 0
+    if ADDED:
+        touched = touched & ((rank > 0) | ((own > 0) & ((tl.load(row + 2) != 0) | (tl.load(row + 3) != 0))))
+    return touched
 
 
 @triton.jit
@@ -327,16 +340,11 @@ def _expand_many(
     TOKENS: tl.constexpr, RANKS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """As `_expand_few`, on tensor cores."""
-    place = places + (start + tl.program_id(0)) * 4
-    first, count, own = tl.load(place + 1), tl.load(place + 2), tl.load(place + 3)
+    place, first, count, own = _tile(places, start)
     member, begin, out, to = _block(blocks + tl.program_id(1) * 4, ALIGNED, WIDE)
     row = table + tl.load(place).to(tl.int64) * table_row + at
-    field = row + 4 + 3 * member
-    rank, above = tl.load(field + 2).to(tl.int32), tl.load(field + 1).to(tl.int32)
-    touched = count > 0
-    if ADDED:
-        touched = touched & ((rank > 0) | _has_vectors(row, own))
-    if touched:
+    field, rank, above = _member(row, member)
+    if _touched(row, rank, count, own, ADDED):
         i, c = tl.arange(0, TOKENS), tl.arange(0, WIDE)
         live, inside = i < count, begin + c < out
         Bt, weight = _pointer(field, HELD), tl.load(weights + first + i, mask=live, other=0.0)[:, None]
