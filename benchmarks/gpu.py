@@ -27,7 +27,7 @@ from adapter_server.bench.command import Bench, bare
 from adapter_server.bench.drive import Setting
 from adapter_server.bench.peft_kinds import one_of_every_kind
 from adapter_server.bench.workloads import ATTENTION, LINEARS, Workload, any_base, with_loras
-from adapter_server.engine import Engine
+from adapter_server.engine.engine import Engine
 from adapter_server.engine.process import is_apart
 from adapter_server.errors import AdapterServerError, BaseNotSupported
 from adapter_server.registry.store import Store

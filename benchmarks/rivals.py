@@ -37,7 +37,7 @@ from adapter_server.bench import report
 from adapter_server.bench.command import Bench, DeviceFlag, bare
 from adapter_server.bench.drive import Ask, Checker, Tokens, base_of, drive, gap, ready
 from adapter_server.bench.workloads import IN_PLACE, Popularity, Workload, choose, many_loras, prompts
-from adapter_server.engine import Engine
+from adapter_server.engine.engine import Engine
 from adapter_server.errors import AdapterServerError, RequestFailed
 
 PAGE = "page_size" if hasattr(ContinuousBatchingConfig, "page_size") else "block_size"  # in transformers 5.17

@@ -26,7 +26,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "server"))
 
 from adapter_server.api.app import Deliver
-from adapter_server.api.server import Server, configure_logs
+from adapter_server.api.logs import configure_logs
+from adapter_server.api.server import Server
 from adapter_server.bench.client import Reply
 from adapter_server.config import DEMO_BASE, ServerConfig
 from adapter_server.core import Event, Finished, FinishReason, Request, Spec, Stats, Token

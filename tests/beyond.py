@@ -20,7 +20,7 @@ import rig
 import zoo
 from adapter_server.config import EngineConfig
 from adapter_server.core import Finished, Member, Request, Sampling, Spec
-from adapter_server.engine import Engine
+from adapter_server.engine.engine import Engine
 from adapter_server.families.facts import describe
 from adapter_server.registry.store import Store
 

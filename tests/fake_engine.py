@@ -9,11 +9,10 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from adapter_server.config import EngineConfig
 from adapter_server.core import Event, Finished, FinishReason, Request, Resident, Spec, Stats, Token
-from adapter_server.engine import Engine
 from adapter_server.errors import (
     AdapterRefused,
     AdapterServerError,
@@ -24,6 +23,9 @@ from adapter_server.errors import (
 )
 from adapter_server.registry.store import Blob, Fault, Store
 from fakes import INFO
+
+if TYPE_CHECKING:
+    from adapter_server.engine.engine import Engine
 
 BAD, DIES, HANGS, BROKEN = 255, 254, 253, 252  # first ids of prompts that have a meaning
 CONFIG = EngineConfig(max_waiting=4, max_waiting_tokens=1000, max_rows=2)
@@ -38,7 +40,6 @@ class FakeEngine:
         self.scheduler = SimpleNamespace(waiting=[], running=[])
         self.forming: list[Any] = []
         self.pool = SimpleNamespace(judge=self._judge, store=Store(root, settle_s=0))
-        self.model = SimpleNamespace(module=SimpleNamespace(config=SimpleNamespace(_commit_hash="c0ffee")))
         self._residents: tuple[Resident, ...] = ()
 
     @property

@@ -8,19 +8,19 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 
-from adapter_server.core import Event, Finished, Mode, Request, Resident, Spec, Stats, Token
+from adapter_server.core import Event, Finished, Info, Mode, Request, Resident, Spec, Stats, Token
 from adapter_server.errors import AdapterServerError, QueueFull, Unavailable
 
 EOS = 256
-INFO = SimpleNamespace(
+INFO = Info(
     model="tiny-base",
     max_model_len=256,
     vocab=257,
-    eos=(EOS,),
+    eos=frozenset({EOS}),
     device="cpu",
     dtype="float32",
+    parameters=0,
     lane="paged",
     lane_why="a fake",
     has_encoder=False,

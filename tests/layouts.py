@@ -14,11 +14,12 @@ from typing import Literal
 import httpx
 
 from adapter_server.api.app import Connect
-from adapter_server.api.resolve import Info
 from adapter_server.api.server import Server
 from adapter_server.config import EngineConfig, ServerConfig
-from adapter_server.engine import EngineProcess, Worker, build
-from adapter_server.engine.process import Shelf, build_over
+from adapter_server.core import Info
+from adapter_server.engine.engine import build
+from adapter_server.engine.process import EngineProcess, Shelf, build_over
+from adapter_server.engine.worker import Worker
 from adapter_server.registry.store import Store
 from adapter_server.text import Text
 

@@ -19,7 +19,8 @@ import httpx
 
 from adapter_server.api.server import Server
 from adapter_server.config import DEMO_BASE, PACKAGE, EngineConfig, ServerConfig, demo_adapters
-from adapter_server.engine import Worker, build
+from adapter_server.engine.engine import build
+from adapter_server.engine.worker import Worker
 from adapter_server.registry.store import Store
 from adapter_server.text import Text
 

@@ -33,7 +33,8 @@ import zoo
 from adapter_server import cli
 from adapter_server.config import EngineConfig
 from adapter_server.core import Event, Finished, Spec, Token
-from adapter_server.engine import Engine, Worker
+from adapter_server.engine.engine import Engine
+from adapter_server.engine.worker import Worker
 from adapter_server.errors import AdapterRefused, AdapterServerError, RequestFailed
 from adapter_server.registry import guard
 from adapter_server.registry.publish import Publisher

@@ -16,9 +16,8 @@ import torch
 import rig
 import zoo
 from adapter_server.config import EngineConfig
-from adapter_server.core import Event, Finished, Spec
-from adapter_server.engine import Engine
-from adapter_server.engine.engine import Op
+from adapter_server.core import Event, Finished, Op, Spec
+from adapter_server.engine.engine import Engine
 from adapter_server.metrics import Metrics
 from adapter_server.registry import guard
 from adapter_server.registry.publish import Publisher

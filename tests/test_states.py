@@ -21,7 +21,7 @@ import rig
 import zoo
 from adapter_server.config import EngineConfig
 from adapter_server.core import Spec
-from adapter_server.engine import Engine
+from adapter_server.engine.engine import Engine
 from adapter_server.errors import AdapterNotFound, AdapterRefused, VersionConflict
 from adapter_server.registry import guard, versions
 from adapter_server.registry.publish import Publisher

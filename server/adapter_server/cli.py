@@ -33,8 +33,9 @@ from adapter_server.errors import AdapterRefused, AdapterServerError, InvalidReq
 
 if TYPE_CHECKING:
     from adapter_server.api.app import Connect
-    from adapter_server.api.resolve import Info
-    from adapter_server.engine import Engine, Worker
+    from adapter_server.core import Info
+    from adapter_server.engine.engine import Engine
+    from adapter_server.engine.worker import Worker
     from adapter_server.registry.guard import Expect
     from adapter_server.registry.publish import Publisher
     from adapter_server.registry.sources import Place
@@ -216,18 +217,19 @@ def _welcome(store: Store, address: str) -> None:
 
 
 def _serve(model: str, engine: EngineConfig, server: ServerConfig, announce: Callable[[Store, str], None]) -> None:
-    from adapter_server.api.access import check_host
-    from adapter_server.api.server import Server, configure_logs
-    from adapter_server.engine import settled
+    from adapter_server.api.hosts import check_host
+    from adapter_server.api.logs import configure_logs
+    from adapter_server.engine.process import is_apart
+    from adapter_server.engine.worker import settled
 
     check_host(server)
     configure_logs(server.log_level)
-    from adapter_server.engine.process import is_apart
-
     apart = is_apart(server.engine_process, engine.device)
     store, text, info, connect = (_apart if apart else _within)(model, engine, server)
     _publisher(store)
     import structlog
+
+    from adapter_server.api.server import Server
 
     structlog.get_logger().info("lane", model=info.model, lane=info.lane, why=info.lane_why)
     running = Server(connect, store, text, info, server, lambda at: announce(store, at))
@@ -243,7 +245,7 @@ Ready = tuple["Store", "Text", "Info", "Connect"]
 
 def _within(model: str, engine: EngineConfig, server: ServerConfig) -> Ready:
     """The engine on a thread of this process."""
-    from adapter_server.engine import Worker
+    from adapter_server.engine.worker import Worker
 
     store, built, text = _build(model, engine, Path(server.adapters))
     store.max_bytes, store.strict_base = server.max_adapter_bytes, server.strict_base
@@ -255,21 +257,28 @@ def _apart(model: str, engine: EngineConfig, server: ServerConfig) -> Ready:
     _check_model(model)
     with err.status(f"loading {_plain(model)}"):
         from adapter_server.engine.process import EngineProcess, Shelf, build_over
-        from adapter_server.families import known
         from adapter_server.registry.guard import Base
         from adapter_server.registry.store import Store
-        from adapter_server.text import Text
 
         name, root = _called(model), Path(server.adapters)
         shelf = Shelf(root, (model, name or Path(model).name), server.max_adapter_bytes, server.strict_base)
         store = Store(root, shelf.reserved, max_bytes=shelf.max_bytes)
         worker = EngineProcess(partial(build_over, model, engine, shelf, name), engine, store)
-        known()  # as the other process does: the first request need not wait for it
-        text = Text(model)
+        text = _meanwhile(model)
         ready = worker.ready()
         store.judge, store.strict_base = worker.judge, shelf.strict_base
-        store.base = Base((model, ready.info.model), ready.commit)
+        store.base = Base((model, ready.info.model), ready.info.commit)
         return store, text, ready.info, worker.connect
+
+
+def _meanwhile(model: str) -> Text:
+    """What this process needs, while the other one loads the base: the first request need not wait for it."""
+    from adapter_server.families import known
+    from adapter_server.text import Text
+
+    importlib.import_module("adapter_server.api.server")
+    known()
+    return Text(model)
 
 
 def _called(model: str) -> str | None:
@@ -282,8 +291,7 @@ def _build(model: str, config: EngineConfig, adapters: Path) -> tuple[Store, Eng
     _check_model(model)
     _quiet()
     with err.status(f"loading {_plain(model)}"):
-        from adapter_server.engine import build
-        from adapter_server.engine.process import commit_of
+        from adapter_server.engine.engine import build
         from adapter_server.registry.guard import Base
         from adapter_server.registry.store import Store
         from adapter_server.text import Text
@@ -293,7 +301,7 @@ def _build(model: str, config: EngineConfig, adapters: Path) -> tuple[Store, Eng
         store = Store(adapters, reserved=(model, name or Path(model).name))
         built = build(model, config, store, name)
         store.judge = built.pool.judge
-        store.base = Base((model, built.info.model), commit_of(built))
+        store.base = Base((model, built.info.model), built.info.commit)
         return store, built, text
 
 
@@ -341,7 +349,7 @@ def generate(
 @contextmanager
 def _running(engine: Engine) -> Iterator[tuple[Worker, queue.SimpleQueue[list[Event]]]]:
     """A worker over this engine, and what it reports."""
-    from adapter_server.engine import Worker
+    from adapter_server.engine.worker import Worker
 
     events: queue.SimpleQueue[list[Event]] = queue.SimpleQueue()
     worker = Worker(engine, events.put)

@@ -4,7 +4,7 @@ Spec      an adapter on disk, at one version              Member   a spec with i
 Request   what was asked, validated and resolved          Sampling how its tokens are chosen
 Constraint   the form that an answer must have
 Token     one emitted token    Finished   the end of a request    Loaded, Folded   an adapter's news
-Stats     a picture of the engine after a step
+Info      what the engine says of its base           Stats  a picture of it after a step
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ FinishReason = Literal["stop", "length", "eos", "cancelled", "timeout", "error"]
 ResidentState = Literal["registered", "loading", "ready", "failed"]  # registered: in the host tier alone
 Tier = Literal["disk", "host", "device"]
 TIERS: tuple[Tier, ...] = get_args(Tier)
+Op = Literal["load", "unload", "pin", "unpin", "merge", "unmerge"]
 ConstraintKind = Literal["json_schema", "regex", "lark"]
 Top = tuple[tuple[int, float], ...]  # token ids with their logprobs, the likeliest first
 
@@ -173,6 +174,23 @@ class Resident:
     running: int = 0
     waiting: int = 0
     error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Info:
+    """The base as a client may know it. `commit`: of a base from a hub."""
+
+    model: str
+    max_model_len: int
+    vocab: int
+    eos: frozenset[int]
+    device: str
+    dtype: str
+    parameters: int
+    lane: str
+    lane_why: str
+    has_encoder: bool  # which reads the prompt, so that an answer is no continuation of it
+    commit: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

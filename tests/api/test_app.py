@@ -16,9 +16,9 @@ import pytest
 
 from adapter_server import __version__
 from adapter_server.api import lorax, refusals
-from adapter_server.api.access import check_host
 from adapter_server.api.app import PULSE_S, create_app
 from adapter_server.api.envelope import Envelope
+from adapter_server.api.hosts import check_host
 from adapter_server.config import ServerConfig
 from adapter_server.errors import AdapterServerError, InvalidRequest, RequestFailed, VersionGone
 from adapter_server.metrics import Metrics

@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import zoo
 from adapter_server.api.server import Server
 from adapter_server.config import DEMO_BASE, EngineConfig, ServerConfig
-from adapter_server.engine import Worker, build
+from adapter_server.engine.engine import build
+from adapter_server.engine.worker import Worker
 from adapter_server.registry.store import Store
 from adapter_server.text import Text
 

@@ -15,8 +15,9 @@ import pytest
 from typer.testing import CliRunner
 
 from adapter_server import cli
-from adapter_server.api.access import Keys, check_host, guards_host
+from adapter_server.api.access import Keys
 from adapter_server.api.callers import Caller
+from adapter_server.api.hosts import check_host, guards_host
 from adapter_server.config import ServerConfig
 from adapter_server.errors import InvalidRequest, RateLimited
 from adapter_server.text import Text

@@ -22,7 +22,8 @@ import tiny
 import zoo
 from adapter_server.api.server import Server
 from adapter_server.config import EngineConfig, ServerConfig
-from adapter_server.engine import Worker, build
+from adapter_server.engine.engine import build
+from adapter_server.engine.worker import Worker
 from adapter_server.registry.store import Store
 from adapter_server.text import Text
 from fakes import EOS, save_byte_tokenizer

@@ -15,7 +15,7 @@ from adapter_server.bench import cells, command, latency, plots, report, workloa
 from adapter_server.bench.drive import Ask, Checker, drive, first_difference, gap, ready
 from adapter_server.bench.workloads import Shape, Workload, choose, prompts
 from adapter_server.config import EngineConfig
-from adapter_server.engine import Engine, build
+from adapter_server.engine.engine import Engine, build
 from adapter_server.errors import InvalidRequest
 from adapter_server.registry.store import Store
 

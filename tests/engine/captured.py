@@ -18,7 +18,8 @@ from torch.nn import functional as F
 
 import rig
 from adapter_server.core import Request
-from adapter_server.engine import Engine, forms, kernels, proofs
+from adapter_server.engine import forms, kernels, proofs
+from adapter_server.engine.engine import Engine
 from adapter_server.engine.routing import Step
 
 ACTIVATIONS = {0: F.silu, 1: F.gelu, 2: lambda x: F.gelu(x, approximate="tanh"), 3: F.relu, 4: torch.tanh}

@@ -17,7 +17,7 @@ from torch import Tensor
 import zoo
 from adapter_server.config import EngineConfig
 from adapter_server.core import Event, Finished, Member, Request, Sampling, Token
-from adapter_server.engine import Engine
+from adapter_server.engine.engine import Engine
 from adapter_server.registry.store import Store
 
 PROMPTS = [(5, 9, 13, 40), (11, 12, 60, 61, 62, 7, 33), (50,), tuple(range(20, 41)), (8, 8, 9, 70, 71)]

@@ -13,7 +13,7 @@ import transformers
 import rig
 import zoo
 from adapter_server.config import EngineConfig
-from adapter_server.engine import Engine
+from adapter_server.engine.engine import Engine
 from adapter_server.errors import AdapterRefused, NotMergeable
 from adapter_server.families import find
 from adapter_server.families.facts import describe

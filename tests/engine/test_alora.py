@@ -17,7 +17,7 @@ import rig
 import zoo
 from adapter_server.config import EngineConfig
 from adapter_server.core import Request
-from adapter_server.engine import Engine
+from adapter_server.engine.engine import Engine
 from adapter_server.errors import NotMergeable
 from adapter_server.registry.store import Store
 

@@ -12,8 +12,9 @@ import pytest
 
 import rig
 from adapter_server.core import Event, Finished, Folded, Member, Request, Token
-from adapter_server.engine import Engine, pool
+from adapter_server.engine import pool
 from adapter_server.engine.costs import Costs, Kind
+from adapter_server.engine.engine import Engine
 from adapter_server.engine.scheduler import Slice
 
 DEAR = {"plain": 1.0, "unmerged": 1.5, "alone": 1.0, "beside": 2.0}  # by which a snapshot pays while nobody else runs

@@ -12,7 +12,7 @@ from peft import LoraConfig
 import rig
 import zoo
 from adapter_server.config import EngineConfig
-from adapter_server.engine import Engine
+from adapter_server.engine.engine import Engine
 from adapter_server.engine.model import _is_linear
 from adapter_server.registry.store import Store
 

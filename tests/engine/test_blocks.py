@@ -6,7 +6,7 @@ import pytest
 
 import rig
 import zoo
-from adapter_server.engine import Engine
+from adapter_server.engine.engine import Engine
 
 SYSTEM = tuple(range(3, 43))  # what many prompts begin with: two blocks of 16, and a half
 KINDS = (None, "lora", "dora", "ia3", "ia3_saved", "lora_embed", "prefix", "prompt", "multitask")

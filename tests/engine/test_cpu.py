@@ -14,7 +14,8 @@ import torch
 import beyond
 import rig
 from adapter_server.core import Member, Request
-from adapter_server.engine import Engine, cpu, forms, native, proofs
+from adapter_server.engine import cpu, forms, native, proofs
+from adapter_server.engine.engine import Engine
 from adapter_server.engine.fused import FusedNorm
 from adapter_server.engine.kv import LayerShape, SlotPool
 from adapter_server.engine.operands import Form

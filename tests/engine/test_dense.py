@@ -13,8 +13,8 @@ from peft import IA3Config, LoraConfig, PeftConfig, PrefixTuningConfig, PromptTu
 import rig
 import zoo
 from adapter_server.config import EngineConfig
-from adapter_server.engine import Engine
 from adapter_server.engine.dense import TESTED
+from adapter_server.engine.engine import Engine
 from adapter_server.registry.store import Store
 
 TYPES: dict[str, tuple[str, dict[str, object]]] = {

@@ -11,7 +11,7 @@ from torch import Tensor
 import rig
 import zoo
 from adapter_server.config import EngineConfig
-from adapter_server.engine import Engine
+from adapter_server.engine.engine import Engine
 from adapter_server.registry.store import Store
 
 TOLERANCE = {torch.float16: 0.025, torch.bfloat16: 0.2}  # of a log-probability over 97 tokens

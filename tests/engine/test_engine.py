@@ -13,7 +13,7 @@ import torch
 import rig
 import zoo
 from adapter_server.core import Finished, Loaded, Member, Request
-from adapter_server.engine import Engine
+from adapter_server.engine.engine import Engine
 from adapter_server.errors import (
     AdapterRefused,
     AdapterUnavailable,

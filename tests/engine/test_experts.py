@@ -13,7 +13,7 @@ from peft import LoraConfig
 import rig
 import zoo
 from adapter_server.config import EngineConfig
-from adapter_server.engine import Engine
+from adapter_server.engine.engine import Engine
 from adapter_server.engine.model import Model
 from adapter_server.errors import AdapterRefused
 from adapter_server.families import find

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import rig
 import zoo
 from adapter_server.config import EngineConfig
-from adapter_server.engine import Engine
+from adapter_server.engine.engine import Engine
 from adapter_server.engine.model import load
 from adapter_server.families.base import linear_params
 from adapter_server.families.quantised import dequantised, is_quantised

@@ -24,8 +24,9 @@ pytest.importorskip("triton", reason="Triton is not installed")
 import rig
 import zoo
 from adapter_server.core import Member, Request
-from adapter_server.engine import Engine, capture, forms
+from adapter_server.engine import capture, forms
 from adapter_server.engine.capture import Captures, bucket
+from adapter_server.engine.engine import Engine
 from adapter_server.engine.graphs import GraphKey, Graphs
 from adapter_server.engine.grouped import Beside
 from adapter_server.engine.routing import Step

@@ -19,7 +19,7 @@ import rig
 import zoo
 from adapter_server.config import DEMO_BASE, EngineConfig, demo_adapters
 from adapter_server.core import Constraint, Finished, Request
-from adapter_server.engine import Engine, build
+from adapter_server.engine.engine import Engine, build
 from adapter_server.engine.guide import Guide, Guides
 from adapter_server.engine.kv import bytes_per_token
 from adapter_server.errors import AdapterServerError, InvalidRequest, RequestFailed

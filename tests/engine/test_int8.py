@@ -10,7 +10,7 @@ import torch
 import rig
 import zoo
 from adapter_server.config import EngineConfig
-from adapter_server.engine import Engine
+from adapter_server.engine.engine import Engine
 from adapter_server.engine.int8 import MOST, Int8Linear, hold_in_int8
 from adapter_server.engine.model import load
 from adapter_server.errors import BaseNotSupported

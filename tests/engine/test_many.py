@@ -9,7 +9,7 @@ import pytest
 import rig
 import zoo
 from adapter_server.config import EngineConfig
-from adapter_server.engine import Engine
+from adapter_server.engine.engine import Engine
 from adapter_server.registry.store import Store
 
 MANY, NEW = 64, 4

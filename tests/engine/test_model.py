@@ -9,7 +9,7 @@ import transformers
 import rig
 import zoo
 from adapter_server.config import EngineConfig
-from adapter_server.engine import Engine
+from adapter_server.engine.engine import Engine
 from adapter_server.engine.model import Model
 from adapter_server.engine.routing import Routing, Step, running
 from adapter_server.errors import BaseNotSupported

@@ -18,7 +18,7 @@ import rig
 import zoo
 from adapter_server.config import EngineConfig
 from adapter_server.core import Constraint
-from adapter_server.engine import Engine
+from adapter_server.engine.engine import Engine
 from adapter_server.engine.guide import Guides
 from adapter_server.engine.model import load
 from adapter_server.errors import AdapterRefused, BaseNotSupported, InvalidRequest, NotMergeable

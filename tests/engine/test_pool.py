@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save
 
 import rig
 from adapter_server.core import Resident
-from adapter_server.engine import Engine
 from adapter_server.engine import pool as pools
+from adapter_server.engine.engine import Engine
 from adapter_server.engine.placed import GroupPatch
 from adapter_server.engine.site import LinearGroup
 from adapter_server.engine.snapshot import fold

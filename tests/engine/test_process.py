@@ -20,7 +20,8 @@ import fake_engine
 import files
 import live
 from adapter_server.core import Event, Finished, Request, Sampling, Spec, Token
-from adapter_server.engine import EngineProcess, process
+from adapter_server.engine import process
+from adapter_server.engine.process import EngineProcess
 from adapter_server.errors import (
     AdapterRefused,
     AdapterServerError,
@@ -61,7 +62,7 @@ class Mail:
 def begun(tmp_path: Path, step_s: float = 0.0) -> tuple[EngineProcess, Mail]:
     mail = Mail()
     made = EngineProcess(partial(fake_engine.make, step_s, tmp_path), fake_engine.CONFIG, Store(tmp_path, settle_s=0))
-    assert made.ready().commit == "c0ffee"
+    assert made.ready().info == fake_engine.INFO
     made.connect(mail.batches.put)
     made.start()
     return made, mail
@@ -243,7 +244,7 @@ import sys, time
 from functools import partial
 from pathlib import Path
 import fake_engine
-from adapter_server.engine import EngineProcess
+from adapter_server.engine.process import EngineProcess
 from adapter_server.registry.store import Store
 
 if __name__ == "__main__":

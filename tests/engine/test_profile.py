@@ -10,7 +10,9 @@ import pytest
 
 import rig
 from adapter_server.core import Request, Sampling
-from adapter_server.engine import Engine, Worker, profile
+from adapter_server.engine import profile
+from adapter_server.engine.engine import Engine
+from adapter_server.engine.worker import Worker
 
 PARTS = {"plan", "route", "forward", "sampling", "events"}
 

@@ -9,8 +9,8 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not installed")
 
 import rig
-from adapter_server.engine import Engine
 from adapter_server.engine.capture import Captures, Sheet
+from adapter_server.engine.engine import Engine
 from adapter_server.engine.prompts import Prompts
 from captured import as_on_cuda, ask, right, served, uncaptured  # noqa: F401 - a fixture
 

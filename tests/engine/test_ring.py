@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import rig
-from adapter_server.engine import Engine
+from adapter_server.engine.engine import Engine
 from adapter_server.engine.ring import ALIGNED, PIECES, Ring, ring
 
 CPU = torch.device("cpu")

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import rig
-from adapter_server.engine import Engine
 from adapter_server.engine import engine as engine_module
+from adapter_server.engine.engine import Engine
 from adapter_server.errors import InvalidRequest, NotMergeable
 
 NAMES = ("poly", "poly_split", "multitask", "lora")

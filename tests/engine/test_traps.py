@@ -14,7 +14,7 @@ import torch
 import rig
 import zoo
 from adapter_server.config import EngineConfig
-from adapter_server.engine import Engine
+from adapter_server.engine.engine import Engine
 from adapter_server.registry.store import Store
 from test_oracle import check
 

@@ -20,7 +20,7 @@ import rig
 import zoo
 from adapter_server.config import EngineConfig
 from adapter_server.core import Finished, Member, Request, Resident, Token
-from adapter_server.engine import Engine
+from adapter_server.engine.engine import Engine
 from adapter_server.engine.model import load
 from adapter_server.engine.tree import Sentry, Trees
 from adapter_server.errors import AdapterRefused, AdapterServerError, InvalidRequest, NotMergeable

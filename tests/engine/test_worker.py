@@ -13,8 +13,7 @@ import pytest
 
 import rig
 from adapter_server.core import Event, Finished, Stats, Token
-from adapter_server.engine import Worker
-from adapter_server.engine.worker import Pace
+from adapter_server.engine.worker import Pace, Worker
 from adapter_server.errors import NotMergeable, PromptTooLong, QueueFull, RequestFailed, Unavailable
 
 

@@ -15,7 +15,7 @@ import rig
 import zoo
 from adapter_server.config import EngineConfig
 from adapter_server.core import Member, Request
-from adapter_server.engine import Engine
+from adapter_server.engine.engine import Engine
 from adapter_server.engine.tree import Decode, Trees
 from adapter_server.errors import AdapterRefused, InvalidRequest, NotMergeable
 from adapter_server.families import find, lane_of, unipelt, virtual_tokens

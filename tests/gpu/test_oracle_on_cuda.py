@@ -10,7 +10,7 @@ import torch
 import rig
 import zoo
 from adapter_server.config import EngineConfig
-from adapter_server.engine import Engine
+from adapter_server.engine.engine import Engine
 from adapter_server.engine.grouped import Grouped
 from adapter_server.engine.kv import PagePool
 from adapter_server.registry.store import Store

@@ -16,12 +16,13 @@ from adapter_server.api import access, adapters, aliases, generate, lorax, opena
 from adapter_server.api.bridge import Bridge, Worker
 from adapter_server.api.described import ANYWHERE, KEYED, PLAIN, LoraxRefusal, Refusal, refused
 from adapter_server.api.envelope import Envelope
-from adapter_server.api.resolve import Info, prompt_ids
+from adapter_server.api.hosts import guards_host
+from adapter_server.api.resolve import prompt_ids
 from adapter_server.api.schemas import DetokenizeBody, TokenizeBody, document, parse
 from adapter_server.api.service import Service, service_of
 from adapter_server.api.sse import reply
 from adapter_server.config import ServerConfig
-from adapter_server.core import Event
+from adapter_server.core import Event, Info
 from adapter_server.errors import AdapterServerError, InvalidRequest, Unavailable
 from adapter_server.metrics import CONTENT_TYPE, Metrics
 from adapter_server.registry.aliases import Aliases
@@ -68,7 +69,7 @@ def create_app(
 
 def _wrap(app: FastAPI, config: ServerConfig) -> None:
     """What stands around every route, the innermost first."""
-    if access.guards_host(config):
+    if guards_host(config):
         app.add_middleware(access.HostGuard, own=config.host)
     app.add_middleware(Envelope, config=config, wordings=dict.fromkeys(LORAXS, lorax.worded))
     if config.cors_origin:  # refusals, too, are for a page to read

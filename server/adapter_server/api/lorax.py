@@ -19,7 +19,7 @@ from adapter_server.api import access
 from adapter_server.api.answer import Answer, Piece, begin, encode, finite, logprob_of
 from adapter_server.api.described import GENERATED, STREAMED
 from adapter_server.api.refusals import speak
-from adapter_server.api.resolve import Info, check_length
+from adapter_server.api.resolve import check_length
 from adapter_server.api.schemas import (
     FORMATS,
     MOST_STOPS,
@@ -50,7 +50,7 @@ from adapter_server.api.schemas import (
 )
 from adapter_server.api.service import Service, note, service_of
 from adapter_server.api.sse import EventStream, data, reply
-from adapter_server.core import Token
+from adapter_server.core import Info, Token
 from adapter_server.errors import AdapterServerError, DeadlineExceeded, InvalidRequest, PromptTooLong, Unavailable
 
 REASONS = {"eos": "eos_token", "stop": "stop_sequence", "length": "length"}

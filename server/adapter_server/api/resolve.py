@@ -3,40 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
 
 from adapter_server.api.schemas import GenerateBody
-from adapter_server.core import AskedMode, Member, Request, Sampling
+from adapter_server.core import AskedMode, Info, Member, Request, Sampling
 from adapter_server.errors import InvalidRequest, PromptTooLong
 from adapter_server.families import before_the_prompt, tasks, virtual_tokens
 from adapter_server.registry.store import Store
 from adapter_server.text import Text
 
 _numbers = itertools.count()
-
-
-class Info(Protocol):
-    """What is asked of the engine about its base model."""
-
-    @property
-    def model(self) -> str: ...
-    @property
-    def max_model_len(self) -> int: ...
-    @property
-    def vocab(self) -> int: ...
-    @property
-    def eos(self) -> Collection[int]: ...
-    @property
-    def device(self) -> str: ...
-    @property
-    def dtype(self) -> str: ...
-    @property
-    def lane(self) -> str: ...
-    @property
-    def lane_why(self) -> str: ...
-    @property
-    def has_encoder(self) -> bool: ...
 
 
 def prompt_ids(prompt: str | Sequence[int], text: Text, info: Info) -> tuple[int, ...]:

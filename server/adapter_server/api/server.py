@@ -1,12 +1,10 @@
-"""The process: uvicorn, signals and logs."""
+"""The process: uvicorn and signals."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import signal
 import socket
-import sys
 from collections.abc import Callable, Coroutine
 from types import FrameType
 
@@ -15,9 +13,9 @@ import uvicorn
 
 from adapter_server.api.app import Connect, create_app
 from adapter_server.api.protocol import Protocol
-from adapter_server.api.resolve import Info
 from adapter_server.api.service import Service
 from adapter_server.config import ServerConfig
+from adapter_server.core import Info
 from adapter_server.errors import AdapterServerError
 from adapter_server.registry.store import Store
 from adapter_server.text import Text
@@ -122,34 +120,3 @@ async def preload(service: Service) -> None:
             error.message = f"--preload {name}: {error.message}"
             raise
     service.starting = False
-
-
-def configure_logs(level: str) -> None:
-    """One format for our lines and the libraries': for people on a terminal, JSON lines elsewhere."""
-    terminal = sys.stderr.isatty()
-    shared: list[structlog.typing.Processor] = [
-        structlog.processors.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
-    ]
-    console = structlog.dev.ConsoleRenderer(
-        exception_formatter=structlog.dev.RichTracebackFormatter(show_locals=False)  # locals hold prompts and keys
-    )
-    last: list[structlog.typing.Processor] = [
-        structlog.stdlib.ProcessorFormatter.remove_processors_meta,
-        *([] if terminal else [structlog.processors.format_exc_info]),
-        console if terminal else structlog.processors.JSONRenderer(),
-    ]
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(structlog.stdlib.ProcessorFormatter(foreign_pre_chain=shared, processors=last))
-    logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    structlog.configure(
-        processors=[
-            structlog.stdlib.filter_by_level,
-            *shared,
-            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
-        ],
-        logger_factory=structlog.stdlib.LoggerFactory(),
-        wrapper_class=structlog.stdlib.BoundLogger,
-    )

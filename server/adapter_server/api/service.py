@@ -10,9 +10,9 @@ from typing import Any
 from starlette.requests import Request
 
 from adapter_server.api.bridge import Bridge, Worker
-from adapter_server.api.resolve import Info
 from adapter_server.api.templates import Renderer
 from adapter_server.config import ServerConfig
+from adapter_server.core import Info
 from adapter_server.errors import AdapterNotFound, Unavailable
 from adapter_server.metrics import Metrics
 from adapter_server.registry import versions

@@ -19,7 +19,7 @@ from rich.progress import Progress
 from adapter_server.bench.drive import Ask, Checker, Run, Setting, Tokens, drive, gap, ready
 from adapter_server.bench.http import serve, within
 from adapter_server.bench.workloads import Workload
-from adapter_server.engine import Engine
+from adapter_server.engine.engine import Engine
 
 WARM_TOKENS = 3
 FIGURES = ("ttft_ms", "ms_per_token", "tokens_per_s")

@@ -18,7 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 from adapter_server.bench import drive, plots, report
 from adapter_server.bench.drive import Setting
 from adapter_server.bench.workloads import Shape, Size, Workload
-from adapter_server.engine import Engine
+from adapter_server.engine.engine import Engine
 
 SizeFlag = Annotated[Size, typer.Option("--size", help="The demo's base, or random weights of a size")]
 RoundsFlag = Annotated[int, typer.Option("--rounds", help="Rounds; figures are medians over them", min=1)]

@@ -17,8 +17,9 @@ from transformers.utils.logging import disable_progress_bar
 from adapter_server.bench.workloads import IN_PLACE, Workload, base_dtype, llama
 from adapter_server.config import GIB, EngineConfig
 from adapter_server.core import AskedMode, Finished, Member, Request, Sampling, Token
-from adapter_server.engine import Engine, settled
+from adapter_server.engine.engine import Engine
 from adapter_server.engine.model import load
+from adapter_server.engine.worker import settled
 from adapter_server.errors import BaseNotSupported, RequestFailed
 from adapter_server.registry.store import Store
 

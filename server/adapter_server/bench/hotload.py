@@ -36,7 +36,7 @@ from adapter_server.bench.drive import Ask, Checker, Tokens, made
 from adapter_server.bench.http import serve, within
 from adapter_server.bench.play import Arrival, Deed, Stage, check, figures, learn, live, medians
 from adapter_server.bench.workloads import Workload, many_loras, prompts
-from adapter_server.engine import Engine
+from adapter_server.engine.engine import Engine
 from adapter_server.registry import guard
 
 CALM, BUSY = "without", "while loading"

@@ -18,15 +18,17 @@ from typing import Any, TypeVar
 import httpx
 
 from adapter_server.api.app import Connect
-from adapter_server.api.resolve import Info
-from adapter_server.api.server import Server, configure_logs
+from adapter_server.api.logs import configure_logs
+from adapter_server.api.server import Server
 from adapter_server.bench.client import Reply, per_token_s
 from adapter_server.bench.drive import Ask, Run, Setting, Tokens, engine_of
 from adapter_server.bench.play import Arrival, Deed, by_clock
 from adapter_server.bench.workloads import Workload
 from adapter_server.config import PACKAGE, EngineConfig, ServerConfig
-from adapter_server.engine import Engine, EngineProcess, Worker
-from adapter_server.engine.engine import Op
+from adapter_server.core import Info, Op
+from adapter_server.engine.engine import Engine
+from adapter_server.engine.process import EngineProcess
+from adapter_server.engine.worker import Worker
 from adapter_server.errors import RequestFailed
 from adapter_server.registry import guard
 from adapter_server.registry.store import Store

@@ -30,7 +30,7 @@ from adapter_server.bench.command import (
 from adapter_server.bench.drive import Ask, drive, ready
 from adapter_server.bench.peft_kinds import one_of_every_kind
 from adapter_server.bench.workloads import VIRTUAL_TOKENS, Workload, prompts
-from adapter_server.engine import Engine
+from adapter_server.engine.engine import Engine
 from adapter_server.errors import AdapterServerError
 from adapter_server.registry import guard
 

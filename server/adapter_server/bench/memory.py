@@ -26,7 +26,7 @@ from adapter_server.bench.command import (
 from adapter_server.bench.drive import Ask, drive, ready
 from adapter_server.bench.workloads import ATTENTION, LINEARS, Workload, many_loras, prompts
 from adapter_server.config import EngineConfig
-from adapter_server.engine import Engine
+from adapter_server.engine.engine import Engine
 from adapter_server.registry import guard
 
 TARGETS: Mapping[str, tuple[str, ...]] = {"q, k, v, o": ATTENTION, "all linears": LINEARS}

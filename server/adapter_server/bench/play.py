@@ -16,9 +16,9 @@ from typing import Any, Protocol
 
 from adapter_server.bench.client import Reply
 from adapter_server.bench.drive import Ask, Checker, Tokens, request_of
-from adapter_server.core import Event, Finished, Token
-from adapter_server.engine import Engine, Worker
-from adapter_server.engine.engine import Op
+from adapter_server.core import Event, Finished, Op, Token
+from adapter_server.engine.engine import Engine
+from adapter_server.engine.worker import Worker
 from adapter_server.errors import RequestFailed
 from adapter_server.registry import guard
 from adapter_server.registry.publish import Publisher

@@ -36,7 +36,7 @@ from adapter_server.bench.command import (
 from adapter_server.bench.drive import Ask, Run, drive, ready
 from adapter_server.bench.workloads import Workload, many_loras, prompts
 from adapter_server.core import AskedMode
-from adapter_server.engine import Engine
+from adapter_server.engine.engine import Engine
 
 Way = Literal["unmerged", "merged", "dominant", "auto"]
 WAYS: tuple[Way, ...] = ("unmerged", "merged", "dominant", "auto")

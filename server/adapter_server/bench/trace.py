@@ -39,7 +39,7 @@ from adapter_server.bench.drive import Ask, Checker
 from adapter_server.bench.http import serve, within
 from adapter_server.bench.play import Arrival, Stage, check, figures, learn, live, medians
 from adapter_server.bench.workloads import ATTENTION, Trace, Workload, calls, link, many_loras, prompts
-from adapter_server.engine import Engine
+from adapter_server.engine.engine import Engine
 from adapter_server.registry.store import Store
 
 FEW, MANY = 5, 2000  # whose ratio is the result

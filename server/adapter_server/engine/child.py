@@ -17,15 +17,16 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from adapter_server.core import Event, Finished, Request, Spec, Stats
-from adapter_server.engine.engine import Engine, Op
+from adapter_server.core import Event, Finished, Op, Request, Spec, Stats
 from adapter_server.engine.link import Done, Line, News, Order, Ready, Refused
-from adapter_server.engine.process import commit_of
 from adapter_server.engine.worker import Room, Worker
 from adapter_server.errors import AdapterServerError, AdapterUnavailable
 from adapter_server.registry.store import Blob
+
+if TYPE_CHECKING:
+    from adapter_server.engine.engine import Engine
 
 ORPHAN_S = 5.0  # for the rows of a server that is gone to end; then the process ends as it is
 STATS_SHARE = 0.05  # of the time, at most, goes into telling how things stand
@@ -123,7 +124,7 @@ def main() -> None:
         line.send(Refused(error))
         return
     hosted = Hosted(engine, line)
-    line.send(Ready(engine.info, hosted.stats(), commit_of(engine)))
+    line.send(Ready(engine.info, hosted.stats()))
     engine.pool.store.on_fault = line.send
     threading.Thread(target=_judge, args=(desk, engine), daemon=True).start()
     _host(hosted, inbox)

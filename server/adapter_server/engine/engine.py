@@ -11,17 +11,15 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Literal
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from adapter_server.config import EngineConfig
-from adapter_server.core import Event, Finished, FinishReason, Folded, Loaded, Request, Spec, Stats, Token
+from adapter_server.core import Event, Finished, FinishReason, Folded, Info, Loaded, Op, Request, Spec, Stats, Token
 from adapter_server.engine import forms
 from adapter_server.engine.auto import Auto
 from adapter_server.engine.graphs import Flight, Graphs
@@ -51,29 +49,12 @@ from adapter_server.families import known
 from adapter_server.families.base import Adapter
 from adapter_server.registry.store import Store
 
-Op = Literal["load", "unload", "pin", "unpin", "merge", "unmerge"]
 PATIENCE_S = 1.0  # that a loaded adapter waits for room before its rows hold up later ones
 SMALL_BASE = 8_000_000  # parameters: below, one thread is faster than two (seen: 1.5-2.5 times at 1.3M)
 TASKS_KEPT = 16  # of one adapter with skills, on the device
 TURNS = 4  # rows of the peft lane that get a token in one step, so that packed rows need not wait for all of them
 ROUTINGS_KEPT = 8  # groups of rows that may take turns
 SLOTS_AT_LEAST = 16  # rows that the automatic context length leaves room for
-
-
-@dataclass(frozen=True, slots=True)
-class Info:
-    """The base as a client may know it."""
-
-    model: str
-    max_model_len: int
-    vocab: int
-    eos: frozenset[int]
-    device: str
-    dtype: str
-    parameters: int
-    lane: str
-    lane_why: str
-    has_encoder: bool  # which reads the prompt, so that an answer is no continuation of it
 
 
 def build(model: str | Path, config: EngineConfig, store: Store, name: str | None = None) -> Engine:
@@ -805,4 +786,5 @@ def _info(module: PreTrainedModel, model: Model, name: str, length: int) -> Info
         lane=model.lane,
         lane_why=model.why,
         has_encoder=bool(module.config.is_encoder_decoder),
+        commit=getattr(module.config, "_commit_hash", None),
     )

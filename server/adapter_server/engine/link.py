@@ -13,12 +13,14 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from adapter_server.core import Event, Stats, Token
-from adapter_server.engine.engine import Engine, Info
+from adapter_server.core import Event, Info, Stats, Token
 from adapter_server.engine.worker import Room
 from adapter_server.errors import AdapterServerError
+
+if TYPE_CHECKING:
+    from adapter_server.engine.engine import Engine
 
 PROTOCOL = 5
 
@@ -33,11 +35,10 @@ class Order:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """The engine stands. `commit`: its base's, where that is of a hub."""
+    """The engine stands."""
 
     info: Info
     stats: Stats
-    commit: str | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,8 @@
     submit, cancel, call ──> outbox ── line ──>   inbox ──> Worker ──> engine.step
     deliver <── a thread <────────── line <──────  News, once a step
 
-Nothing here waits for the engine but `judge`, `ready` and `stop`.
+Nothing here waits for the engine but `judge`, `ready` and `stop`. Torch and transformers are imported by who needs them
+alone: one process loads the base while the other one becomes a server.
 """
 
 from __future__ import annotations
@@ -23,18 +24,18 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from logging import LogRecord
 from pathlib import Path
-from typing import Any, Literal
-
-from transformers.utils import logging as logging_of_libraries
+from typing import TYPE_CHECKING, Any, Literal
 
 from adapter_server.config import PACKAGE, EngineConfig
-from adapter_server.core import Event, Finished, FinishReason, Request, Spec, Stats
-from adapter_server.engine.engine import Engine, Op, build, device_of
+from adapter_server.core import Event, Finished, FinishReason, Op, Request, Spec, Stats
 from adapter_server.engine.link import Done, Line, News, Order, Ready, Refused
 from adapter_server.engine.worker import Room
 from adapter_server.errors import Unavailable
 from adapter_server.registry.guard import Base
 from adapter_server.registry.store import Blob, Fault, Store
+
+if TYPE_CHECKING:
+    from adapter_server.engine.engine import Engine
 
 LEAVE_S = 10.0  # for the engine's process to end once it may; then it is killed
 RETRY_S = 5.0
@@ -42,7 +43,11 @@ RETRY_S = 5.0
 
 def is_apart(chosen: Literal["auto", "on", "off"], device: str) -> bool:
     """Whether the engine gets a process of its own: on the CPU its threads and HTTP's share the cores anyway."""
-    return chosen == "on" or (chosen == "auto" and device_of(device).type == "cuda")
+    if chosen == "auto" and device == "auto":
+        import torch
+
+        return torch.cuda.is_available()
+    return chosen == "on" or (chosen == "auto" and device.startswith("cuda"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,17 +68,15 @@ class Shelf:
 
 def build_over(model: str, config: EngineConfig, shelf: Shelf, name: str | None) -> Engine:
     """As `build`, over adapters of its own. For an `Order`."""
+    from transformers.utils import logging as logging_of_libraries
+
+    from adapter_server.engine.engine import build
+
     logging_of_libraries.disable_progress_bar()
     store = shelf.open()
     engine = build(model, config, store, name)
-    store.base = Base((model, engine.info.model), commit_of(engine))
+    store.base = Base((model, engine.info.model), engine.info.commit)
     return engine
-
-
-def commit_of(engine: Engine) -> str | None:
-    """The commit of a base from a hub."""
-    commit: str | None = getattr(engine.model.module.config, "_commit_hash", None)
-    return commit
 
 
 class EngineProcess:

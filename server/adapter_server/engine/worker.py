@@ -14,11 +14,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from adapter_server.config import EngineConfig
-from adapter_server.core import Event, Finished, FinishReason, Request, Spec, Stats
-from adapter_server.engine.engine import Engine, Op
+from adapter_server.core import Event, Finished, FinishReason, Op, Request, Spec, Stats
 from adapter_server.errors import AdapterServerError, QueueFull, Unavailable
+
+if TYPE_CHECKING:
+    from adapter_server.engine.engine import Engine
 
 IDLE_S = 0.05  # how long an idle loop sleeps when nothing wakes it; deadlines are seen this late at most
 LONGEST_WAIT_S = 60.0  # that a refused caller is told to wait
