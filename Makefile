@@ -15,7 +15,7 @@ serve: $(READY)  ## the embedded demo on http://127.0.0.1:8000 (PORT= changes it
 	$(BIN)/adapter-server demo --port $(PORT)
 
 test: $(READY)  ## every test but the long runs
-	$(BIN)/python -m pytest -m "not soak" -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not soak" -q -n 2 --dist loadfile --no-loadscope-reorder
 
 soak: $(READY) $(CLIENTS)  ## the long runs
 	$(BIN)/python -m pytest -m soak -q

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -51,8 +52,13 @@ NO_TORCH = ("errors.py", "core.py", "config.py", "registry/")
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
+@functools.cache
+def nodes(file: Path) -> list[ast.AST]:
+    return list(ast.walk(ast.parse(file.read_text())))
+
+
 def imports(file: Path) -> Iterator[str]:
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in nodes(file):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -102,7 +108,7 @@ def test_adapters_hold_no_python() -> None:
 
 def test_no_error_is_swallowed() -> None:
     for file in FILES:
-        for node in ast.walk(ast.parse(file.read_text())):
+        for node in nodes(file):
             if isinstance(node, ast.ExceptHandler):
                 assert not (len(node.body) == 1 and isinstance(node.body[0], ast.Pass)), place(file)
 
@@ -110,4 +116,4 @@ def test_no_error_is_swallowed() -> None:
 def test_nothing_depends_on_asserts() -> None:
     """`python -O` drops them: what guards anything is an `if` and a typed error."""
     for file in FILES:
-        assert not [node.lineno for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Assert)], file
+        assert not [node.lineno for node in nodes(file) if isinstance(node, ast.Assert)], file

@@ -105,6 +105,7 @@ def test_attention_that_differs_is_left_out(monkeypatch: pytest.MonkeyPatch, cap
         out += 1
 
     monkeypatch.setattr(cpu, "paged_decode", off)
+    caplog.set_level("WARNING")
     assert forms.attending(CPU, torch.float32, [(2, 16, 16)], 4, 16, slots=True) is None
     assert "is off by" in caplog.text
 

@@ -181,6 +181,7 @@ def test_a_machine_without_a_compiler_is_told_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("CC", "no-such-compiler")
+    caplog.set_level("WARNING")
     assert native.library.__wrapped__() is None
     assert "install gcc" in caplog.text
 
