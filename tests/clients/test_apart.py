@@ -14,6 +14,7 @@ from subprocess import Popen
 from typing import Any
 
 import httpx
+import pytest
 
 import live
 
@@ -78,6 +79,7 @@ def test_a_signal_to_both_drains_and_leaves_nobody() -> None:
     assert live.is_gone(child)
 
 
+@pytest.mark.soak
 def test_a_second_signal_leaves_at_once_and_nobody_behind() -> None:
     with started() as (process, address, child):
 

@@ -21,9 +21,9 @@ FILTERS = list(itertools.product((0.0, 0.3, 1.0, 2.0), (0, 1, 47), (1.0, 0.9, 0.
 HALF = torch.bfloat16
 MANY = [
     (0.0, 0, HALF),
-    (0.01, 1, HALF),
-    (1.0, 2, HALF),
-    (1.0, 3, torch.float16),
+    pytest.param(0.01, 1, HALF, marks=pytest.mark.soak),
+    pytest.param(1.0, 2, HALF, marks=pytest.mark.soak),
+    pytest.param(1.0, 3, torch.float16, marks=pytest.mark.soak),
     (1.0, 4, torch.float32),
     (8.0, 5, HALF),
 ]

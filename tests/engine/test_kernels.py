@@ -248,9 +248,9 @@ def test_the_engine_with_kernels_is_peft(arch: str, names: tuple[str, ...], grap
     assert isinstance(served.model.lowrank, Grouped)
     assert served.kv.kernels is kernels
     digest = served.model.digest()
-    asked = [rig.ask(served, name, rig.PROMPTS[i % 3], max_new_tokens=3) for i, name in enumerate((None, *names))]
+    asked = [rig.ask(served, name, rig.PROMPTS[i % 3], max_new_tokens=2) for i, name in enumerate((None, *names))]
     for i, (name, answer) in enumerate(zip((None, *names), rig.run(served, asked, timeout_s=240), strict=True)):
-        ids, logprobs = rig.peft_alone(arch, name, rig.PROMPTS[i % 3], 3)
+        ids, logprobs = rig.peft_alone(arch, name, rig.PROMPTS[i % 3], 2)
         assert tuple(answer.ids) == ids, name
         assert (answer.matrix() - logprobs).abs().max().item() < 1e-4, name
     assert served.model.digest() == digest
