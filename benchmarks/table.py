@@ -23,13 +23,17 @@ Figure = Callable[[Results, str], str | None]  # of these results at a size; Non
 
 
 def newest(results: Path, device: str = "cpu") -> Results:
-    """By benchmark and size, the result with the latest date on this kind of device."""
+    """By benchmark and size, the result with the latest date on this kind of device. Where adapters are not filed in
+    the base's format, the benchmark has theirs in its name.
+    """
     read = [json.loads(path.read_text()) for path in results.glob("*.json")]
     parts = [part for result in read for part in result.get("parts", [result])]
     found: dict[str, dict[str, Result]] = {}
     for result in sorted(parts, key=lambda result: str(result["date"])):
         if str(result["model"].get("device", "cpu")).startswith(device):
-            found.setdefault(result["benchmark"], {})[result["workload"]["size"]] = result
+            work = result["workload"]
+            benchmark = " ".join([result["benchmark"], *filter(None, [work.get("filed")])])
+            found.setdefault(benchmark, {})[work["size"]] = result
     return found
 
 
@@ -160,24 +164,30 @@ def cold_load(results: Results, size: str) -> str | None:
 POPULARITIES = ("identical", "uniform", "distinct")  # 1, 16 and 32 adapters
 
 
-def _popularity(results: Results, size: str) -> Mapping[str, Result]:
-    lines = results.get("popularity", {}).get(size, {}).get("results", ())
+def _popularity(results: Results, size: str, benchmark: str = "popularity") -> Mapping[str, Result]:
+    lines = results.get(benchmark, {}).get(size, {}).get("results", ())
     return {line["popularity"]: line for line in lines}
 
 
-def decode(results: Results, size: str) -> str | None:
+def decode(results: Results, size: str, benchmark: str = "popularity") -> str | None:
     """The base's ms per step over that of 32 rows on 1, 16 and 32 adapters."""
-    if not (lines := _popularity(results, size)):
+    if not (lines := _popularity(results, size, benchmark)):
         return None
     steps = {name: line["rounds"]["ms_per_token"] for name, line in lines.items()}
     return " / ".join(f"{_median(steps['base'], steps[name]):.2f}" for name in POPULARITIES)
 
 
-def added(results: Results, size: str) -> str | None:
+def added(results: Results, size: str, benchmark: str = "popularity") -> str | None:
     """What 1, 16 and 32 adapters add to a step, each beside its aim."""
-    lines = [line for name, line in _popularity(results, size).items() if name in POPULARITIES and "added_ms" in line]
+    found = _popularity(results, size, benchmark).items()
+    lines = [line for name, line in found if name in POPULARITIES and "added_ms" in line]
     lines.sort(key=lambda line: int(line["adapters"]))
     return " / ".join(f"{line['added_ms']:.2f} of {line['added_aim_ms']:.2f} ms" for line in lines) or None
+
+
+def filed_in_16(figure: Callable[..., str | None]) -> Figure:
+    """The same of adapters whose files are in bfloat16 over a base in float32."""
+    return lambda results, size: figure(results, size, "popularity bfloat16")
 
 
 def levelness(results: Results, size: str) -> str | None:
@@ -243,6 +253,8 @@ TARGETS: Sequence[tuple[str, str, str, Figure]] = (
         "≤ 1.5 × their bytes / bandwidth + 0.15 ms",
         added,
     ),
+    ("the former of adapters that are filed in bfloat16", "–", "–", filed_in_16(decode)),
+    ("the latter of these", "–", "–", filed_in_16(added)),
     ("worst popularity over the best, tokens/s (Punica's four)", "–", "–", levelness),
     (
         "four rows of the middle / the dearest kind, and one row of each kind, ms per token over the base",
@@ -306,6 +318,12 @@ TARGETS: Sequence[tuple[str, str, str, Figure]] = (
         ratio("trace", "2000 / 5", under="warm_ratios"),
     ),
     ("the same, every adapter on disk at first", "–", "–", ratio("trace", "2000 / 5")),
+    (
+        "the former of adapters in 16 bits, as S-LoRA's are: filed in bfloat16",
+        "–",
+        "–",
+        ratio("trace bfloat16", "2000 / 5", under="warm_ratios"),
+    ),
     ("auto over the better fixed mode, at the worst skew", "≥ 0.97", "≥ 0.97", auto),
     (
         "p99 inter-token latency while adapters load, over without",

@@ -186,6 +186,7 @@ def test_the_floor_of_adapters_by_hand():
     assert three.adapter_bytes == 3 * 2 * sides * 4
     assert three.flops - plain.flops == 4 * 2 * 2 * sides
     assert (plain.adapter_bytes, three.kv_bytes) == (0, plain.kv_bytes)
+    assert report.floor(shape, rows=4, context=5, adapters=3, rank=2, held=2).adapter_bytes == three.adapter_bytes / 2
 
 
 def test_the_floor_counts_the_weights_of_the_model(engine, workload):

@@ -151,6 +151,20 @@ def test_what_adapters_cost_by_their_number(table):
     assert [f(popularities(), "1b") for f in (table.decode, table.added, table.levelness)] == [None] * 3
 
 
+def test_adapters_filed_in_16_bits_have_figures_of_their_own(table, files):
+    _, results = files
+    for name, more in {"p": {}, "q": {"filed": "bfloat16"}, "r": {"filed": None}}.items():
+        made = common("popularity", f"2026-{name}", **more) | popularities()["popularity"]["8b"]
+        (results / f"{name}.json").write_text(json.dumps(made))
+    found = table.newest(results)
+    assert {name: found[name]["35m"]["date"] for name in found if "popularity" in name} == {
+        "popularity": "2026-r",
+        "popularity bfloat16": "2026-q",
+    }
+    assert table.filed_in_16(table.decode)(found, "35m") == "0.75 / 0.50 / 0.25"
+    assert table.filed_in_16(table.decode)({}, "35m") is None
+
+
 def test_cold_loads_of_both_benchmarks_by_size(table):
     loads = [{"load_ms": 50.4, "file_bytes": 168e6}, {"load_ms": 15.0, "file_bytes": 42e6}]
     found = {"coldload": {"8b": {"results": loads}}, "hotload": {"8b": {"cold": {"load_ms": 9, "file_bytes": 2e7}}}}

@@ -93,6 +93,12 @@ def test_adapters_beside_a_base_in_fewer_bits_are_saved_so(monkeypatch: pytest.M
     assert {t.dtype for t in weights.values()} == {torch.bfloat16}
 
 
+def test_adapters_are_filed_as_they_are_asked_for() -> None:
+    with many_loras("tiny", 1, 2, filed="bfloat16") as made:
+        weights = load_file(made.adapters / "lora-0" / "adapter_model.safetensors")
+    assert {t.dtype for t in weights.values()} == {torch.bfloat16}
+
+
 def test_more_adapters_of_another_rank_stand_in_the_same_folder() -> None:
     with many_loras("tiny", 1, 2) as made:
         both = with_loras(made, 2, 8, prefix="large")

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import functools
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import rig
 import zoo
 from adapter_server.config import EngineConfig
+from adapter_server.engine.added import Native
 from adapter_server.engine.engine import Engine
 from adapter_server.registry.store import Store
 
@@ -109,3 +113,36 @@ def test_a_snapshot_is_rounded_once(dtype: torch.dtype) -> None:
     held = [h.placed for h in served.pool.holdings.values() if h.merged and h.placed]
     assert {g.product.weight.dtype for p in held for g in p.groups.values() if g.product} == {dtype}
     served.close()
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_adapters_filed_in_16_bits_are_pefts_over_a_base_in_float32(kernels: bool, tmp_path: Path) -> None:
+    """In one batch with others, merged and not; where kernels read them as they are, they take half the memory."""
+    dtypes = {"wide": torch.float32, "brain": torch.bfloat16, "half": torch.float16}
+    for name, dtype in dtypes.items():
+        shutil.copytree(rig.saved("llama", "lora"), tmp_path / name)
+        tensors = load_file(tmp_path / name / "adapter_model.safetensors")
+        save_file({key: t.to(dtype) for key, t in tensors.items()}, tmp_path / name / "adapter_model.safetensors")
+    config = EngineConfig(kv_bytes=16 << 20, max_rows=64, kernels=kernels, fuse=kernels)
+    served = Engine(zoo.tiny_base("llama"), config, Store(tmp_path, settle_s=0))
+    for mode in ("unmerged", "merged"):
+        asked = [rig.ask(served, name, rig.PROMPTS[0], mode) for name in (*dtypes, *dtypes)]
+        for name, answer in zip((*dtypes, *dtypes), rig.run(served, asked), strict=True):
+            ids, logprobs = _peft_of(tmp_path / name, rig.PROMPTS[0])
+            assert tuple(answer.ids) == ids, (name, mode)
+            assert (answer.matrix() - logprobs).abs().max() < 1e-4, (name, mode)
+    held = {r.name: (r.bytes, r.host_bytes) for r in served.stats().residents}
+    of_16 = held["wide"][0] // 2 if isinstance(served.model.lowrank, Native) else held["wide"][0]
+    for name in ("brain", "half"):
+        assert held[name] == (of_16, held["wide"][1] // 2), name
+    served.close()
+
+
+def _peft_of(folder: Path, prompt: tuple[int, ...]) -> tuple[tuple[int, ...], Tensor]:
+    model = zoo.load_peft(zoo.tiny_base("llama"), folder)
+    ids, rows = list(prompt), []
+    for _ in range(rig.NEW):
+        with torch.inference_mode():
+            rows.append(model(input_ids=torch.tensor([ids])).logits[0, -1].log_softmax(-1))
+        ids.append(int(rows[-1].argmax()))
+    return tuple(ids[len(prompt) :]), torch.stack(rows)

@@ -6,6 +6,8 @@ import ctypes
 import gc
 import itertools
 import re
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -229,6 +231,74 @@ def test_whoever_alone_knows_of_a_group_may_stand_in_pieces() -> None:
         want = patches[f"m{i}"].apply(x, module)
         assert torch.allclose(y[i][[0, 3]], want[[0, 3]], atol=1e-4)
         assert torch.allclose(y[i][1:3], (want if i == 0 else module(x))[1:3], atol=1e-4)
+
+
+WIDEN = """
+#include "vectors.h"
+void widen(float *to, const uint16_t *from, i64 count, int format) {
+    for (i64 i = 0; i < count; i += LANES)
+        *(vector *)(to + i) = format == BFLOAT16 ? widened(from + i, BFLOAT16) : widened(from + i, FLOAT16);
+}
+"""
+
+
+@pytest.mark.parametrize("flags", [[], ["-U__F16C__"]], ids=["as here", "without instructions for it"])
+def test_every_number_of_16_bits_widens_without_loss(flags: list[str], tmp_path: Path) -> None:
+    kernel()
+    (tmp_path / "widen.c").write_text(WIDEN)
+    own = [flag for flag in native.FLAGS if flag != "-c"]
+    command = ["cc", *own, *flags, "-shared", f"-I{native.SOURCES[0].parent}", "widen.c", "-o", "widen.so"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    widen = ctypes.CDLL(str(tmp_path / "widen.so")).widen
+    for dtype in (torch.bfloat16, torch.float16):
+        every = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16)
+        found, want = torch.empty(1 << 16), every.view(dtype).float()
+        address = ctypes.c_void_p(found.data_ptr()), ctypes.c_void_p(every.data_ptr())
+        widen(*address, ctypes.c_int64(1 << 16), added.FORMATS.index(dtype))
+        finite = torch.isfinite(want)
+        assert torch.equal(found[finite].view(torch.int32), want[finite].view(torch.int32)), dtype
+
+
+EXTREMES = torch.tensor([0.0, -0.0, 6e-8, -3.1e-5, 6.1e-5, 65504.0, -65504.0, 1.0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("inp", "out", "rank"), [(90, 70, 5), (7, 9, 3), (64, 256, 8)])
+def test_factors_of_16_bits_are_read_as_they_are(
+    inp: int, out: int, rank: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The smallest and the largest numbers too; by one thread and several, scaled, and of tokens in pieces. To the bit
+    what float32 gives, but for the ends of rows that are no whole vectors.
+    """
+    monkeypatch.setattr(native, "SERIAL", 0)
+    form, base = Native(kernel()), torch.nn.Linear(inp, out).requires_grad_(False)
+    group = LinearGroup(0, {"m": base}, form, pack=True, head=False)
+    A, B = (torch.randn(size).to(dtype) for size in ((rank, inp), (out, rank)))
+    A.view(-1)[: len(EXTREMES)] = EXTREMES.to(dtype)
+    found = []
+    for patch in (Patch(A=A, B=B), Patch(A=A.float(), B=B.float())):
+        placed = Placed(Adapter(Spec("a", "0" * 12, "", "X", {}, 0), {}), {0: group.place({"m": patch})}, {})
+        assert placed.groups[0].A is not None
+        found.append((placed, placed.groups[0].A.dtype))
+    assert [held for _, held in found] == [dtype, torch.float32]
+    assert found[0][0].bytes * 2 == found[1][0].bytes
+    x = torch.randn(40, inp)
+    for rows in ([3, 6, 19], [1], [40]):
+        for pieces in (False, True):
+            ours, theirs = (_answers(group, placed, x, rows, pieces) for placed, _ in found)
+            if inp % 16:
+                assert torch.allclose(ours, theirs, rtol=1e-5, atol=0.01), (rows, pieces)
+            else:
+                assert torch.equal(ours, theirs), (rows, pieces)
+
+
+def _answers(group: LinearGroup, placed: Placed, x: torch.Tensor, counts: list[int], pieces: bool) -> torch.Tensor:
+    """The adapter's rows of so many tokens, of which each other one is the base's where it stands in pieces."""
+    rows = [(n, ((placed, 1.0 - i / 4),)) for i, n in enumerate(counts)]
+    rows = [each for row in rows for each in (row, (1, ()))] if pieces else rows
+    total = sum(n for n, _ in rows)
+    with running(Step(route(rows, torch.device("cpu")), Routing(1))):
+        return group.run(x[:total].clone() if total <= len(x) else x.repeat(2, 1)[:total])
 
 
 def test_what_is_kept_of_an_adapter_goes_with_it() -> None:

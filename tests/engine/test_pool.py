@@ -264,3 +264,7 @@ def test_a_files_tensors_are_what_it_says_and_each_time_new(
             found = tensors[name]
             assert torch.equal(found, want.float()), name
             found.zero_()
+            filed = tensors.as_filed(name)
+            assert filed.dtype == want.dtype
+            assert torch.equal(filed, want), name
+            filed.zero_()

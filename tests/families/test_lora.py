@@ -145,11 +145,45 @@ def test_a_missing_tensor_and_a_leftover_are_refused_by_name(tmp_path):
         FAMILY.load(spec, tensors | {"base_model.model.model.norm.weight": torch.ones(32)}, base)
 
 
-def test_factors_are_float32_whatever_the_file_holds(tmp_path):
-    spec, tensors = saved(tmp_path)
-    half = {name: t.to(torch.bfloat16) for name, t in tensors.items()}
-    adapter = FAMILY.load(spec, half, ModelBase(zoo.tiny_base("llama")))
-    assert {t.dtype for t in adapter.tensors()} == {torch.float32}
+def loaded(folder, dtype, case="lora", most=1.0, **config):
+    """A saved adapter of this format, its B times `most`, once more as float32."""
+    spec, tensors = saved(folder, case)
+    halves = {name: (most * t if "lora_B" in name else t).to(dtype) for name, t in tensors.items()}
+    spec, base = dataclasses.replace(spec, config={**spec.config, **config}), ModelBase(zoo.tiny_base("llama"))
+    wide = {name: t.float() for name, t in halves.items()}
+    return FAMILY.load(spec, halves, base), FAMILY.load(spec, wide, base)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "config", "kept"),
+    [
+        (torch.bfloat16, {"lora_alpha": 8, "r": 4}, {torch.bfloat16}),
+        (torch.bfloat16, {"lora_alpha": 0.125, "r": 4}, {torch.bfloat16}),
+        (torch.bfloat16, {"lora_alpha": 12, "r": 4}, {torch.float32}),
+        (torch.bfloat16, {"lora_alpha": 16, "r": 4, "use_rslora": True}, {torch.bfloat16}),
+        (torch.float16, {"lora_alpha": 8, "r": 4}, {torch.float16}),
+        (torch.float16, {"lora_alpha": 2, "r": 4}, {torch.float16, torch.float32}),  # which may be below its range
+        (torch.float32, {"lora_alpha": 8, "r": 4}, {torch.float32}),
+    ],
+)
+def test_factors_keep_a_files_16_bits_where_the_scaling_rounds_nothing(dtype, config, kept, tmp_path):
+    ours, wide = loaded(tmp_path, dtype, **{"rank_pattern": {}, "alpha_pattern": {}, **config})
+    assert {t.dtype for t in ours.tensors()} == kept
+    for path, patch in ours.patches.items():
+        assert torch.equal(patch.A.float(), wide.patches[path].A)
+        assert torch.equal(patch.B.float(), wide.patches[path].B)
+
+
+def test_factors_beyond_float16_are_float32(tmp_path):
+    ours, wide = loaded(tmp_path, torch.float16, most=60_000, lora_alpha=64, r=4)
+    assert torch.float32 in {patch.B.dtype for patch in ours.patches.values()}
+    assert all(torch.equal(patch.B.float(), wide.patches[path].B) for path, patch in ours.patches.items())
+
+
+@pytest.mark.parametrize("case", ["dora", "lora_embed", "lora_saved", "velora"])
+def test_a_file_of_more_than_factors_is_float32(case, tmp_path):
+    adapter, _ = loaded(tmp_path, torch.bfloat16, case)
+    assert {t.dtype for t in adapter.tensors() if t.is_floating_point()} == {torch.float32}
 
 
 @pytest.mark.parametrize(("arch", "case"), [("llama", "lora_embed"), ("gemma2", "lora_embed"), ("gemma2", "lora_head")])

@@ -32,6 +32,10 @@ ProcessFlag = Annotated[
     Literal["auto", "on", "off"],
     typer.Option("--engine-process", help="Over HTTP, the engine in a process of its own; auto: on CUDA"),
 ]
+FiledFlag = Annotated[
+    Literal["float32", "bfloat16"] | None,
+    typer.Option("--filed", help="Format of the adapters' files", show_default="the base's"),
+]
 ProfileFlag = Annotated[str | None, typer.Option("--profile", help="Write a trace of 64 steps here")]
 Draw = Callable[[Any, Mapping[str, Any]], None]
 

@@ -21,6 +21,7 @@ from adapter_server.bench import cells, plots
 from adapter_server.bench.command import (
     Bench,
     DeviceFlag,
+    FiledFlag,
     HttpFlag,
     OutFlag,
     ProcessFlag,
@@ -35,7 +36,7 @@ from adapter_server.bench.command import (
 )
 from adapter_server.bench.drive import Ask, Run, drive
 from adapter_server.bench.http import Client, apart, serve, within
-from adapter_server.bench.workloads import Popularity, Workload, choose, many_loras, prompts
+from adapter_server.bench.workloads import Filed, Popularity, Workload, choose, format_of, many_loras, prompts
 from adapter_server.engine.process import is_apart
 
 LAWS: tuple[Popularity, ...] = ("identical", "distinct", "uniform", "skewed")
@@ -56,6 +57,7 @@ class Plan:
     streams: int = 64  # over HTTP, of the base alone
     http: bool = False
     apart: bool = False  # there, the engine in a process of its own
+    filed: Filed | None = None  # the format of the adapters' files, where it is not the base's
 
 
 QUICK: dict[str, Any] = {"rows": 4, "adapters": 2, "rank": 4, "prompt": 8, "new": 4, "rounds": 1, "streams": 4}
@@ -94,7 +96,8 @@ def measure(workload: Workload, plan: Plan, bench: Bench) -> dict[str, Any]:
 
 
 def _floor(workload: Workload, plan: Plan, bench: Bench, adapters: int) -> dict[str, Any]:
-    return bench.floor(workload, plan.rows, plan.prompt + plan.new // 2, adapters=adapters, rank=plan.rank)
+    held = format_of(plan.filed, bench.setting.device).itemsize
+    return bench.floor(workload, plan.rows, plan.prompt + plan.new // 2, adapters=adapters, rank=plan.rank, held=held)
 
 
 def _line(name: str, found: Mapping[str, cells.Figures]) -> dict[str, Any]:
@@ -185,14 +188,15 @@ def popularity(
     quick: QuickFlag = False,
     http: HttpFlag = False,
     engine_process: ProcessFlag = "auto",
+    filed: FiledFlag = None,
     device: DeviceFlag = "cpu",
     profile: ProfileFlag = None,
     out: OutFlag = None,
 ) -> None:
     """32 rows that share adapters or each have their own, beside the base alone."""
     bench = begin(device, profile, quick)
-    layout = {"http": http, "apart": is_apart(engine_process, device)}
-    plan = Plan(**QUICK, **layout) if quick else Plan(rounds=rounds, **layout)
-    with many_loras(size, plan.rows, plan.rank, device=bench.setting.device) as workload:
+    own: dict[str, Any] = {"http": http, "apart": is_apart(engine_process, device), "filed": filed}
+    plan = Plan(**QUICK, **own) if quick else Plan(rounds=rounds, **own)
+    with many_loras(size, plan.rows, plan.rank, device=bench.setting.device, filed=filed) as workload:
         result = measure(workload, plan, bench)
     finish(result, tables(result), draw, out, bench)

@@ -93,8 +93,10 @@ def floor(
     rank: int = 0,
     itemsize: int = 4,
     targets: Sequence[str] = LINEARS,
+    held: int | None = None,
 ) -> Floor:
-    """Rows with `context` keys each, on so many LoRA adapters in all, or on the base alone.
+    """Rows with `context` keys each, on so many LoRA adapters in all, or on the base alone. `itemsize`: bytes of a
+    base's number; `held`: of an adapter's, where it has others.
 
     The embedding is looked up, so only the head counts of the two.
     """
@@ -105,7 +107,7 @@ def floor(
     return Floor(
         weight_bytes=weights * itemsize,
         kv_bytes=rows * context * kv * itemsize,
-        adapter_bytes=adapters * low_rank * itemsize,
+        adapter_bytes=adapters * low_rank * (held or itemsize),
         flops=rows * (2 * weights + attention + (2 * low_rank if adapters else 0)),
     )
 
@@ -196,5 +198,6 @@ def write(result: Mapping[str, Any], path: Path) -> None:
 
 
 def name(result: Mapping[str, Any]) -> str:
-    """Date, benchmark and size, as results are filed."""
-    return f"{result['date'][:10]}-{result['benchmark']}-{result['workload']['size']}"
+    """Date, benchmark, size, and the format of adapters that are not in the base's, as results are filed."""
+    work = result["workload"]
+    return "-".join([result["date"][:10], result["benchmark"], work["size"], *filter(None, [work.get("filed")])])

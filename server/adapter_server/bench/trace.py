@@ -24,6 +24,7 @@ from adapter_server.bench.cells import ratio, turned
 from adapter_server.bench.command import (
     Bench,
     DeviceFlag,
+    FiledFlag,
     HttpFlag,
     OutFlag,
     ProfileFlag,
@@ -38,7 +39,17 @@ from adapter_server.bench.command import (
 from adapter_server.bench.drive import Ask, Checker
 from adapter_server.bench.http import serve, within
 from adapter_server.bench.play import Arrival, Stage, check, figures, learn, live, medians
-from adapter_server.bench.workloads import ATTENTION, Trace, Workload, calls, link, many_loras, prompts
+from adapter_server.bench.workloads import (
+    ATTENTION,
+    Filed,
+    Trace,
+    Workload,
+    calls,
+    format_of,
+    link,
+    many_loras,
+    prompts,
+)
 from adapter_server.engine.engine import Engine
 from adapter_server.registry.store import Store
 
@@ -65,6 +76,7 @@ class Plan:
     rounds: int = 3
     alone: int = 4  # requests of each play that are asked again, alone
     http: bool = False
+    filed: Filed | None = None  # the format of the adapters' files, where it is not the base's
 
 
 QUICK: dict[str, Any] = {
@@ -232,7 +244,9 @@ def _ratios(plays: Plays) -> dict[str, float]:
 
 def _floor(workload: Workload, plan: Plan, bench: Bench, adapters: int) -> dict[str, Any]:
     context = statistics.mean(plan.lengths)
-    return bench.floor(workload, plan.rows, int(1.5 * context), adapters=adapters, rank=RANK, targets=ATTENTION)
+    more: dict[str, Any] = {"adapters": adapters, "rank": RANK, "targets": ATTENTION}
+    held = format_of(plan.filed, bench.setting.device).itemsize
+    return bench.floor(workload, plan.rows, int(1.5 * context), held=held, **more)
 
 
 def tables(result: Mapping[str, Any]) -> list[Table]:
@@ -268,13 +282,14 @@ def trace(
     rounds: RoundsFlag = 3,
     quick: QuickFlag = False,
     http: HttpFlag = False,
+    filed: FiledFlag = None,
     device: DeviceFlag = "cpu",
     profile: ProfileFlag = None,
     out: OutFlag = None,
 ) -> None:
     """S-LoRA's trace, from one registered adapter to 2,000: arrivals by a clock, and every adapter cold at first."""
     bench = begin(device, profile, quick)
-    plan = Plan(**QUICK, http=http) if quick else Plan(rounds=rounds, http=http)
-    with many_loras(size, FILES, RANK, targets=ATTENTION, device=bench.setting.device) as workload:
+    plan = Plan(**QUICK, http=http, filed=filed) if quick else Plan(rounds=rounds, http=http, filed=filed)
+    with many_loras(size, FILES, RANK, targets=ATTENTION, device=bench.setting.device, filed=filed) as workload:
         result = measure(workload, plan, bench)
     finish(result, tables(result), draw, out, bench)

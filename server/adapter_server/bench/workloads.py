@@ -76,6 +76,7 @@ SHAPES = {
 }
 IN_PLACE = ("0.6b", "1b", "8b")  # too large to write and read again
 Weight = Callable[[str, torch.Tensor, torch.Generator], torch.Tensor]  # (name, as PEFT begins, a generator)
+Filed = Literal["float32", "bfloat16"]
 Size = Literal["demo", "tiny", "35m", "200m", "0.6b", "1b", "8b"]
 
 
@@ -131,13 +132,16 @@ def many_loras(
     targets: Sequence[str] = LINEARS,
     files: int | None = None,
     device: str = "cpu",
+    filed: Filed | None = None,
 ) -> Iterator[Workload]:
-    """A base with `count` LoRA adapters of one rank, `lora-0`, `lora-1`, …, in the format of a base on this device.
+    """A base with `count` LoRA adapters of one rank, `lora-0`, `lora-1`, …, filed in the format of a base on this
+    device, or in the one that is named.
 
     Of more than `files` adapters the others are hard links to the first, in turn, so that the disk holds little.
     """
     with any_base(size, seed) as (model, adapters, shape):
-        made = with_loras(Workload(size, model, adapters, {}, shape, seed), files or count, rank, targets, device)
+        bare = Workload(size, model, adapters, {}, shape, seed)
+        made = with_loras(bare, files or count, rank, targets, device, filed=filed)
         own = list(made.kinds)
         more = [f"lora-{i}" for i in range(len(own), count)]
         for i, name in enumerate(more):
@@ -146,11 +150,18 @@ def many_loras(
 
 
 def with_loras(
-    base: Workload, count: int, rank: int, targets: Sequence[str] = LINEARS, device: str = "cpu", prefix: str = "lora"
+    base: Workload,
+    count: int,
+    rank: int,
+    targets: Sequence[str] = LINEARS,
+    device: str = "cpu",
+    prefix: str = "lora",
+    filed: Filed | None = None,
 ) -> Workload:
     """The workload with `count` more adapters in its folder, `PREFIX-0`, `PREFIX-1`, …"""
     names = [f"{prefix}-{i}" for i in range(count)]
-    save_adapters(base.model, lora(rank, targets), [base.adapters / name for name in names], base.seed, device=device)
+    folders = [base.adapters / name for name in names]
+    save_adapters(base.model, lora(rank, targets), folders, base.seed, device=device, filed=filed)
     return replace(base, kinds={**base.kinds, **{name: name for name in names}})
 
 
@@ -223,6 +234,11 @@ def base_dtype(device: str) -> torch.dtype:
     return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
 
 
+def format_of(filed: Filed | None, device: str) -> torch.dtype:
+    """Of adapters' files."""
+    return base_dtype(device) if filed is None else getattr(torch, filed)
+
+
 def save_adapters(
     model: Path,
     config: Any,
@@ -230,11 +246,12 @@ def save_adapters(
     seed: int,
     weight: Weight | None = None,
     device: str = "cpu",
+    filed: Filed | None = None,
 ) -> None:
     """PEFT adapters of one config over one base, each with random weights of its own, drawn on the device and saved in
-    its base's format.
+    its base's format, or in the one that is named.
     """
-    weight, dtype = weight or _random, base_dtype(device)
+    weight, dtype = weight or _random, format_of(filed, device)
     with quiet():
         peft = get_peft_model(_module(model, config), config)
         fresh = {name: p.detach() for name, p in peft.named_parameters() if p.requires_grad}

@@ -12,11 +12,11 @@
  *             deltas.c says
  *   turns     per member of its own input and token: R, its blocks, their size; of size 0 x + R ∘ x; R 0: x
  *
- * Units stand `stride` numbers apart. A is [R, in] with the members' rows one after another, Bt [rank, out], weights
- * [count], mul and add [width]. A unit's list has PARTS parts, of which the first BEFORE read y as the base gives it.
- * `scratch` holds the shrunk tokens, a unit's from its OFFSET on. `room` has `each` numbers per thread. `inputs` [own, T,
- * in] is what the members read that have an input of their own, `input_of` [members] which one, −1 for x. `threads`: how
- * many are worth it; `overlapping`: tokens may have several units, which then follow one another.
+ * Units stand `stride` numbers apart. A is [R, in] with the members' rows one after another, Bt [rank, out], all of one
+ * FORMAT; weights [count], mul and add [width]. A unit's list has PARTS parts, of which the first BEFORE read y as the
+ * base gives it. `scratch` holds the shrunk tokens, a unit's from its OFFSET on. `room` has `each` numbers per thread.
+ * `inputs` [own, T, in] is what the members read that have an input of their own, `input_of` [members] which one, −1 for
+ * x. `threads`: how many are worth it; `overlapping`: tokens may have several units, which then follow one another.
  */
 typedef struct {
     const i64 *units;
@@ -33,7 +33,7 @@ typedef struct {
     i64 own;
 } added;
 
-enum { START, COUNT, WEIGHTS, OFFSET, MUL, ADD, LIST, PARTS, BEFORE, A, RANKS, UNIT };
+enum { START, COUNT, WEIGHTS, OFFSET, MUL, ADD, LIST, PARTS, BEFORE, A, RANKS, FORMAT, UNIT };
 enum { SCALED, SPARSE, SPECTRAL, KRONECKER, CIRCULANT, ROWS, MIRROR, NETWORK }; /* what a part is */
 enum { KIND, COLUMN, WIDTH, ARGS, PART = 12 };
 
@@ -78,10 +78,23 @@ void scaled_expand(const i64 *part, const float *s, rows of, i64 from);
 /* y += what a network behind a block adds, of tokens from `start` on. */
 void network_add(const i64 *part, i64 start, rows of, float *room);
 
-/* s [count, ranks] = A x for `ranks` rows of A, which stand a_row apart. */
-void shrink(const float *a, i64 a_row, i64 ranks, rows of, float *s, i64 s_row);
+/* Numbers in rows that stand `row` of them apart. */
+typedef struct {
+    const void *at;
+    i64 row;
+    int format;
+} factor;
 
-/* y += scale ∘ Bt^T s, of Bt [rank, out], whose rows stand bt_row apart, the columns from `from` on. */
+static inline factor floats(i64 pointer, i64 row) { return (factor){at(pointer), row, FLOAT32}; }
+
+static inline factor from_row(factor all, i64 row) {
+    all.at = past(all.at, row * all.row, all.format);
+    return all;
+}
+
+/* s [count, ranks] = A x for `ranks` rows of A. */
+void shrink(factor a, i64 ranks, rows of, float *s, i64 s_row);
+
+/* y += scale ∘ Bt^T s, of Bt [rank, out], the columns from `from` on. */
 enum { CHUNK = 4 * LANES };
-void expand(const float *s, i64 s_row, const float *bt, i64 bt_row, i64 rank, i64 out, const float *scale, rows of,
-            i64 from);
+void expand(const float *s, i64 s_row, factor bt, i64 rank, i64 out, const float *scale, rows of, i64 from);

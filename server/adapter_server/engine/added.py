@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 SCALED, SPARSE, SPECTRAL, KRONECKER, CIRCULANT, ROWS, MIRROR, NETWORK = range(8)
 STREAM = 9  # where a network's part, which is all of its entry's, names the residual stream
 READS = ("y", "y + r", "r")
+FORMATS = (torch.float32, torch.bfloat16, torch.float16)  # of A and Bt; the others widen to the first without loss
 _NOTHING = torch.empty(0)
 WORTH = 4  # times its multiplications: a Kronecker product's are of a whole vector of tokens, and of its own numbers
 LARGEST_TURN = 256  # block of a rotation that is read again for each of many tokens
@@ -43,6 +44,8 @@ LARGEST = 64  # prime factor of a length that is worth transforming here
 
 class Native:
     """`LowRank` by the kernel. Groups run one after another, and so share the memory that they work in."""
+
+    keeps = frozenset(FORMATS)
 
     def __init__(self, kernel: ctypes.CDLL) -> None:
         self.kernel = kernel
@@ -132,7 +135,7 @@ class Entry:
         """`width`: of the group's output."""
         self.kept: list[object] = []  # whose addresses are named
         pairs = [(0, 0) if pair is None else (self._at(pair[1]), pair[0].shape[0]) for pair in patch.pairs]
-        A = (0, 0) if patch.A is None else (self._at(patch.A), patch.A.shape[0])
+        A = (0, 0, 0) if patch.A is None else (self._at(patch.A), patch.A.shape[0], FORMATS.index(patch.A.dtype))
         vectors = self._at(patch.mul), self._at(patch.add)
         self.numbers = sum(t.numel() for t in (patch.A, *(pair[1] for pair in patch.pairs if pair)) if t is not None)
         self.stream = ""  # path of the module whose input is the residual stream that a network reads

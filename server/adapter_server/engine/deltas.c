@@ -203,7 +203,7 @@ static void circulant(const i64 *args, i64 out, const rows *of, vector *room) {
 
 static void some_rows(const i64 *args, const rows *of, float *s) {
     const i64 *index = (const i64 *)(intptr_t)args[0], n = args[2];
-    shrink(at(args[1]), of->in, n, *of, s, n);
+    shrink(floats(args[1], of->in), n, *of, s, n);
     for (i64 t = 0; t < of->count; t++)
         for (i64 i = 0; i < n; i++) of->y[t * of->width + index[i]] += s[t * n + i];
 }
@@ -211,14 +211,14 @@ static void some_rows(const i64 *args, const rows *of, float *s) {
 void scaled_expand(const i64 *part, const float *s, rows of, i64 from) {
     const i64 *args = part + ARGS, rank = args[2], side = args[5], start = from / side * side;
     of.y += start;
-    expand(s, rank, at(args[4]) + start * rank, side, rank, least(side, part[WIDTH] - start), at(args[6]) + start, of,
-           from - start);
+    const factor block = {at(args[4]) + start * rank, side, FLOAT32};
+    expand(s, rank, block, rank, least(side, part[WIDTH] - start), at(args[6]) + start, of, from - start);
 }
 
 static void scaled(const i64 *part, const rows *of, float *s) {
     const i64 *args = part + ARGS, rank = args[2];
     const float *mid = at(args[3]);
-    shrink(at(args[0]), args[1], rank, *of, s, rank);
+    shrink(floats(args[0], args[1]), rank, *of, s, rank);
     for (i64 t = 0; t < of->count; t++)
         for (i64 r = 0; r < rank; r++) s[t * rank + r] *= mid[r];
     for (i64 from = 0; from < part[WIDTH]; from += CHUNK) scaled_expand(part, s, *of, from);
@@ -247,11 +247,11 @@ void network_add(const i64 *part, i64 start, rows of, float *room) {
     if (r) r += start * n;
     for (i64 i = 0; i < of.count * n; i++)
         z[i] = (reads < 2 ? of.y[i / n * of.width + i % n] : 0) + (reads ? r[i] : 0);
-    shrink(at(args[0]), n, d, (rows){.x = z, .count = of.count, .in = n}, s, d);
+    shrink(floats(args[0], n), d, (rows){.x = z, .count = of.count, .in = n}, s, d);
     for (i64 t = 0; t < of.count; t++) {
         for (i64 k = 0; k < d; k++) s[t * d + k] = weight(&of, t) * activated(s[t * d + k] + bias[k], args[5]);
         for (i64 k = 0; k < n; k++)
             of.y[t * of.width + k] += weight(&of, t) * (up_bias[k] + (again ? again * r[t * n + k] : 0));
     }
-    for (i64 from = 0; from < n; from += CHUNK) expand(s, d, at(args[2]), n, d, n, 0, of, from);
+    for (i64 from = 0; from < n; from += CHUNK) expand(s, d, floats(args[2], n), d, n, 0, of, from);
 }

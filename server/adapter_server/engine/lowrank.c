@@ -17,59 +17,66 @@
 enum { TILE = 4 }; /* tokens, rows of A, and vectors of columns that are held in registers together */
 enum { AHEAD = 2 }; /* chunks that are fetched before their turn */
 
-/* s[c][r] for `rows_` rows of A and `tokens` of x: both constants where this is called. */
-static inline __attribute__((always_inline)) void dots(const float *a, i64 a_row, const float *x, i64 in, float *s,
-                                                       i64 s_row, const int ranks, const int tokens) {
+/* s[c][r] for `ranks` rows of A and `tokens` of x: both, and the format, constants where this is called. */
+static inline __attribute__((always_inline)) void dots(factor a, const float *x, i64 in, float *s, i64 s_row,
+                                                       const int ranks, const int tokens, const int format) {
     vector sum[TILE][TILE] = {0};
     i64 k = 0;
     for (; k + LANES <= in; k += LANES)
         for (int r = 0; r < ranks; r++) {
-            fetch(a + (ranks + r) * a_row + k); /* of the rows that come next */
-            for (int c = 0; c < tokens; c++)
-                sum[r][c] += *(const vector *)(a + r * a_row + k) * *(const vector *)(x + c * in + k);
+            fetch(past(a.at, (ranks + r) * a.row + k, format)); /* of the rows that come next */
+            const vector some = widened(past(a.at, r * a.row + k, format), format);
+            for (int c = 0; c < tokens; c++) sum[r][c] += some * *(const vector *)(x + c * in + k);
         }
     for (int r = 0; r < ranks; r++)
         for (int c = 0; c < tokens; c++) {
             float total = across(sum[r][c]);
-            for (i64 j = k; j < in; j++) total += a[r * a_row + j] * x[c * in + j];
+            for (i64 j = k; j < in; j++) total += number(past(a.at, r * a.row + j, format), format) * x[c * in + j];
             s[c * s_row + r] = total;
         }
 }
 
-/* Up to TILE rows of A. */
-static void shrink_some(const float *a, i64 a_row, i64 ranks, const rows *of, float *s, i64 s_row) {
+/* Up to TILE rows of A, for all tokens. */
+static inline __attribute__((always_inline)) void rows_of_a(factor a, i64 ranks, const rows *of, float *s, i64 s_row,
+                                                            const int format) {
     const i64 in = of->in, count = of->count;
     i64 c = 0;
     if (ranks == TILE) {
-        for (; c + TILE <= count; c += TILE) dots(a, a_row, of->x + c * in, in, s + c * s_row, s_row, TILE, TILE);
-        for (; c + 2 <= count; c += 2) dots(a, a_row, of->x + c * in, in, s + c * s_row, s_row, TILE, 2);
+        for (; c + TILE <= count; c += TILE) dots(a, of->x + c * in, in, s + c * s_row, s_row, TILE, TILE, format);
+        for (; c + 2 <= count; c += 2) dots(a, of->x + c * in, in, s + c * s_row, s_row, TILE, 2, format);
+        for (; c < count; c++) dots(a, of->x + c * in, in, s + c * s_row, s_row, TILE, 1, format);
     }
-    for (; c < count; c++) {
-        if (ranks == TILE)
-            dots(a, a_row, of->x + c * in, in, s + c * s_row, s_row, TILE, 1);
-        else
-            for (i64 r = 0; r < ranks; r++)
-                dots(a + r * a_row, a_row, of->x + c * in, in, s + c * s_row + r, s_row, 1, 1);
-    }
+    for (; c < count; c++)
+        for (i64 r = 0; r < ranks; r++)
+            dots(from_row(a, r), of->x + c * in, in, s + c * s_row + r, s_row, 1, 1, format);
+}
+
+static void shrink_some(factor a, i64 ranks, const rows *of, float *s, i64 s_row) {
+    if (a.format == BFLOAT16)
+        rows_of_a(a, ranks, of, s, s_row, BFLOAT16);
+    else if (a.format == FLOAT16)
+        rows_of_a(a, ranks, of, s, s_row, FLOAT16);
+    else
+        rows_of_a(a, ranks, of, s, s_row, FLOAT32);
     if (of->weights)
-        for (c = 0; c < count; c++)
+        for (i64 c = 0; c < of->count; c++)
             for (i64 r = 0; r < ranks; r++) s[c * s_row + r] *= of->weights[c];
 }
 
-void shrink(const float *a, i64 a_row, i64 ranks, rows of, float *s, i64 s_row) {
-    for (i64 r = 0; r < ranks; r += TILE) shrink_some(a + r * a_row, a_row, least(TILE, ranks - r), &of, s + r, s_row);
+void shrink(factor a, i64 ranks, rows of, float *s, i64 s_row) {
+    for (i64 r = 0; r < ranks; r += TILE) shrink_some(from_row(a, r), least(TILE, ranks - r), &of, s + r, s_row);
 }
 
-/* y[c][CHUNK columns] += scale ∘ s[c] Bt for `tokens` tokens, a constant where this is called. */
-static inline __attribute__((always_inline)) void combine(const float *s, i64 s_row, const float *bt, i64 bt_row,
-                                                          i64 rank, const float *scale, float *y, i64 width,
-                                                          const int tokens) {
+/* y[c][CHUNK columns] += scale ∘ s[c] Bt for `tokens` tokens, a constant where this is called, as is the format. */
+static inline __attribute__((always_inline)) void combine(const float *s, i64 s_row, factor bt, i64 rank,
+                                                          const float *scale, float *y, i64 width, const int tokens,
+                                                          const int format) {
     vector sum[TILE][TILE] = {0};
     for (i64 r = 0; r < rank; r++)
         for (int v = 0; v < TILE; v++) {
-            fetch(bt + r * bt_row + (AHEAD * TILE + v) * LANES);
-            for (int c = 0; c < tokens; c++)
-                sum[c][v] += s[c * s_row + r] * *(const vector *)(bt + r * bt_row + v * LANES);
+            fetch(past(bt.at, r * bt.row + (AHEAD * TILE + v) * LANES, format));
+            const vector some = widened(past(bt.at, r * bt.row + v * LANES, format), format);
+            for (int c = 0; c < tokens; c++) sum[c][v] += s[c * s_row + r] * some;
         }
     for (int c = 0; c < tokens; c++)
         for (int v = 0; v < TILE; v++) {
@@ -78,26 +85,46 @@ static inline __attribute__((always_inline)) void combine(const float *s, i64 s_
         }
 }
 
-void expand(const float *s, i64 s_row, const float *bt, i64 bt_row, i64 rank, i64 out, const float *scale, rows of,
-            i64 from) {
-    const i64 width = of.width, count = of.count;
-    float *to = of.y + from;
-    bt += from;
-    scale = scale ? scale + from : 0;
+static inline __attribute__((always_inline)) void chunk(const float *s, i64 s_row, factor bt, i64 rank,
+                                                        const float *scale, float *y, i64 width, i64 count,
+                                                        const int format) {
     i64 c = 0;
-    if (out - from < CHUNK) { /* the last columns */
-        for (; c < count; c++)
-            for (i64 k = 0; k < out - from; k++) {
-                float sum = 0;
-                for (i64 r = 0; r < rank; r++) sum += s[c * s_row + r] * bt[r * bt_row + k];
-                to[c * width + k] += scale ? scale[k] * sum : sum;
-            }
-        return;
-    }
     for (; c + TILE <= count; c += TILE)
-        combine(s + c * s_row, s_row, bt, bt_row, rank, scale, to + c * width, width, TILE);
-    for (; c + 2 <= count; c += 2) combine(s + c * s_row, s_row, bt, bt_row, rank, scale, to + c * width, width, 2);
-    for (; c < count; c++) combine(s + c * s_row, s_row, bt, bt_row, rank, scale, to + c * width, width, 1);
+        combine(s + c * s_row, s_row, bt, rank, scale, y + c * width, width, TILE, format);
+    for (; c + 2 <= count; c += 2) combine(s + c * s_row, s_row, bt, rank, scale, y + c * width, width, 2, format);
+    for (; c < count; c++) combine(s + c * s_row, s_row, bt, rank, scale, y + c * width, width, 1, format);
+}
+
+/* The last columns, fewer than CHUNK. */
+static void rest(const float *s, i64 s_row, factor bt, i64 rank, i64 columns, const float *scale, const rows *of,
+                 float *y) {
+    for (i64 c = 0; c < of->count; c++)
+        for (i64 k = 0; k < columns; k++) {
+            float sum = 0;
+            for (i64 r = 0; r < rank; r++)
+                sum += s[c * s_row + r] * number(past(bt.at, r * bt.row + k, bt.format), bt.format);
+            y[c * of->width + k] += scale ? scale[k] * sum : sum;
+        }
+}
+
+void expand(const float *s, i64 s_row, factor bt, i64 rank, i64 out, const float *scale, rows of, i64 from) {
+    float *y = of.y + from;
+    bt.at = past(bt.at, from, bt.format);
+    scale = scale ? scale + from : 0;
+    if (out - from < CHUNK)
+        rest(s, s_row, bt, rank, out - from, scale, &of, y);
+    else if (bt.format == BFLOAT16)
+        chunk(s, s_row, bt, rank, scale, y, of.width, of.count, BFLOAT16);
+    else if (bt.format == FLOAT16)
+        chunk(s, s_row, bt, rank, scale, y, of.width, of.count, FLOAT16);
+    else
+        chunk(s, s_row, bt, rank, scale, y, of.width, of.count, FLOAT32);
+}
+
+static factor a_of(const i64 *unit, i64 in) { return (factor){at(unit[A]), in, (int)unit[FORMAT]}; }
+
+static factor bt_of(const i64 *unit, const i64 *member, i64 out) {
+    return (factor){at(member[0]), out, (int)unit[FORMAT]};
 }
 
 static const i64 *list(const i64 *unit) { return (const i64 *)(intptr_t)unit[LIST]; }
@@ -146,10 +173,10 @@ static void alone(const added *all, const i64 *unit, rows of, float *s) {
     const i64 *parts = list(unit), *member = unit + UNIT;
     vectors(unit, parts, of, room);
     rows to = of;
-    if (unit[RANKS]) shrink(at(unit[A]), of.in, unit[RANKS], of, s, unit[RANKS]);
+    if (unit[RANKS]) shrink(a_of(unit, of.in), unit[RANKS], of, s, unit[RANKS]);
     for (i64 m = 0; m < all->members; to.y += all->outs[m], s += member[1], member += 2, m++)
         for (i64 from = 0; member[0] && from < all->outs[m]; from += CHUNK)
-            expand(s, unit[RANKS], at(member[0]), all->outs[m], member[1], all->outs[m], 0, to, from);
+            expand(s, unit[RANKS], bt_of(unit, member, all->outs[m]), member[1], all->outs[m], 0, to, from);
     for (i64 i = unit[BEFORE]; i < unit[PARTS]; i++) part_add(parts + i * PART, of, room);
 }
 
@@ -160,7 +187,7 @@ static void scaled(const i64 *part, rows of, float *s, gate *door) {
 #pragma omp for schedule(dynamic, 2) nowait
     for (i64 r = 0; r < rank; r += TILE) {
         const i64 some = least(TILE, rank - r);
-        shrink_some(at(args[0]) + r * args[1], args[1], some, &of, s + r, rank);
+        shrink_some(from_row(floats(args[0], args[1]), r), some, &of, s + r, rank);
         for (i64 t = 0; t < of.count; t++)
             for (i64 i = r; i < r + some; i++) s[t * rank + i] *= mid[i];
     }
@@ -183,7 +210,7 @@ static void shared(const added *all, const i64 *unit, rows of, float *s, gate *d
     if (unit[RANKS]) {
 #pragma omp for schedule(dynamic, 2) nowait
         for (i64 r = 0; r < unit[RANKS]; r += TILE)
-            shrink_some(at(unit[A]) + r * of.in, of.in, least(TILE, unit[RANKS] - r), &of, s + r, unit[RANKS]);
+            shrink_some(from_row(a_of(unit, of.in), r), least(TILE, unit[RANKS] - r), &of, s + r, unit[RANKS]);
         meet(door);
         rows to = of;
         i64 row = 0;
@@ -192,7 +219,7 @@ static void shared(const added *all, const i64 *unit, rows of, float *s, gate *d
 #pragma omp for schedule(dynamic, 4) nowait
             for (i64 from = 0; from < all->outs[m]; from += CHUNK)
                 if (member[0])
-                    expand(s + row, unit[RANKS], at(member[0]), all->outs[m], member[1], all->outs[m], 0, to, from);
+                    expand(s + row, unit[RANKS], bt_of(unit, member, all->outs[m]), member[1], all->outs[m], 0, to, from);
             row += member[1];
         }
         meet(door);

@@ -184,6 +184,10 @@ class Adder(Protocol):
 class LowRank(Protocol):
     """A form in which small segments run."""
 
+    @property
+    def keeps(self) -> frozenset[torch.dtype]:
+        """Formats of factors that it reads as they are; others are held as the group computes."""
+
     def meet(self, index: int, members: int) -> None:
         """The base has a group of this index and so many members; told of each before an adapter is laid out."""
 
@@ -210,6 +214,8 @@ class LowRank(Protocol):
 
 class ByLowRank:
     """What forms have in common that run low ranks and vectors alone."""
+
+    keeps = frozenset[torch.dtype]()
 
     def meet(self, index: int, members: int) -> None:
         """Nothing is made beforehand."""
@@ -383,7 +389,7 @@ def add_large(y: Tensor, x: Tensor, segment: Segment, group: LinearGroup) -> Non
     patch = segment.placed.groups[group.index]
     if patch.A is None:
         return
-    s = x[segment.tokens] @ patch.A.T
+    s = x[segment.tokens] @ patch.A.to(x.dtype).T
     s = s if segment.weights is None else s * segment.weights
     at = 0
     for m, pair in enumerate(patch.pairs):
@@ -393,6 +399,6 @@ def add_large(y: Tensor, x: Tensor, segment: Segment, group: LinearGroup) -> Non
         part = s[:, at : at + r]
         at += r
         if isinstance(segment.tokens, slice):
-            y[segment.tokens, group.columns[m]].addmm_(part, pair[1])
+            y[segment.tokens, group.columns[m]].addmm_(part, pair[1].to(x.dtype))
         else:
-            y[:, group.columns[m]].index_add_(0, segment.tokens, part @ pair[1])
+            y[:, group.columns[m]].index_add_(0, segment.tokens, part @ pair[1].to(x.dtype))

@@ -458,7 +458,8 @@ class Tensors(Fresh):
 
     def __init__(self, blob: Blob) -> None:
         self._blob, self._given = blob, set[str]()
-        self._all, self._start = _together(blob)
+        self._span = _together(blob)
+        self._wholes: dict[torch.dtype, Tensor] = {}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._blob.header)
@@ -470,19 +471,34 @@ class Tensors(Fresh):
         return name in self._blob.header
 
     def __getitem__(self, name: str) -> Tensor:
+        floating = _DTYPES[self._blob.header[name].dtype].is_floating_point
+        return self._made(name, torch.float32 if floating else torch.int64)
+
+    def as_filed(self, key: str) -> Tensor:
+        return self._made(key, _DTYPES[self._blob.header[key].dtype])
+
+    def _made(self, name: str, dtype: torch.dtype) -> Tensor:
         span, data = self._blob.header[name], self._blob.data
-        dtype = _DTYPES[span.dtype]
-        count = (span.end - span.begin) // dtype.itemsize
-        if self._all is not None and name not in self._given:
+        filed = _DTYPES[span.dtype]
+        count = (span.end - span.begin) // filed.itemsize
+        if self._span is not None and name not in self._given:
             self._given.add(name)
-            return self._all.narrow(0, (span.begin - self._start) // dtype.itemsize, count).view(span.shape)
-        flat = torch.frombuffer(data, dtype=dtype, count=count, offset=span.begin) if count else torch.empty(0)
-        wide = torch.float32 if dtype.is_floating_point else torch.int64
-        return flat.reshape(span.shape).to(wide, copy=True)
+            whole = self._whole(*self._span, filed, dtype)
+            return whole.narrow(0, (span.begin - self._span[0]) // filed.itemsize, count).view(span.shape)
+        flat = torch.frombuffer(data, dtype=filed, count=count, offset=span.begin) if count else torch.empty(0)
+        return flat.reshape(span.shape).to(dtype, copy=True)
+
+    def _whole(self, start: int, end: int, filed: torch.dtype, dtype: torch.dtype) -> Tensor:
+        """All numbers of the file as one tensor."""
+        if dtype not in self._wholes:
+            count = (end - start) // filed.itemsize
+            flat = torch.frombuffer(self._blob.data, dtype=filed, count=count, offset=start)
+            self._wholes[dtype] = flat.to(dtype, copy=True)
+        return self._wholes[dtype]
 
 
-def _together(blob: Blob) -> tuple[Tensor | None, int]:
-    """(all numbers of a file as one float32 tensor, where they begin).
+def _together(blob: Blob) -> tuple[int, int] | None:
+    """From where to where a file's numbers lie that are made one tensor.
 
     None of a file that has several formats, or a tensor that is much of it: such a one may be all that is not kept.
     """
@@ -490,9 +506,8 @@ def _together(blob: Blob) -> tuple[Tensor | None, int]:
     formats, start, end = {span.dtype for span in spans}, min(s.begin for s in spans), max(s.end for s in spans)
     dtype = _DTYPES[next(iter(formats))]
     if len(formats) > 1 or not dtype.is_floating_point or max(s.end - s.begin for s in spans) * FEWEST >= end - start:
-        return None, start
-    count = (end - start) // dtype.itemsize
-    return torch.frombuffer(blob.data, dtype=dtype, count=count, offset=start).to(torch.float32, copy=True), start
+        return None
+    return start, end
 
 
 def _resolve(waiters: list[Future[None]], error: AdapterServerError | None) -> None:

@@ -347,21 +347,27 @@ class LinearGroup:
 
     def _low_rank(self, mine: Sequence[Patch | None]) -> tuple[Tensor | None, tuple[tuple[Tensor, Tensor] | None, ...]]:
         """A [Σ r, in] of all members, and per member (its rows of A, Bt [r, out])."""
-        parts = [p.A for p in mine if p is not None and p.A is not None]
+        factors = [None if p is None else _factors(p) for p in mine]
+        dtype = self._held(factors)
+        parts = [self._cast(pair[0], dtype) for pair in factors if pair is not None]
         if not parts:
             return None, (None,) * len(mine)
-        A, at = torch.cat([self._cast(part) for part in parts]), 0
+        A, at = torch.cat(parts), 0
         pairs: list[tuple[Tensor, Tensor] | None] = []
-        for p in mine:
-            if p is None or p.A is None or p.B is None:
+        for pair in factors:
+            if pair is None:
                 pairs.append(None)
                 continue
-            B = p.B if p.out_scale is None else p.B * p.out_scale.to(p.B.device)[:, None]
-            Bt = self._cast(B).T.clone(memory_format=torch.contiguous_format)  # holds nothing of what B is a view of
-            rank = p.A.shape[0]  # a tensor's len takes ten times as long
+            Bt = self._cast(pair[1], dtype).T.clone(memory_format=torch.contiguous_format)  # of B's view, nothing else
+            rank = pair[0].shape[0]  # a tensor's len takes ten times as long
             pairs.append((A[at : at + rank], Bt))
             at += rank
         return A, tuple(pairs)
+
+    def _held(self, factors: Sequence[tuple[Tensor, Tensor] | None]) -> torch.dtype:
+        """The format of a group's factors: their own, where that is one and the form reads it."""
+        given = {t.dtype for pair in factors if pair is not None for t in pair}
+        return given.pop() if len(given) == 1 and given <= self.lowrank.keeps else self.dtype
 
     def _add(self, base_bias: Tensor | None, patch: Patch) -> Tensor | None:
         """y = out_scale (gain W x + … + b + bias) = (1 + mul) (W x + b) + … + add."""
@@ -377,10 +383,11 @@ class LinearGroup:
         each = [torch.zeros(out) if v is None else v for v, out in zip(vectors, self.outs, strict=True)]
         return self._cast(torch.cat(each))
 
-    def _cast(self, t: Tensor) -> Tensor:
+    def _cast(self, t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """On the device first, whose conversion is the faster one; who lays out waits for the copies at the end."""
-        if t.dtype != self.dtype or t.device != self.device:
-            t = t.to(self.device, non_blocking=True).to(self.dtype)
+        dtype = dtype or self.dtype
+        if t.dtype != dtype or t.device != self.device:
+            t = t.to(self.device, non_blocking=True).to(dtype)
         return t.contiguous()
 
 
@@ -418,6 +425,14 @@ def _runs_alike(outs: Sequence[int]) -> list[range]:
     """Neighbouring members of one output width: (8, 4, 4) → 0..0, 1..2."""
     starts = [m for m in range(len(outs)) if m == 0 or outs[m] != outs[m - 1]]
     return [range(a, b) for a, b in itertools.pairwise([*starts, len(outs)])]
+
+
+def _factors(patch: Patch) -> tuple[Tensor, Tensor] | None:
+    """A and B, what multiplies the outputs in B."""
+    if patch.A is None or patch.B is None:
+        return None
+    B = patch.B if patch.out_scale is None else patch.B * patch.out_scale.to(patch.B.device)[:, None]
+    return patch.A, B
 
 
 def _scale(patch: Patch) -> Tensor | None:

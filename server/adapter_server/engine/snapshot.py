@@ -68,7 +68,7 @@ def _check(
     """The folded weights, rounded as they will be, against the patch itself on some random input."""
     plain, rounded = _linear(params), {name: t.to(dtype).float() for name, t in folded.items()}
     x = torch.randn(PROBES, plain.in_features, generator=torch.Generator().manual_seed(0))
-    want, got = patch.apply(x, plain), F.linear(x, rounded["weight"], rounded.get("bias"))
+    want, got = patch.to(x.device, x.dtype).apply(x, plain), F.linear(x, rounded["weight"], rounded.get("bias"))
     error = ((got - want).abs().max() / want.abs().max().clamp(min=1e-30)).item()
     if not error <= TOLERANCE[dtype]:
         raise AdapterRefused(

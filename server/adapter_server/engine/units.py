@@ -25,7 +25,7 @@ BLOCK = 16  # tokens that one thread takes at a time
 LANES = 16  # numbers in a vector of any processor, at most
 PART = 12  # numbers of a part, in `added.h`
 WORD = 8  # bytes of a number in a table
-START, COUNT, WEIGHTS, OFFSET, MUL, ADD, LIST, PARTS, BEFORE, UNIT = *range(9), 11  # of a unit, in `added.h`
+START, COUNT, WEIGHTS, OFFSET, MUL, ADD, LIST, PARTS, BEFORE, UNIT = *range(9), 12  # of a unit, in `added.h`
 ACTS, NUMBERS, LANED, ROOM, SHRUNK, FACTS = range(6)
 
 Numbers = npt.NDArray[np.int64]

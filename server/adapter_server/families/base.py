@@ -128,7 +128,10 @@ def network_of(block: BlockPatch) -> Network | None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Patch(TensorFields):
-    """The normal form at a Linear or Conv1D. A field left None does nothing. s (and gain) are folded into B."""
+    """The normal form at a Linear or Conv1D. A field left None does nothing. s (and gain) are folded into B.
+
+    A and B may have the 16 bits of a file that holds nothing else: `fold` takes them so, `apply` wants one format of all.
+    """
 
     A: Tensor | None = None  # [r, in]
     B: Tensor | None = None  # [out, r]
@@ -455,7 +458,9 @@ class Family(Protocol):
         """
 
     def load(self, spec: Spec, tensors: Mapping[str, Tensor], base: Base) -> Adapter:
-        """The adapter as data, float32 on the CPU. The tensors are exactly `expected`, finite."""
+        """The adapter as data on the CPU, float32 but for factors that keep a file's 16 bits. The tensors are exactly
+        `expected`, finite.
+        """
 
 
 def linear_params(module: nn.Module) -> tuple[Tensor, Tensor | None]:

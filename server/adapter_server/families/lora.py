@@ -141,6 +141,7 @@ class Plan:
     tied_tokens: bool  # the head's are the embedding's
     invocation: tuple[int, ...]  # aLoRA's; empty: none
     parameters: list[parameters.Target]
+    as_filed: bool  # the file has factors alone, which keep its format: their scaling rounds nothing
 
 
 class Lora:
@@ -211,7 +212,11 @@ def resolve(config: Config, shapes: Shapes, names: frozenset[str]) -> Plan:
         _check_plain(form, dora or lora_bias or bool(groups) or bool(invocation))
     if invocation:
         _check_alora(config, shapes, paths, form)
-    return Plan(lows, tuple(saved), biases, dora, lora_bias, groups, form, tokens, tied_tokens, invocation, bare)
+    more = dora or lora_bias or groups or saved or biases or tokens or bare or {shapes.embed, shapes.head} & set(paths)
+    as_filed = form.plain and not more and all(abs(math.frexp(low.scaling)[0]) == 0.5 for low in lows.values())
+    return Plan(
+        lows, tuple(saved), biases, dora, lora_bias, groups, form, tokens, tied_tokens, invocation, bare, as_filed
+    )
 
 
 def _invocation(config: Config, shapes: Shapes) -> tuple[int, ...]:
@@ -327,6 +332,9 @@ def _module_patch(take: Taker, path: str, low: Low, plan: Plan, base: Base, weig
     if base.shapes.modules[path].kind == "embedding":
         return _embedding_patch(take, path, low, plan, base, weight)
     key = f"{ROOT}{path}."
+    if plan.as_filed:
+        A, B = (take.as_filed(f"{key}lora_{factor}.weight") for factor in "AB")
+        return Patch(A=A, B=_times(B, low.scaling))
     A, B = plan.variant.factors(take, path, low.scaling, lambda: base.weight(path))  # [r,in] [out,r]
     bias = _bias(take, path, low, plan, base)
     if plan.velora_groups:
@@ -336,6 +344,13 @@ def _module_patch(take: Taker, path: str, low: Low, plan: Plan, base: Base, weig
     W = base.weight(path) if weight is None else weight  # [out,in]
     gain = _gain(take, path, W + B @ A)
     return Patch(A=A, B=B * gain[:, None], gain=gain, bias=bias, weight=weight)
+
+
+def _times(B: Tensor, power: float) -> Tensor:
+    """A power of two times B, in place. In bfloat16 that is exact above 2⁻¹²⁶; float16 may have no room for it."""
+    if B.dtype != torch.float16 or (power >= 1 and bool(B.abs().max() * power <= torch.finfo(B.dtype).max)):
+        return B.mul_(power)
+    return B.float().mul_(power)
 
 
 def _embedding_patch(take: Taker, path: str, low: Low, plan: Plan, base: Base, weight: Tensor | None) -> EmbeddingPatch:

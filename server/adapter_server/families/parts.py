@@ -12,6 +12,7 @@ from adapter_server.families.base import AnyPatch, Base, ModuleShape, ParamPatch
 
 ROOT = "base_model.model."
 LINEAR = ("linear", "conv1d")
+HALVES = (torch.bfloat16, torch.float16)
 Expected = dict[str, tuple[int, ...]]
 
 
@@ -23,6 +24,10 @@ class Integers(tuple[int, ...]):
 
 class Fresh(Mapping[str, Tensor]):
     """Tensors that are new, float32 or int64, whenever one is asked for."""
+
+    def as_filed(self, key: str) -> Tensor:
+        """One of floating point in the file's own format, which may have half the bytes."""
+        return self[key]
 
 
 class Taker:
@@ -38,21 +43,28 @@ class Taker:
         return key in self._left
 
     def __call__(self, key: str) -> Tensor:
-        if key not in self._left:
-            raise AdapterRefused(f"the file holds no tensor '{key}', which its config calls for")
-        self._left.remove(key)
+        self._strike(key)
         found = self._tensors[key]
         return found.to("cpu", torch.float32, copy=True) if self._copy or found.dtype != torch.float32 else found
 
+    def as_filed(self, key: str) -> Tensor:
+        """The same, but in the file's own format where that is half as wide."""
+        self._strike(key)
+        found = self._tensors.as_filed(key) if isinstance(self._tensors, Fresh) else self._tensors[key].clone()
+        return found if found.dtype in HALVES else found.to("cpu", torch.float32)
+
     def integers(self, key: str, below: int) -> Tensor:
         """A tensor of indices in 0..below-1, int64."""
-        if key not in self._left:
-            raise AdapterRefused(f"the file holds no tensor '{key}', which its config calls for")
-        self._left.remove(key)
+        self._strike(key)
         found = self._tensors[key].to("cpu", torch.int64, copy=self._copy)
         if found.numel() and not 0 <= int(found.min()) <= int(found.max()) < below:
             raise AdapterRefused(f"tensor '{key}' holds indices outside 0..{below - 1}")
         return found
+
+    def _strike(self, key: str) -> None:
+        if key not in self._left:
+            raise AdapterRefused(f"the file holds no tensor '{key}', which its config calls for")
+        self._left.remove(key)
 
     def done(self) -> None:
         if self._left:
