@@ -130,7 +130,7 @@ def network_of(block: BlockPatch) -> Network | None:
 class Patch(TensorFields):
     """The normal form at a Linear or Conv1D. A field left None does nothing. s (and gain) are folded into B.
 
-    A and B may have the 16 bits of a file that holds nothing else: `fold` takes them so, `apply` wants one format of all.
+    A and B may have the 16 bits of a file that holds nothing else: `fold` takes them so, `apply` wants all in one.
     """
 
     A: Tensor | None = None  # [r, in]
