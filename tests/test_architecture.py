@@ -43,7 +43,7 @@ DOORS = {  # library: the files (or folders) that may import it
     "re2": ("families/targets.py",),
     "threading": (
         *("engine/worker.py", "engine/pool.py", "engine/routing.py", "registry/store.py"),
-        *("engine/link.py", "engine/process.py", "engine/child.py", "engine/ring.py"),
+        *("engine/link.py", "engine/process.py", "engine/child.py", "engine/ring.py", "engine/pauses.py"),
     ),
     "multiprocessing": ("engine/link.py",),
     "concurrent": ("engine/", "api/", "registry/versions.py"),

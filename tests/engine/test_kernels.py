@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -61,6 +62,23 @@ def test_adapters_come_and_go() -> None:
         chosen = case.random.sample(list(case.patches), 3)
         assert close(*case.run([(1, ((placed, 1.0),)) for placed in chosen])), step
     assert len(form.table.places) + len(form.table.free) <= 5
+
+
+def test_who_runs_on_after_it_was_forgotten_leaves_its_row_at_the_end() -> None:
+    """As a task's mix of skills does whose rows are not done: it takes a row again, of which nobody is told."""
+    form = grouped()
+    case = Case(1, kinds=("lora",), n=2, form=form)
+    placed = next(iter(case.patches))
+    for _ in range(2):
+        assert close(*case.run([(1, ((placed, 1.0),))]))
+        form.forget(placed)
+    assert close(*case.run([(1, ((placed, 1.0),))]))
+    assert (len(form.table.places), form.table.free) == (1, [])
+    del case.patches[placed], placed
+    gc.collect()
+    assert (len(form.table.places), form.table.free) == (0, [0])
+    assert close(*case.run([(1, ((next(iter(case.patches)), 1.0),))]))
+    assert list(form.table.places.values()) == [0]
 
 
 def test_vectors_of_who_is_alone_go_with_the_products() -> None:

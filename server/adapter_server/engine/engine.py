@@ -27,6 +27,7 @@ from adapter_server.engine.guide import Guides
 from adapter_server.engine.host import Host
 from adapter_server.engine.kv import Chunk, KvPool, PagePool, SlotPool
 from adapter_server.engine.model import Model, context_length, load
+from adapter_server.engine.pauses import crowded
 from adapter_server.engine.peft_lane import prepare
 from adapter_server.engine.placed import Placed, Prefix
 from adapter_server.engine.pool import Pool
@@ -96,7 +97,11 @@ class Engine:
         self.info = _info(module, self.model, name, length)
         self.guides = Guides(tokenizer, self.info.vocab, self.info.eos, config.max_grammar_bytes)
         self.model.ring = ring(config.ring_bytes, self.model.device)
-        self.pool = Pool(self.model, store, config.adapter_bytes, Host(config.host_bytes))
+        tight = crowded(self.model.device)
+        host = Host(config.host_bytes)
+        self.pool = Pool(
+            self.model, store, config.adapter_bytes, host, running=lambda: tight and bool(self.scheduler.running)
+        )
         self.pool.on_evict = self._evicted
         self.scheduler = Scheduler(self.kv, config.max_rows, config.max_step_tokens, self._admit, self._starved)
         self.profile = None if config.profile is None else Profile(config.profile)

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import TYPE_CHECKING
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, finalize
 
 import torch
 from torch import Tensor
@@ -50,7 +50,8 @@ class Listed:
 
 
 class Table:
-    """The addresses of adapters' tensors on the device, a row each. Rows of adapters that went are used again.
+    """The addresses of adapters' tensors on the device, a row each. Rows of adapters that were dropped, or that nobody
+    holds any more, are used again.
 
     Its layout is as wide as the adapters that have run need: groups, members of one, and parts if there were any.
     """
@@ -58,8 +59,10 @@ class Table:
     def __init__(self, kernels: ModuleType, device: torch.device) -> None:
         self.kernels, self.device = kernels, device
         self.groups, self.members, self.has_parts = 1, 1, False
-        self.places: dict[Placed, int] = {}
+        self.places: WeakKeyDictionary[Placed, int] = WeakKeyDictionary()
         self.free: list[int] = []  # rows of adapters that went
+        self._taken = 0  # rows that somebody had
+        self._ends: dict[int, finalize[[int], Placed]] = {}  # of those who have a row, by it
         self.width: int = kernels.MANY_RANKS  # the most rows that an A had, in whole blocks
         self.hidden = 1  # the most that a network behind a block had between its products
         self.norms: Mapping[str, int] = {}  # by the paths of norms that take weights by token: they come behind groups
@@ -87,16 +90,28 @@ class Table:
     def take(self, placed: Placed) -> int:
         """The adapter's row, written if it is new."""
         if placed not in self.places:
-            self.places[placed] = self.free.pop() if self.free else len(self.places)
+            at = self._free_row()
+            self.places[placed], self._ends[at] = at, finalize(placed, self._left, at)
             if self._fits(placed):
                 self._put(placed)
             else:
                 self._write()
         return self.places[placed]
 
+    def _free_row(self) -> int:
+        if self.free:
+            return self.free.pop()
+        self._taken += 1
+        return self._taken - 1
+
     def drop(self, placed: Placed) -> None:
         if (at := self.places.pop(placed, None)) is not None:
-            self.free.append(at)
+            self._ends[at].detach()
+            self._left(at)
+
+    def _left(self, at: int) -> None:
+        del self._ends[at]
+        self.free.append(at)
 
     def _fits(self, placed: Placed) -> bool:
         """Whether the layout is wide enough; else it is made so."""
@@ -118,7 +133,7 @@ class Table:
 
     def _write(self) -> None:
         """Anew and wider."""
-        self.rows = self._empty(_room(len(self.places) + len(self.free)))
+        self.rows = self._empty(_room(self._taken))
         for placed, at in self.places.items():
             self.rows[at] = self._row(placed)
 

@@ -81,6 +81,7 @@ class Model:
 
     ring: Ring | None = None  # through which adapters reach the device
     plain: Tree | None = None  # what runs the base's rows, where no packed forward does
+    pause: Callable[[], None] = staticmethod(lambda: None)  # before each group of an adapter is laid out
 
     def __init__(
         self,
@@ -234,6 +235,7 @@ class Model:
         """A group's part of an adapter. A snapshot's is waited for before the next one is begun: a step that comes
         meanwhile finds the work of one group before it on the device, not of all.
         """
+        self.pause()
         made = group.place(patches if self.ring is None else _sent(group, patches, self.ring))
         if made.product is not None and self.loading is not None:
             self.loading.synchronize()

@@ -26,6 +26,7 @@ from torch import Tensor
 from adapter_server.core import TIERS, Event, Folded, Loaded, Resident, ResidentState, Spec, Tier
 from adapter_server.engine.host import Host
 from adapter_server.engine.model import Model
+from adapter_server.engine.pauses import Pauses
 from adapter_server.engine.placed import Placed
 from adapter_server.engine.snapshot import check_foldable, fold
 from adapter_server.errors import AdapterRefused, AdapterServerError, AdapterUnavailable
@@ -37,6 +38,10 @@ from adapter_server.registry import guard
 from adapter_server.registry.store import Blob, Held, Store
 
 Key = tuple[str, str, bool]  # name, version, merged
+LOADS, FOLDS = (
+    0.5,
+    0.25,
+)  # of the time, while rows run, goes into loads that somebody waits for, and into what is longer
 NICE = 5  # of the thread that folds, beside 0 of the engine's: a quarter of a processor that both want
 FEWEST = 8  # tensors of a file that are read as one
 MOST_HELD = 64  # loads under way whose files are open: descriptors are few
@@ -82,9 +87,17 @@ class Pool:
     """Adapters and snapshots by (name, version, merged), within a budget of device bytes."""
 
     def __init__(
-        self, model: Model, store: Store, budget: int, host: Host, wake: Callable[[], None] = lambda: None
+        self,
+        model: Model,
+        store: Store,
+        budget: int,
+        host: Host,
+        wake: Callable[[], None] = lambda: None,
+        running: Callable[[], bool] = lambda: False,
     ) -> None:
+        """`running`: whether rows run that loads and folds give way to."""
         self.model, self.store, self.budget, self.host, self.wake = model, store, budget, host, wake
+        self.pauses = model.pause = Pauses(running)
         self.holdings: dict[Key, Holding] = {}
         self.hits: dict[Tier, int] = dict.fromkeys(TIERS, 0)
         self.on_evict: Callable[[Placed], None] = lambda placed: None
@@ -92,8 +105,8 @@ class Pool:
         self._unloaded: set[tuple[str, str]] = set()  # to leave the host tier too, with the last such row
         self._ended: queue.SimpleQueue[Holding] = queue.SimpleQueue()
         self._parked: list[Holding] = []  # loaded once, and waiting for room
-        self._quick = ThreadPoolExecutor(1, "adapter-loader")
-        self._slow = ThreadPoolExecutor(1, "adapter-folder", _yield_to_steps)
+        self._quick = ThreadPoolExecutor(1, "adapter-loader", self._take_turns, (LOADS,))
+        self._slow = ThreadPoolExecutor(1, "adapter-folder", self._take_turns, (FOLDS, NICE))
 
     # What rows ask
 
@@ -173,7 +186,9 @@ class Pool:
         try:
             with self.model.aside():
                 adapter = self._compiled(holding)
-                folded = fold(adapter, self.model.base, self.model.dtype) if holding.merged else adapter
+                folded = adapter
+                if holding.merged:
+                    folded = fold(adapter, self.model.base, self.model.dtype, self.pauses)
                 holding.placed = self.model.place(folded)
             holding.adapter, holding.bytes = adapter, holding.placed.bytes
             holding.rank, holding.foldable = adapter.rank, adapter.foldable
@@ -189,7 +204,7 @@ class Pool:
 
     def _compiled(self, holding: Holding) -> Adapter:
         kept = self.host.get(holding.spec.key)
-        return kept or compile_adapter(holding.spec, self.store, self.model.base, holding.files)
+        return kept or compile_adapter(holding.spec, self.store, self.model.base, holding.files, self.pauses)
 
     def poll(self) -> list[Event]:
         """Open what has been loaded to rows, as far as there is room. Called between steps."""
@@ -400,10 +415,17 @@ class Pool:
         return serving(config, self.model.base.shapes).expected(config, self.model.base.shapes, names)
 
     def judge(self, spec: Spec, blob: Blob) -> None:
-        """Refuses what a load would refuse. On any thread: nothing is kept."""
-        adapter = compile_blob(spec, blob, self.model.base, self.store)
+        """Refuses what a load would refuse. On any thread but the engine's: nothing is kept."""
+        self.pauses.share = FOLDS
+        adapter = compile_blob(spec, blob, self.model.base, self.store, self.pauses)
         if adapter.graft is not None:  # nobody but PEFT knows what it takes
             self.model.place(adapter)
+
+    def _take_turns(self, share: float, nice: int = 0) -> None:
+        """A loader's thread begins: it takes such a share of the time, and those that its products start come after."""
+        self.pauses.share = share
+        if nice and sys.platform == "linux":
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)
 
     def close(self) -> None:
         self._quick.shutdown(cancel_futures=True)
@@ -412,24 +434,20 @@ class Pool:
             _close(holding)
 
 
-def _yield_to_steps() -> None:
-    """Folds take what steps leave of the processors: this thread, and those that its products start, come after."""
-    if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
-
-
-def compile_adapter(spec: Spec, store: Store, base: Base, files: Held | None = None) -> Adapter:
+def compile_adapter(
+    spec: Spec, store: Store, base: Base, files: Held | None = None, pause: Callable[[], None] = lambda: None
+) -> Adapter:
     """Read, check and compile one version, beside its being hashed. Raises AdapterRefused, VersionGone."""
     serving(_typed(spec), base.shapes)  # an unknown kind is not read
     with store.reading(spec, files) as blob:
-        return compile_blob(spec, blob, base, store)
+        return compile_blob(spec, blob, base, store, pause)
 
 
-def compile_blob(spec: Spec, blob: Blob, base: Base, store: Store) -> Adapter:
+def compile_blob(spec: Spec, blob: Blob, base: Base, store: Store, pause: Callable[[], None] = lambda: None) -> Adapter:
     """Check and compile what has been read. Raises AdapterRefused."""
     family = serving(_typed(spec), base.shapes)
     guard.check_keys(blob.header, family.expected(spec.config, base.shapes, frozenset(blob.header)))
-    adapter = family.load(spec, Tensors(blob), base)
+    adapter = family.load(spec, Tensors(blob, pause), base)
     if adapter.graft is None:
         return adapter
     names = [name for group in experts(spec.config) for name in group]
@@ -454,10 +472,11 @@ class Tensors(Fresh):
     """A file's tensors, of bytes that were checked when they were read.
 
     Those of a file in one format are parts of one tensor, made at once: most of what a load takes is a tensor's price.
+    `pause`: called before each.
     """
 
-    def __init__(self, blob: Blob) -> None:
-        self._blob, self._given = blob, set[str]()
+    def __init__(self, blob: Blob, pause: Callable[[], None] = lambda: None) -> None:
+        self._blob, self._given, self._pause = blob, set[str](), pause
         self._span = _together(blob)
         self._wholes: dict[torch.dtype, Tensor] = {}
 
@@ -478,6 +497,7 @@ class Tensors(Fresh):
         return self._made(key, _DTYPES[self._blob.header[key].dtype])
 
     def _made(self, name: str, dtype: torch.dtype) -> Tensor:
+        self._pause()
         span, data = self._blob.header[name], self._blob.data
         filed = _DTYPES[span.dtype]
         count = (span.end - span.begin) // filed.itemsize

@@ -6,7 +6,7 @@ one module. `export` writes the same thing as an ordinary transformers folder.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,15 +36,21 @@ def check_foldable(adapter: Adapter) -> None:
         )
 
 
-def fold(adapter: Adapter, base: Base, dtype: torch.dtype = torch.float32) -> Adapter:
-    """The adapter with every patch folded into float32 weights, which `dtype` will hold.
+def fold(
+    adapter: Adapter, base: Base, dtype: torch.dtype = torch.float32, pause: Callable[[], None] = lambda: None
+) -> Adapter:
+    """The adapter with every patch folded into float32 weights, which `dtype` will hold; `pause` is called before each.
 
     Raises NotMergeable, and AdapterRefused where the weights are not finite or do not do what the patch does.
     """
     check_foldable(adapter)
     if adapter.graft is not None:
         return replace(adapter, graft=replace(adapter.graft, merged=True))
-    return Adapter(adapter.spec, {path: _fold(path, patch, base, dtype) for path, patch in adapter.patches.items()})
+    folded: dict[str, AnyPatch] = {}
+    for path, patch in adapter.patches.items():
+        pause()
+        folded[path] = _fold(path, patch, base, dtype)
+    return Adapter(adapter.spec, folded)
 
 
 def _fold(path: str, patch: AnyPatch, base: Base, dtype: torch.dtype) -> AnyPatch:
