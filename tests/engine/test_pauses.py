@@ -1,4 +1,4 @@
-"""Loads and folds give way to rows that run; nobody else ever sleeps."""
+"""Folds and checks of what is published give way to rows that run; nobody else ever sleeps."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_crowded_is_who_computes_on_every_processor(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("busy", [True, False])
-def test_loaders_give_way_and_the_engine_does_not(busy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folds_and_checks_give_way_and_nobody_else_does(busy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A load, a fold, and the check of what is published, beside a row; the row's tokens are those without them."""
     slept: list[str] = []
     monkeypatch.setattr(pauses, "SLICE_S", -1.0)
@@ -100,14 +100,14 @@ def test_loaders_give_way_and_the_engine_does_not(busy: bool, monkeypatch: pytes
     judge = threading.Thread(target=lambda: engine.pool.judge(spec, engine.pool.store.read(spec)), name="publisher")
     judge.start()
     _stepped(engine, answers, lambda: not judge.is_alive())
-    assert {name.rstrip("_0123456789") for name in slept} == (LOADERS if busy else set())
+    assert {name.rstrip("_0123456789") for name in slept} == (POLITE if busy else set())
     if busy:
         _stepped(engine, answers, lambda: answers[row.id].end is not None)
         assert tuple(answers[row.id].ids) == rig.peft_alone("llama", None, rig.PROMPTS[0], NEW)[0]
     engine.close()
 
 
-LOADERS = {"adapter-loader", "adapter-folder", "publisher"}
+POLITE = {"adapter-folder", "publisher"}
 
 
 def _who() -> str:

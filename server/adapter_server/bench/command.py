@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -17,7 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from adapter_server.bench import drive, plots, report
 from adapter_server.bench.drive import Setting
-from adapter_server.bench.workloads import Shape, Size, Workload
+from adapter_server.bench.workloads import Filed, Shape, Size, Workload, format_of
 from adapter_server.engine.engine import Engine
 
 SizeFlag = Annotated[Size, typer.Option("--size", help="The demo's base, or random weights of a size")]
@@ -72,6 +73,11 @@ class Bench:
             "measured": self.rates,
             **found,
         }
+
+    def held(self, filed: Filed | None) -> int:
+        """Bytes of an adapter's number as steps read it: on the CPU as it is filed, elsewhere in the base's format."""
+        on_cpu = torch.device(self.setting.device).type == "cpu"
+        return (format_of(filed, self.setting.device) if on_cpu else self.setting.dtype).itemsize
 
     def floor(self, workload: Workload, rows: int, context: int, **more: Any) -> dict[str, Any]:
         """What a decode step must read and compute at the least; call it after a look."""

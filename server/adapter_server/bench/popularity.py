@@ -36,7 +36,7 @@ from adapter_server.bench.command import (
 )
 from adapter_server.bench.drive import Ask, Run, drive
 from adapter_server.bench.http import Client, apart, serve, within
-from adapter_server.bench.workloads import Filed, Popularity, Workload, choose, format_of, many_loras, prompts
+from adapter_server.bench.workloads import Filed, Popularity, Workload, another, choose, many_loras, prompts
 from adapter_server.engine.process import is_apart
 
 LAWS: tuple[Popularity, ...] = ("identical", "distinct", "uniform", "skewed")
@@ -96,7 +96,7 @@ def measure(workload: Workload, plan: Plan, bench: Bench) -> dict[str, Any]:
 
 
 def _floor(workload: Workload, plan: Plan, bench: Bench, adapters: int) -> dict[str, Any]:
-    held = format_of(plan.filed, bench.setting.device).itemsize
+    held = bench.held(plan.filed)
     return bench.floor(workload, plan.rows, plan.prompt + plan.new // 2, adapters=adapters, rank=plan.rank, held=held)
 
 
@@ -195,7 +195,11 @@ def popularity(
 ) -> None:
     """32 rows that share adapters or each have their own, beside the base alone."""
     bench = begin(device, profile, quick)
-    own: dict[str, Any] = {"http": http, "apart": is_apart(engine_process, device), "filed": filed}
+    own: dict[str, Any] = {
+        "http": http,
+        "apart": is_apart(engine_process, device),
+        "filed": another(filed, bench.setting.device),
+    }
     plan = Plan(**QUICK, **own) if quick else Plan(rounds=rounds, **own)
     with many_loras(size, plan.rows, plan.rank, device=bench.setting.device, filed=filed) as workload:
         result = measure(workload, plan, bench)

@@ -44,8 +44,8 @@ from adapter_server.bench.workloads import (
     Filed,
     Trace,
     Workload,
+    another,
     calls,
-    format_of,
     link,
     many_loras,
     prompts,
@@ -245,7 +245,7 @@ def _ratios(plays: Plays) -> dict[str, float]:
 def _floor(workload: Workload, plan: Plan, bench: Bench, adapters: int) -> dict[str, Any]:
     context = statistics.mean(plan.lengths)
     more: dict[str, Any] = {"adapters": adapters, "rank": RANK, "targets": ATTENTION}
-    held = format_of(plan.filed, bench.setting.device).itemsize
+    held = bench.held(plan.filed)
     return bench.floor(workload, plan.rows, int(1.5 * context), held=held, **more)
 
 
@@ -289,7 +289,8 @@ def trace(
 ) -> None:
     """S-LoRA's trace, from one registered adapter to 2,000: arrivals by a clock, and every adapter cold at first."""
     bench = begin(device, profile, quick)
-    plan = Plan(**QUICK, http=http, filed=filed) if quick else Plan(rounds=rounds, http=http, filed=filed)
+    own: dict[str, Any] = {"http": http, "filed": another(filed, bench.setting.device)}
+    plan = Plan(**QUICK, **own) if quick else Plan(rounds=rounds, **own)
     with many_loras(size, FILES, RANK, targets=ATTENTION, device=bench.setting.device, filed=filed) as workload:
         result = measure(workload, plan, bench)
     finish(result, tables(result), draw, out, bench)

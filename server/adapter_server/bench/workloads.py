@@ -239,6 +239,11 @@ def format_of(filed: Filed | None, device: str) -> torch.dtype:
     return base_dtype(device) if filed is None else getattr(torch, filed)
 
 
+def another(filed: Filed | None, device: str) -> Filed | None:
+    """A format that is not the base's own."""
+    return None if format_of(filed, device) == base_dtype(device) else filed
+
+
 def save_adapters(
     model: Path,
     config: Any,

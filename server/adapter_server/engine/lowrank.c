@@ -1,4 +1,4 @@
-/* What adapters add on the CPU, float32, in one call a site group:
+/* What adapters add on the CPU, in float32, in one call a site group (A and Bt may have a file's 16 bits):
  *
  *     y[t] += w[t] * (mul ∘ y[t] + add)                      vectors
  *     y[t, columns of m] += w[t] * Bt_m^T (A_m x[t])         low ranks

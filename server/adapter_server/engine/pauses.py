@@ -1,8 +1,8 @@
 """Work beside steps, on threads of its own: it gives way while rows run.
 
-Where steps compute on every processor, what a loader takes of one makes the step of that moment later. So its work has
-parts, and while rows run it sleeps after each few of them, in proportion to what they took: a step meets one slice of
-it at the most, whatever is loaded or folded.
+Where steps compute on every processor, what another thread takes of one makes the step of that moment later. So who
+folds, or checks what is published, has parts of work, a tensor read, a Linear folded, a group laid out, and while rows
+run sleeps between them, in proportion to the time that they took of its own thread: there is less of it in any one step.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from collections.abc import Callable
 import torch
 
 SLICE_S = 0.001  # of a processor's time
-LONGEST_S = 0.1  # that one sleeps, however much was done in one piece
+LONGEST_S = 1.0  # that one sleeps, however much was done in one piece
 
 
 class Pauses(threading.local):
     """Called between parts of such work, by the thread that does it. Who has not said which share of the time it takes
-    while rows run, as the engine's own thread, never sleeps.
+    while rows run, as the engine's own thread, or takes all of it, as a load does, never sleeps.
     """
 
     share = 1.0

@@ -38,10 +38,7 @@ from adapter_server.registry import guard
 from adapter_server.registry.store import Blob, Held, Store
 
 Key = tuple[str, str, bool]  # name, version, merged
-LOADS, FOLDS = (
-    0.5,
-    0.25,
-)  # of the time, while rows run, goes into loads that somebody waits for, and into what is longer
+SHARE = 0.25  # of the time, while rows run, goes into a fold, or into the check of what is published
 NICE = 5  # of the thread that folds, beside 0 of the engine's: a quarter of a processor that both want
 FEWEST = 8  # tensors of a file that are read as one
 MOST_HELD = 64  # loads under way whose files are open: descriptors are few
@@ -95,7 +92,7 @@ class Pool:
         wake: Callable[[], None] = lambda: None,
         running: Callable[[], bool] = lambda: False,
     ) -> None:
-        """`running`: whether rows run that loads and folds give way to."""
+        """`running`: whether rows run that folds give way to."""
         self.model, self.store, self.budget, self.host, self.wake = model, store, budget, host, wake
         self.pauses = model.pause = Pauses(running)
         self.holdings: dict[Key, Holding] = {}
@@ -105,8 +102,8 @@ class Pool:
         self._unloaded: set[tuple[str, str]] = set()  # to leave the host tier too, with the last such row
         self._ended: queue.SimpleQueue[Holding] = queue.SimpleQueue()
         self._parked: list[Holding] = []  # loaded once, and waiting for room
-        self._quick = ThreadPoolExecutor(1, "adapter-loader", self._take_turns, (LOADS,))
-        self._slow = ThreadPoolExecutor(1, "adapter-folder", self._take_turns, (FOLDS, NICE))
+        self._quick = ThreadPoolExecutor(1, "adapter-loader")
+        self._slow = ThreadPoolExecutor(1, "adapter-folder", _yield_to_steps)
 
     # What rows ask
 
@@ -183,6 +180,7 @@ class Pool:
 
     def _load(self, holding: Holding) -> None:
         """On a loader's thread: disk or host to device layout, or the reason why not."""
+        self.pauses.share = SHARE if holding.merged else 1.0  # rows wait for a load that could run beside the others
         try:
             with self.model.aside():
                 adapter = self._compiled(holding)
@@ -415,23 +413,26 @@ class Pool:
         return serving(config, self.model.base.shapes).expected(config, self.model.base.shapes, names)
 
     def judge(self, spec: Spec, blob: Blob) -> None:
-        """Refuses what a load would refuse. On any thread but the engine's: nothing is kept."""
-        self.pauses.share = FOLDS
-        adapter = compile_blob(spec, blob, self.model.base, self.store, self.pauses)
-        if adapter.graft is not None:  # nobody but PEFT knows what it takes
-            self.model.place(adapter)
-
-    def _take_turns(self, share: float, nice: int = 0) -> None:
-        """A loader's thread begins: it takes such a share of the time, and those that its products start come after."""
-        self.pauses.share = share
-        if nice and sys.platform == "linux":
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)
+        """Refuses what a load would refuse. On any thread: nothing is kept."""
+        before, self.pauses.share = self.pauses.share, SHARE
+        try:
+            adapter = compile_blob(spec, blob, self.model.base, self.store, self.pauses)
+            if adapter.graft is not None:  # nobody but PEFT knows what it takes
+                self.model.place(adapter)
+        finally:
+            self.pauses.share = before
 
     def close(self) -> None:
         self._quick.shutdown(cancel_futures=True)
         self._slow.shutdown(cancel_futures=True)
         for holding in self._all():
             _close(holding)
+
+
+def _yield_to_steps() -> None:
+    """Folds take what steps leave of the processors: this thread, and those that its products start, come after."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
 
 
 def compile_adapter(

@@ -4,8 +4,8 @@
     submit, cancel, call ──> outbox ── line ──>   inbox ──> Worker ──> engine.step
     deliver <── a thread <────────── line <──────  News, once a step
 
-Nothing here waits for the engine but `judge`, `ready` and `stop`. Torch and transformers are imported by who needs them
-alone: one process loads the base while the other one becomes a server.
+Nothing here waits for the engine but `judge`, `ready` and `stop`. Torch and transformers are imported where they are
+needed, so that one process loads the base while the other one becomes a server.
 """
 
 from __future__ import annotations

@@ -58,6 +58,7 @@ from adapter_server.families.trainable_tokens import ROWS, token_indices, with_r
 MAX_SCALING = 1e4
 MAX_INVOCATION = 256  # tokens
 ALORA = "alora_invocation_tokens"
+FACTORS = ("lora_A.weight", "lora_B.weight")
 
 # Served: these decide the tensors and the formula.
 SERVED = frozenset(
@@ -212,8 +213,8 @@ def resolve(config: Config, shapes: Shapes, names: frozenset[str]) -> Plan:
         _check_plain(form, dora or lora_bias or bool(groups) or bool(invocation))
     if invocation:
         _check_alora(config, shapes, paths, form)
-    more = dora or lora_bias or groups or saved or biases or tokens or bare or {shapes.embed, shapes.head} & set(paths)
-    as_filed = form.plain and not more and all(abs(math.frexp(low.scaling)[0]) == 0.5 for low in lows.values())
+    factors_alone = form.plain and not bare and all(name.endswith(FACTORS) for name in names)
+    as_filed = factors_alone and all(abs(math.frexp(low.scaling)[0]) == 0.5 for low in lows.values())
     return Plan(
         lows, tuple(saved), biases, dora, lora_bias, groups, form, tokens, tied_tokens, invocation, bare, as_filed
     )
@@ -333,8 +334,8 @@ def _module_patch(take: Taker, path: str, low: Low, plan: Plan, base: Base, weig
         return _embedding_patch(take, path, low, plan, base, weight)
     key = f"{ROOT}{path}."
     if plan.as_filed:
-        A, B = (take.as_filed(f"{key}lora_{factor}.weight") for factor in "AB")
-        return Patch(A=A, B=_times(B, low.scaling))
+        A, B = (take.as_filed(key + factor) for factor in FACTORS)
+        return _scaled(A, B, low.scaling)
     A, B = plan.variant.factors(take, path, low.scaling, lambda: base.weight(path))  # [r,in] [out,r]
     bias = _bias(take, path, low, plan, base)
     if plan.velora_groups:
@@ -346,11 +347,13 @@ def _module_patch(take: Taker, path: str, low: Low, plan: Plan, base: Base, weig
     return Patch(A=A, B=B * gain[:, None], gain=gain, bias=bias, weight=weight)
 
 
-def _times(B: Tensor, power: float) -> Tensor:
-    """A power of two times B, in place. In bfloat16 that is exact above 2⁻¹²⁶; float16 may have no room for it."""
-    if B.dtype != torch.float16 or (power >= 1 and bool(B.abs().max() * power <= torch.finfo(B.dtype).max)):
-        return B.mul_(power)
-    return B.float().mul_(power)
+def _scaled(A: Tensor, B: Tensor, power: float) -> Patch:
+    """A and a power of two times B, in place. In bfloat16 that is exact above 2⁻¹²⁶. Float16 has little room above its
+    numbers and less below: then both become float32.
+    """
+    if B.dtype != torch.float16 or (abs(power) >= 1 and bool(B.abs().max() * abs(power) <= torch.finfo(B.dtype).max)):
+        return Patch(A=A, B=B.mul_(power))
+    return Patch(A=A.float(), B=B.float().mul_(power))
 
 
 def _embedding_patch(take: Taker, path: str, low: Low, plan: Plan, base: Base, weight: Tensor | None) -> EmbeddingPatch:

@@ -51,7 +51,7 @@ class Taker:
         """The same, but in the file's own format where that is half as wide."""
         self._strike(key)
         found = self._tensors.as_filed(key) if isinstance(self._tensors, Fresh) else self._tensors[key].clone()
-        return found if found.dtype in HALVES else found.to("cpu", torch.float32)
+        return found.to("cpu", found.dtype if found.dtype in HALVES else torch.float32)
 
     def integers(self, key: str, below: int) -> Tensor:
         """A tensor of indices in 0..below-1, int64."""
