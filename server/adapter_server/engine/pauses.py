@@ -2,7 +2,7 @@
 
 Where steps compute on every processor, what another thread takes of one makes the step of that moment later. So who
 folds, or checks what is published, has parts of work, a tensor read, a Linear folded, a group laid out, and while rows
-run sleeps between them, in proportion to the time that they took of its own thread: there is less of it in any one step.
+run sleeps between them, in proportion to what they took of its own thread: there is less of it in any one step.
 """
 
 from __future__ import annotations
