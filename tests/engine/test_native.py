@@ -263,14 +263,17 @@ EXTREMES = torch.tensor([0.0, -0.0, 6e-8, -3.1e-5, 6.1e-5, 65504.0, -65504.0, 1.
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize(("inp", "out", "rank"), [(90, 70, 5), (7, 9, 3), (64, 256, 8)])
 def test_factors_of_16_bits_are_read_as_they_are(
-    inp: int, out: int, rank: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    inp: int, out: int, rank: int, threads: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The smallest and the largest numbers too; by one thread and several, scaled, and of tokens in pieces. To the bit
     what float32 gives, but for the ends of rows that are no whole vectors.
     """
-    monkeypatch.setattr(native, "SERIAL", 0)
+    for module in (native, added):
+        monkeypatch.setattr(module, "SERIAL", 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     form, base = Native(kernel()), torch.nn.Linear(inp, out).requires_grad_(False)
     group = LinearGroup(0, {"m": base}, form, pack=True, head=False)
     A, B = (torch.randn(size).to(dtype) for size in ((rank, inp), (out, rank)))

@@ -22,6 +22,7 @@ from adapter_server.config import EngineConfig
 from adapter_server.core import Event, Finished, FinishReason, Folded, Info, Loaded, Op, Request, Spec, Stats, Token
 from adapter_server.engine import forms
 from adapter_server.engine.auto import Auto
+from adapter_server.engine.device import device_of
 from adapter_server.engine.graphs import Flight, Graphs
 from adapter_server.engine.guide import Guides
 from adapter_server.engine.host import Host
@@ -67,12 +68,6 @@ def build(model: str | Path, config: EngineConfig, store: Store, name: str | Non
     device = device_of(config.device)
     name = name or (Path(model).resolve().name if Path(model).exists() else str(model))
     return Engine(load(model, config.dtype, device, config.quantize), config, store, name, tokenizer=model)
-
-
-def device_of(wanted: str) -> torch.device:
-    """auto: CUDA where there is one."""
-    chosen = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(chosen if wanted == "auto" else wanted)
 
 
 class Engine:

@@ -24,6 +24,7 @@ from adapter_server.engine.fused import FusedNorm, fuse
 from adapter_server.engine.int8 import hold_in_int8
 from adapter_server.engine.kv import LayerShape, bytes_per_token
 from adapter_server.engine.modules import AttentionSite, ModuleSite, Tap
+from adapter_server.engine.pauses import Pause, at_once
 from adapter_server.engine.placed import Dtypes, GroupPatch, Placed, Prefix, Product
 from adapter_server.engine.ring import Ring
 from adapter_server.engine.routing import Routing, Step, current, running
@@ -81,7 +82,7 @@ class Model:
 
     ring: Ring | None = None  # through which adapters reach the device
     plain: Tree | None = None  # what runs the base's rows, where no packed forward does
-    pause: Callable[[], None] = staticmethod(lambda: None)  # before each group of an adapter is laid out
+    pause: Pause = staticmethod(at_once)  # before each group of an adapter is laid out
 
     def __init__(
         self,

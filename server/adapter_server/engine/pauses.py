@@ -16,6 +16,11 @@ import torch
 
 SLICE_S = 0.001  # of a processor's time
 LONGEST_S = 1.0  # that one sleeps, however much was done in one piece
+Pause = Callable[[], None]  # called between parts of such work
+
+
+def at_once() -> None:
+    """No pause."""
 
 
 class Pauses(threading.local):

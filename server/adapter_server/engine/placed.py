@@ -116,7 +116,8 @@ class Turned(TensorFields):
 class GroupPatch:
     """An adapter's patches at one group, laid out for the run.
 
-    A [Σ r, in] of all members; `pairs` per member: its rows of A [r, in] and Bt [r, out], or None.
+    A [Σ r, in] of all members; `pairs` per member: its rows of A [r, in] and Bt [r, out], or None. All of them
+    are in one format, the group's or the 16 bits of the adapter's file.
     """
 
     A: Tensor | None = None

@@ -26,7 +26,7 @@ from torch import Tensor
 from adapter_server.core import TIERS, Event, Folded, Loaded, Resident, ResidentState, Spec, Tier
 from adapter_server.engine.host import Host
 from adapter_server.engine.model import Model
-from adapter_server.engine.pauses import Pauses
+from adapter_server.engine.pauses import Pause, Pauses, at_once
 from adapter_server.engine.placed import Placed
 from adapter_server.engine.snapshot import check_foldable, fold
 from adapter_server.errors import AdapterRefused, AdapterServerError, AdapterUnavailable
@@ -435,16 +435,14 @@ def _yield_to_steps() -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
 
 
-def compile_adapter(
-    spec: Spec, store: Store, base: Base, files: Held | None = None, pause: Callable[[], None] = lambda: None
-) -> Adapter:
+def compile_adapter(spec: Spec, store: Store, base: Base, files: Held | None = None, pause: Pause = at_once) -> Adapter:
     """Read, check and compile one version, beside its being hashed. Raises AdapterRefused, VersionGone."""
     serving(_typed(spec), base.shapes)  # an unknown kind is not read
     with store.reading(spec, files) as blob:
         return compile_blob(spec, blob, base, store, pause)
 
 
-def compile_blob(spec: Spec, blob: Blob, base: Base, store: Store, pause: Callable[[], None] = lambda: None) -> Adapter:
+def compile_blob(spec: Spec, blob: Blob, base: Base, store: Store, pause: Pause = at_once) -> Adapter:
     """Check and compile what has been read. Raises AdapterRefused."""
     family = serving(_typed(spec), base.shapes)
     guard.check_keys(blob.header, family.expected(spec.config, base.shapes, frozenset(blob.header)))
@@ -476,7 +474,7 @@ class Tensors(Fresh):
     `pause`: called before each.
     """
 
-    def __init__(self, blob: Blob, pause: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, blob: Blob, pause: Pause = at_once) -> None:
         self._blob, self._given, self._pause = blob, set[str](), pause
         self._span = _together(blob)
         self._wholes: dict[torch.dtype, Tensor] = {}

@@ -43,11 +43,11 @@ RETRY_S = 5.0
 
 def is_apart(chosen: Literal["auto", "on", "off"], device: str) -> bool:
     """Whether the engine gets a process of its own: on the CPU its threads and HTTP's share the cores anyway."""
-    if chosen == "auto" and device == "auto":
-        import torch
+    if chosen != "auto":
+        return chosen == "on"
+    from adapter_server.engine.device import device_of
 
-        return torch.cuda.is_available()
-    return chosen == "on" or (chosen == "auto" and device.startswith("cuda"))
+    return device_of(device).type == "cuda"
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ one module. `export` writes the same thing as an ordinary transformers folder.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from adapter_server.core import Spec
 from adapter_server.engine.model import load
+from adapter_server.engine.pauses import Pause, at_once
 from adapter_server.errors import AdapterRefused, InvalidRequest, NotMergeable
 from adapter_server.families import fallback
 from adapter_server.families.base import Adapter, AnyPatch, Base, ParamPatch, Patch
@@ -36,9 +37,7 @@ def check_foldable(adapter: Adapter) -> None:
         )
 
 
-def fold(
-    adapter: Adapter, base: Base, dtype: torch.dtype = torch.float32, pause: Callable[[], None] = lambda: None
-) -> Adapter:
+def fold(adapter: Adapter, base: Base, dtype: torch.dtype = torch.float32, pause: Pause = at_once) -> Adapter:
     """The adapter with every patch folded into float32 weights, which `dtype` will hold; `pause` is called before each.
 
     Raises NotMergeable, and AdapterRefused where the weights are not finite or do not do what the patch does.
