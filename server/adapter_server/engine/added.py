@@ -20,7 +20,7 @@ from torch import Tensor
 
 from adapter_server.engine.lowrank import Adder, PackedRow, by_adapter
 from adapter_server.engine.modules import stream
-from adapter_server.engine.native import MOST_ROWS, SERIAL, Added, Panels, Table
+from adapter_server.engine.native import SERIAL, Added, Panels, Table
 from adapter_server.engine.operands import ACTS
 from adapter_server.engine.placed import check_index
 from adapter_server.engine.routing import Routing, Segment
@@ -352,8 +352,8 @@ class NativeBeside:
 
     def run(self, base: Product | Separate, x: Tensor, outs: int) -> tuple[Tensor, None]:
         """x [T, in] → (y [T, outs], nothing that is left for the reader to add)."""
-        panels, inputs = _panels(base), self.small.inputs
-        if panels is not None and (len(x) <= MOST_ROWS or (inputs is not None and inputs.own)):
+        panels = _panels(base)
+        if panels is not None:
             self.small.note_streams()
             return panels(x, base.bias, Added(self.small.table, self.small.threads, self.small.most)), None
         y = base(x)

@@ -4,7 +4,7 @@
  *     y[t, columns of m] += w[t] * Bt_m^T (A_m x[t])         low ranks
  *     y[t, columns of m] += w[t] * ΔW_m x[t]                 the rest: deltas.c
  *
- * An adapter's tensors are read where they stand, once per TILE tokens. Units are shared out among the threads, or of
+ * An adapter's tensors are read where they stand, once per TOKENS tokens. Units are shared out among the threads, or of
  * fewer units than threads the rows of A, columns of y and parts. Each number is computed whole by one thread in one
  * order, so that the result depends neither on how many there are nor on what else is in the step.
  *
@@ -14,20 +14,27 @@
 
 #include "added.h"
 
-enum { TILE = 4 }; /* tokens, rows of A, and vectors of columns that are held in registers together */
+enum { TILE = 4 }; /* rows of A, or vectors of columns, whose products are held in registers together */
+#ifdef __AVX512F__
+enum { TOKENS = 4 }; /* and of how many tokens: 16 sums, 4 of x and 1 of A in 32 registers */
+#else
+enum { TOKENS = 3 }; /* 12, 3 and 1 in 16 */
+#endif
 enum { AHEAD = 2 }; /* chunks that are fetched before their turn */
 
 /* s[c][r] for `ranks` rows of A and `tokens` of x: both, and the format, constants where this is called. */
 static inline __attribute__((always_inline)) void dots(factor a, const float *x, i64 in, float *s, i64 s_row,
                                                        const int ranks, const int tokens, const int format) {
-    vector sum[TILE][TILE] = {0};
+    vector sum[TILE][TOKENS] = {0}, of_x[TOKENS];
     i64 k = 0;
-    for (; k + LANES <= in; k += LANES)
+    for (; k + LANES <= in; k += LANES) {
+        for (int c = 0; c < tokens; c++) of_x[c] = kept(*(const vector *)(x + c * in + k));
         for (int r = 0; r < ranks; r++) {
             fetch(past(a.at, (ranks + r) * a.row + k, format)); /* of the rows that come next */
-            const vector some = widened(past(a.at, r * a.row + k, format), format);
-            for (int c = 0; c < tokens; c++) sum[r][c] += some * *(const vector *)(x + c * in + k);
+            const vector of_a = kept(widened(past(a.at, r * a.row + k, format), format));
+            for (int c = 0; c < tokens; c++) sum[r][c] += of_a * of_x[c];
         }
+    }
     for (int r = 0; r < ranks; r++)
         for (int c = 0; c < tokens; c++) {
             float total = across(sum[r][c]);
@@ -42,7 +49,7 @@ static inline __attribute__((always_inline)) void rows_of_a(factor a, i64 ranks,
     const i64 in = of->in, count = of->count;
     i64 c = 0;
     if (ranks == TILE) {
-        for (; c + TILE <= count; c += TILE) dots(a, of->x + c * in, in, s + c * s_row, s_row, TILE, TILE, format);
+        for (; c + TOKENS <= count; c += TOKENS) dots(a, of->x + c * in, in, s + c * s_row, s_row, TILE, TOKENS, format);
         for (; c + 2 <= count; c += 2) dots(a, of->x + c * in, in, s + c * s_row, s_row, TILE, 2, format);
         for (; c < count; c++) dots(a, of->x + c * in, in, s + c * s_row, s_row, TILE, 1, format);
     }
@@ -71,11 +78,11 @@ void shrink(factor a, i64 ranks, rows of, float *s, i64 s_row) {
 static inline __attribute__((always_inline)) void combine(const float *s, i64 s_row, factor bt, i64 rank,
                                                           const float *scale, float *y, i64 width, const int tokens,
                                                           const int format) {
-    vector sum[TILE][TILE] = {0};
+    vector sum[TOKENS][TILE] = {0};
     for (i64 r = 0; r < rank; r++)
         for (int v = 0; v < TILE; v++) {
             fetch(past(bt.at, r * bt.row + (AHEAD * TILE + v) * LANES, format));
-            const vector some = widened(past(bt.at, r * bt.row + v * LANES, format), format);
+            const vector some = kept(widened(past(bt.at, r * bt.row + v * LANES, format), format));
             for (int c = 0; c < tokens; c++) sum[c][v] += s[c * s_row + r] * some;
         }
     for (int c = 0; c < tokens; c++)
@@ -89,8 +96,8 @@ static inline __attribute__((always_inline)) void chunk(const float *s, i64 s_ro
                                                         const float *scale, float *y, i64 width, i64 count,
                                                         const int format) {
     i64 c = 0;
-    for (; c + TILE <= count; c += TILE)
-        combine(s + c * s_row, s_row, bt, rank, scale, y + c * width, width, TILE, format);
+    for (; c + TOKENS <= count; c += TOKENS)
+        combine(s + c * s_row, s_row, bt, rank, scale, y + c * width, width, TOKENS, format);
     for (; c + 2 <= count; c += 2) combine(s + c * s_row, s_row, bt, rank, scale, y + c * width, width, 2, format);
     for (; c < count; c++) combine(s + c * s_row, s_row, bt, rank, scale, y + c * width, width, 1, format);
 }

@@ -31,7 +31,6 @@ log = logging.getLogger(__name__)
 NAMES = ("vectors.h", "added.h", "product.c", "lowrank.c", "deltas.c", "block.c")
 SOURCES = [Path(__file__).with_name(name) for name in NAMES]
 SERIAL = 250_000  # multiplications; below, waking a second thread costs more than it saves
-MOST_ROWS = 128  # of a product from panels; beyond, the library's is as fast
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-c")
 Table = ctypes.Array[ctypes.c_int64]
 TYPES = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "f": ctypes.c_float, "i": ctypes.c_int}

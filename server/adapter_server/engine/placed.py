@@ -49,7 +49,7 @@ class Product:
         """x [T, in] → y [T, out], a new tensor."""
         if self.few is not None and (found := self.few(x, self.weight, self.bias)) is not None:
             return found
-        if self.packed is None or len(x) > native.MOST_ROWS:
+        if self.packed is None:
             return F.linear(x, self.weight, self.bias)
         return self.packed(x, self.bias)
 
@@ -62,11 +62,16 @@ class Product:
 class OneDnn:
     """A weight [out, in] once more, as oneDNN packs it: where there is no C compiler."""
 
+    MOST_ROWS = 128  # beyond, the plain weight's product is as fast, and nothing is compiled for each number of rows
+
     def __init__(self, weight: Tensor) -> None:
+        self.plain = weight
         self.memory = torch.ops.mkldnn._reorder_linear_weight(weight)
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x [T, in] → x · Wᵀ + b [T, out]."""
+        if len(x) > self.MOST_ROWS:
+            return F.linear(x, self.plain, bias)
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.memory, bias, "none", [], "")
         return y
 

@@ -34,7 +34,7 @@ static inline __attribute__((always_inline)) void multiply(sums sum, const float
                                                            i64 rows, const int tokens) {
     for (i64 k = 0; k < rows; k++, panel += WIDE) {
         vector w[VECTORS];
-        for (int v = 0; v < VECTORS; v++) w[v] = *(const vector *)(panel + v * LANES);
+        for (int v = 0; v < VECTORS; v++) w[v] = kept(*(const vector *)(panel + v * LANES));
         for (int t = 0; t < tokens; t++)
             for (int v = 0; v < VECTORS; v++) sum[t][v] += x[t * in + k] * w[v];
     }

@@ -23,6 +23,14 @@ static inline __attribute__((always_inline)) const void *past(const void *from, 
     return (const char *)from + numbers * (format == FLOAT32 ? 4 : 2);
 }
 
+/* What several products read, in a register: a compiler reads it from memory for each, which has no time for that. */
+static inline __attribute__((always_inline)) vector kept(vector v) {
+#ifdef __AVX__
+    __asm__("" : "+v"(v));
+#endif
+    return v;
+}
+
 /* LANES of them. */
 static inline __attribute__((always_inline)) vector widened(const void *from, const int format) {
     typedef uint16_t halves __attribute__((vector_size(LANES * sizeof(uint16_t)), aligned(sizeof(uint16_t))));
