@@ -1,6 +1,6 @@
 """Compiles every kernel for a CUDA architecture, on a machine without one, and prints their names.
 
-python compiling.py ARCH DTYPE
+python compiling.py ARCH DTYPE FORMS       `each`: in every form that is compiled here, `one`: in the first of them
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from triton.compiler import ASTSource
 ENGINE = Path(__file__).parents[2] / "server" / "adapter_server" / "engine"
 HELD = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DIM = 128
+FORMS = sys.argv[3]
+done: set[str] = set()
 
 
 def without_the_engine() -> None:
@@ -38,6 +40,9 @@ attention, block, draw, launch, linear, lowrank, parts = (
 
 
 def compiled(kernel: Any, pointers: Mapping[str, str], constants: Mapping[str, Any], arch: int, warps: int = 4) -> None:
+    if kernel.__name__ in done and FORMS == "one":
+        return
+    done.add(kernel.__name__)
     kinds = {name: pointers.get(name, "i32") for name in kernel.arg_names}
     kinds |= dict.fromkeys(constants, "constexpr")
     made = triton.compile(
@@ -152,10 +157,6 @@ def beyond_low_rank(arch: int, name: str) -> None:
             compiled(kernel, some, {**tile, "TOKENS": tokens}, arch, parts.PRODUCT_WARPS)
 
 
-def main(arch: int, name: str) -> None:
-    for each in (low_rank, attended, blocks, drawn, few_rows, beyond_low_rank):
-        each(arch, name)
-
-
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    for some in (low_rank, attended, blocks, drawn, few_rows, beyond_low_rank):
+        some(int(sys.argv[1]), sys.argv[2])

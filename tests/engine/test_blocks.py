@@ -120,8 +120,8 @@ def test_it_can_be_turned_off(setting: dict[str, object]) -> None:
 def test_keys_that_depend_on_the_rows_length_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
     make = zoo.CONFIGS["llama"]
-    monkeypatch.setitem(zoo.CONFIGS, "llama", lambda: make().__class__(**{**zoo.COMMON, "rope_parameters": rope}))
-    engine = rig.engine("llama")
+    monkeypatch.setitem(zoo.CONFIGS, "scaled", lambda: make().__class__(**{**zoo.COMMON, "rope_parameters": rope}))
+    engine = rig.engine("scaled", ())
     assert engine.kv.blocks is None
     engine.close()
 

@@ -62,8 +62,9 @@ def planned(case: Case, routing: Routing, x: Tensor) -> Tensor:
         return group.run(x)
 
 
-@pytest.mark.parametrize("outs", [OUTS, (10,)])
-@pytest.mark.parametrize("most", [1, 20])
+@pytest.mark.parametrize(
+    ("most", "outs"), [(1, OUTS), (1, (10,)), (20, (10,)), pytest.param(20, OUTS, marks=pytest.mark.soak)]
+)
 def test_any_mix_is_the_formula(outs: tuple[int, ...], most: int) -> None:
     """Whoever is alone on its tokens, with any weight."""
     case = Case(most, outs, KINDS, n=len(KINDS), form=Grouped(kernels, CPU))
