@@ -10,23 +10,16 @@ from collections.abc import Iterator
 
 import pytest
 import structlog
+import torch
 
+torch.set_num_threads(1)
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 structlog.configure(
     processors=[
         structlog.processors.add_log_level,
         structlog.dev.ConsoleRenderer(colors=False, exception_formatter=structlog.dev.plain_traceback),
     ]
 )
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """In every process but the one that only hands out tests to others."""
-    if config.getoption("numprocesses") and not hasattr(config, "workerinput"):
-        return
-    import torch
-
-    torch.set_num_threads(1)
-    os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
 
 @pytest.fixture(autouse=True)
