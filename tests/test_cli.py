@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shlex
 import shutil
 import signal
 import urllib.request
@@ -207,18 +206,6 @@ def test_serve_answers_logs_no_prompt_and_leaves_cleanly(root: Path) -> None:
     assert lines.keys() == {"request", "draining"}
     assert lines["request"]["request_id"]
     assert "SECRET" not in log
-
-
-@pytest.mark.skipif(not config.DEMO_BASE.is_dir(), reason="this tree has no demo base")
-def test_the_demo_prints_a_curl_line_that_works() -> None:
-    with live.process("demo") as process:
-        assert process.stdout
-        words = next(shlex.split(line) for line in process.stdout if line.strip().startswith("curl"))
-        url, body = words[2], words[words.index("-d") + 1]
-        answer = post(url, body)
-    assert answer["adapter"] == json.loads(body)["adapter"]
-    assert answer["finish_reason"] in ("eos", "stop", "length")
-    assert answer["text"]
 
 
 def test_versions_are_published_rolled_back_and_deleted_by_command(root: Path, tmp_path: Path) -> None:

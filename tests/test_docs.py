@@ -296,6 +296,14 @@ def test_pages_say_nothing_of_the_machine_they_were_written_on() -> None:
 # Routes and fields
 
 
+def test_the_demo_prints_a_curl_line_that_works(demo: Demo) -> None:
+    line = next(line for line in demo.welcome.splitlines() if line.strip().startswith("curl"))
+    words, answer = shlex.split(line), json.loads(demo.bash(line))
+    assert answer["adapter"] == json.loads(words[words.index("-d") + 1])["adapter"]
+    assert answer["finish_reason"] in ("eos", "stop", "length")
+    assert answer["text"]
+
+
 @pytest.fixture(scope="module")
 def app(tmp_path_factory: pytest.TempPathFactory) -> FastAPI:
     folder = tmp_path_factory.mktemp("app")

@@ -158,7 +158,7 @@ def saved(peft_type: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("peft_type", known())
-@settings(FUZZ, max_examples=40)
+@settings(FUZZ, max_examples=20)
 @given(st.data())
 def test_any_option_of_any_kind(peft_type: str, data: st.DataObject) -> None:
     config = {"peft_type": peft_type, "target_modules": ["q_proj"]} | saved(peft_type)
