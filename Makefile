@@ -8,6 +8,7 @@ CLIENTS := $(VENV)/clients/.ready
 
 export OMP_WAIT_POLICY ?= PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
+# Whatever is set: each server that the tests start would compile all of it anew.
 export PYTHONDONTWRITEBYTECODE =
 
 .PHONY: serve test check bench bench-gpu soak clean

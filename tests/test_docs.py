@@ -249,6 +249,14 @@ def test_make_serve_prints_what_the_readme_says(demo: Demo) -> None:
     assert demo.localised(block.shown.code).strip() == demo.welcome.strip()
 
 
+def test_the_demo_prints_a_curl_line_that_works(demo: Demo) -> None:
+    line = next(line for line in demo.welcome.splitlines() if line.strip().startswith("curl"))
+    words, answer = shlex.split(line), json.loads(demo.bash(line))
+    assert answer["adapter"] == json.loads(words[words.index("-d") + 1])["adapter"]
+    assert answer["finish_reason"] in ("eos", "stop", "length")
+    assert answer["text"]
+
+
 @pytest.mark.parametrize("block", all_blocks("json"))
 def test_json_is_json(block: Block) -> None:
     json.loads(block.code)
@@ -294,14 +302,6 @@ def test_pages_say_nothing_of_the_machine_they_were_written_on() -> None:
 
 
 # Routes and fields
-
-
-def test_the_demo_prints_a_curl_line_that_works(demo: Demo) -> None:
-    line = next(line for line in demo.welcome.splitlines() if line.strip().startswith("curl"))
-    words, answer = shlex.split(line), json.loads(demo.bash(line))
-    assert answer["adapter"] == json.loads(words[words.index("-d") + 1])["adapter"]
-    assert answer["finish_reason"] in ("eos", "stop", "length")
-    assert answer["text"]
 
 
 @pytest.fixture(scope="module")

@@ -43,7 +43,7 @@ class Product:
     def __init__(self, weight: Tensor, bias: Tensor | None, pack: bool, few: Few | None = None) -> None:
         """`few`: what is asked first, where there are few rows."""
         self.weight, self.bias, self.few = weight, bias, few
-        self.packed = _packed(weight.contiguous()) if pack else None
+        self.packed = _packed(weight) if pack else None
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, in] → y [T, out], a new tensor."""
@@ -66,7 +66,7 @@ class OneDnn:
 
     def __init__(self, weight: Tensor) -> None:
         self.plain = weight
-        self.memory = torch.ops.mkldnn._reorder_linear_weight(weight)
+        self.memory = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x [T, in] → x · Wᵀ + b [T, out]."""
@@ -81,7 +81,7 @@ def _packed(weight: Tensor) -> native.Panels | OneDnn | None:
     if weight.device.type != "cpu" or weight.dtype != torch.float32:
         return None
     if (library := native.library()) is not None:
-        return native.Panels(library, weight)
+        return native.Panels(library, weight.contiguous())
     return OneDnn(weight) if torch.backends.mkldnn.is_available() else None  # type: ignore[no-untyped-call]
 
 
