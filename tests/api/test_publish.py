@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -58,14 +59,14 @@ def test_an_upload_is_served_at_once(live: Served) -> None:
     assert answer["adapter_version"] == made["version"]
 
 
-def slow_upload(live: Served, name: str, until: threading.Event, seconds: float = 10) -> httpx.Response:
-    """The last bytes of a form come when the event is set, or so much later."""
+def slow_upload(live: Served, name: str, until: threading.Event) -> httpx.Response:
+    """The last bytes of a form come when the event is set."""
     whole = httpx.Request("PUT", live.http.base_url, files={guard.CONFIG: b"{}", guard.WEIGHTS: b"x"})
     body = whole.read()
 
     def pieces() -> Iterator[bytes]:
         yield body[:20]
-        until.wait(seconds)
+        until.wait(10)
         yield body[20:]
 
     return live.http.put(f"/adapters/{name}", content=pieces(), headers={"content-type": whole.headers["content-type"]})
@@ -86,7 +87,15 @@ def test_few_uploads_are_under_way_at_once(live: Served) -> None:
 
 def test_an_upload_that_stalls_gives_its_place_up(text: Text, tmp_path: Path) -> None:
     with serving(text, tmp_path, ServerConfig(request_timeout_s=0.2, max_uploads=1)) as live:
-        assert error(slow_upload(live, "slow", threading.Event(), seconds=0.6)) == (504, "deadline_exceeded")
+        where = live.http.base_url
+        with socket.create_connection((where.host, where.port or 0), timeout=10) as client:
+            client.sendall(b"PUT /adapters/slow HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n")
+            client.sendall(b"Content-Type: multipart/form-data; boundary=x\r\n\r\n--x\r\n")  # and no more
+            answer = b""
+            while b"deadline_exceeded" not in answer and (part := client.recv(1 << 16)):
+                answer += part
+        assert answer.startswith(b"HTTP/1.1 504 ")
+        assert b"deadline_exceeded" in answer
         assert put(live, "next").status_code == 201
 
 
