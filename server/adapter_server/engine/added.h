@@ -1,7 +1,10 @@
 /* What the adapters of a step add at one site group. */
+#include <limits.h>
+#include <linux/futex.h>
 #include <omp.h>
-#include <sched.h>
 #include <stdatomic.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include "vectors.h"
 
@@ -41,21 +44,35 @@ static inline float *at(i64 pointer) { return (float *)(intptr_t)pointer; }
 
 /* Where the threads of a region meet, as often as they like. Begins as zeros. */
 typedef struct {
-    atomic_int there, times;
+    atomic_int there, times, asleep;
 } gate;
 
-enum { TURNS = 1000 };
+enum { TURNS = 2000 };
 
-/* Wait for the other threads, which are nearly done too: to sleep and be woken would take longer. */
+static inline void relax(void) {
+#if defined __x86_64__
+    __builtin_ia32_pause();
+#elif defined __aarch64__
+    __asm__ volatile("yield");
+#endif
+}
+
+/* Wait for the other threads. They are nearly done too, and to sleep and be woken would take longer; but where one has
+ * lost its core to somebody else, the others leave theirs.
+ */
 static inline void meet(gate *door) {
     const int times = atomic_load(&door->times);
     if (atomic_fetch_add(&door->there, 1) + 1 == omp_get_num_threads()) {
         atomic_store(&door->there, 0);
         atomic_store(&door->times, times + 1);
+        if (atomic_load(&door->asleep)) syscall(SYS_futex, &door->times, FUTEX_WAKE_PRIVATE, INT_MAX, 0, 0, 0);
         return;
     }
-    for (int turn = 1; atomic_load(&door->times) == times; turn++)
-        if (turn % TURNS == 0) sched_yield();
+    for (int turn = 0; turn < TURNS; turn++, relax())
+        if (atomic_load(&door->times) != times) return;
+    atomic_fetch_add(&door->asleep, 1);
+    while (atomic_load(&door->times) == times) syscall(SYS_futex, &door->times, FUTEX_WAIT_PRIVATE, times, 0, 0, 0);
+    atomic_fetch_sub(&door->asleep, 1);
 }
 
 /* y [T, width] += what they add to x [T, in]. Called by all threads of a parallel region, which wait behind it. */

@@ -2,7 +2,7 @@
  *
  * A row's numbers depend on that row alone, whatever the number of threads.
  */
-#include "vectors.h"
+#include "layers.h"
 
 enum { NEAR = 8 }; /* positions whose keys or values are fetched before their turn */
 
@@ -40,10 +40,9 @@ static inline void normalise(float *out, const float *x, const float *weight, i6
     for (i64 i = 0; i < n; i++) out[i] = (one + weight[i]) * (x[i] * factor);
 }
 
-/* total = residual + x, where there is a residual, and the norm of that; weights of rows stand weight_row apart. */
-void rms_norm(float *out, float *total, const float *x, i64 x_row, const float *residual, i64 residual_row,
-              const float *weight, i64 weight_row, i64 rows, i64 n, float eps, int centred, int threads) {
-#pragma omp parallel for num_threads(threads)
+void rms_norm_within(float *out, float *total, const float *x, i64 x_row, const float *residual, i64 residual_row,
+                     const float *weight, i64 weight_row, i64 rows, i64 n, float eps, int centred) {
+#pragma omp for schedule(static) nowait
     for (i64 r = 0; r < rows; r++) {
         const float *from = x + r * x_row;
         if (residual) {
@@ -54,8 +53,14 @@ void rms_norm(float *out, float *total, const float *x, i64 x_row, const float *
     }
 }
 
-void gated(float *out, const float *both, i64 row, i64 tokens, i64 n, int act, int threads) {
-#pragma omp parallel for num_threads(threads)
+void rms_norm(float *out, float *total, const float *x, i64 x_row, const float *residual, i64 residual_row,
+              const float *weight, i64 weight_row, i64 rows, i64 n, float eps, int centred, int threads) {
+#pragma omp parallel num_threads(threads)
+    rms_norm_within(out, total, x, x_row, residual, residual_row, weight, weight_row, rows, n, eps, centred);
+}
+
+void gated_within(float *out, const float *both, i64 row, i64 tokens, i64 n, int act) {
+#pragma omp for schedule(static) nowait
     for (i64 t = 0; t < tokens; t++) {
         const float *gate = both + t * row, *up = gate + n;
         i64 i = 0;
@@ -65,6 +70,11 @@ void gated(float *out, const float *both, i64 row, i64 tokens, i64 n, int act, i
         }
         for (; i < n; i++) out[t * n + i] = activated(gate[i], act) * up[i];
     }
+}
+
+void gated(float *out, const float *both, i64 row, i64 tokens, i64 n, int act, int threads) {
+#pragma omp parallel num_threads(threads)
+    gated_within(out, both, row, tokens, n, act);
 }
 
 static inline void turn(float *out, const float *x, const float *cos, const float *sin, i64 dim) {
@@ -85,12 +95,11 @@ static void turned(float *out, const float *x, i64 heads, i64 dim, const float *
     }
 }
 
-/* A token whose place is below 0 is written nowhere. */
-void rope_write(float *q, const float *mixed, i64 row, const float *cos, i64 cos_row, const float *sin, i64 sin_row,
-                float *keys, float *values, const i64 *places, i64 tokens, i64 heads, i64 kv_heads, i64 dim,
-                const float *q_weight, float q_eps, int q_centred, const float *k_weight, float k_eps, int k_centred,
-                float *room, int threads) {
-#pragma omp parallel for num_threads(threads)
+void rope_write_within(float *q, const float *mixed, i64 row, const float *cos, i64 cos_row, const float *sin,
+                       i64 sin_row, float *keys, float *values, const i64 *places, i64 tokens, i64 heads, i64 kv_heads,
+                       i64 dim, const float *q_weight, float q_eps, int q_centred, const float *k_weight, float k_eps,
+                       int k_centred, float *room) {
+#pragma omp for schedule(static) nowait
     for (i64 t = 0; t < tokens; t++) {
         const float *from = mixed + t * row, *c = cos + t * cos_row, *s = sin + t * sin_row;
         const i64 width = kv_heads * dim, place = places[t];
@@ -100,6 +109,15 @@ void rope_write(float *q, const float *mixed, i64 row, const float *cos, i64 cos
         turned(keys + place * width, from, kv_heads, dim, c, s, k_weight, k_eps, k_centred, room + t * dim);
         for (i64 i = 0; i < width; i++) values[place * width + i] = from[width + i];
     }
+}
+
+void rope_write(float *q, const float *mixed, i64 row, const float *cos, i64 cos_row, const float *sin, i64 sin_row,
+                float *keys, float *values, const i64 *places, i64 tokens, i64 heads, i64 kv_heads, i64 dim,
+                const float *q_weight, float q_eps, int q_centred, const float *k_weight, float k_eps, int k_centred,
+                float *room, int threads) {
+#pragma omp parallel num_threads(threads)
+    rope_write_within(q, mixed, row, cos, cos_row, sin, sin_row, keys, values, places, tokens, heads, kv_heads, dim,
+                      q_weight, q_eps, q_centred, k_weight, k_eps, k_centred, room);
 }
 
 /* What a unit of work reads: some kv heads of one row, and how scores become weights. */
@@ -165,15 +183,13 @@ static void gather(const reading *of, const float *weights, float *out, i64 out_
     }
 }
 
-/* The rows with one new token over their pages; scratch [n, heads, most]. A thread takes a row, which it reads as it
- * stands in memory, or of fewer rows than threads one of their kv heads.
- */
-void paged_decode(float *out, i64 out_token, i64 out_head, const float *q, i64 q_head, i64 q_token, const float *keys,
-                  const float *values, const int32_t *table, i64 pages, const i64 *lengths, const i64 *tokens, i64 n,
-                  i64 most, i64 page, i64 kv_heads, i64 group, i64 dim, i64 wide, float scale, float cap, i64 window,
-                  const float *sinks, float *scratch, int threads) {
-    const i64 heads = n < threads ? 1 : kv_heads, parts = kv_heads / heads;
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+/* A thread takes a row, which it reads as it stands in memory, or of fewer rows than threads one of their kv heads. */
+void paged_decode_within(float *out, i64 out_token, i64 out_head, const float *q, i64 q_head, i64 q_token,
+                         const float *keys, const float *values, const int32_t *table, i64 pages, const i64 *lengths,
+                         const i64 *tokens, i64 n, i64 most, i64 page, i64 kv_heads, i64 group, i64 dim, i64 wide,
+                         float scale, float cap, i64 window, const float *sinks, float *scratch) {
+    const i64 heads = n < omp_get_num_threads() ? 1 : kv_heads, parts = kv_heads / heads;
+#pragma omp for schedule(dynamic, 1) nowait
     for (i64 unit = 0; unit < n * parts; unit++) {
         const i64 row = unit / parts, head = unit % parts, length = lengths[row], first = head * group;
         const i64 before = window && window < length ? length - window : 0;
@@ -185,4 +201,13 @@ void paged_decode(float *out, i64 out_token, i64 out_head, const float *q, i64 q
         for (i64 h = 0; h < heads * group; h++) weigh(scores + h * of.seen, of.seen, sinks ? sinks + first + h : 0);
         gather(&of, scores, out + tokens[row] * out_token + first * out_head, out_head);
     }
+}
+
+void paged_decode(float *out, i64 out_token, i64 out_head, const float *q, i64 q_head, i64 q_token, const float *keys,
+                  const float *values, const int32_t *table, i64 pages, const i64 *lengths, const i64 *tokens, i64 n,
+                  i64 most, i64 page, i64 kv_heads, i64 group, i64 dim, i64 wide, float scale, float cap, i64 window,
+                  const float *sinks, float *scratch, int threads) {
+#pragma omp parallel num_threads(threads)
+    paged_decode_within(out, out_token, out_head, q, q_head, q_token, keys, values, table, pages, lengths, tokens, n,
+                        most, page, kv_heads, group, dim, wide, scale, cap, window, sinks, scratch);
 }

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from adapter_server.engine import native
+from adapter_server.engine.layers import Layers
 from adapter_server.engine.operands import Form, More, Norm, Rows, weight_row
 
-__all__ = ["Form", "More", "Norm", "Rows", "add_rms_norm", "gated", "paged_decode", "rms_norm", "rope_write"]
+__all__ = ["Form", "Layers", "More", "Norm", "Rows", "add_rms_norm", "gated", "paged_decode", "rms_norm", "rope_write"]
 
 ACTS = {"silu": 0, "gelu": 1, "gelu_pytorch_tanh": 2}
 SERIAL = 1 << 18  # numbers; below, waking a second thread costs more than it saves

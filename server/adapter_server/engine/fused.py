@@ -4,6 +4,7 @@
     gated MLP   down(act(gate x) · up x)                                              one beside its products
     attention   q, k, v of one product; norms of heads, RoPE and the write to the pool in one kernel
     layer       x + attention(norm x), + MLP(norm …): sums are formed where the next norm reads them
+    layers      on the CPU: all of them, one call (`layers.py`)
 
 A module is taken for one of these by what it consists of, never by name, and only if on random input it computes what
 the module itself does; one that does not stays as it is. Norms between blocks take adapters' own weights, and note the
@@ -16,7 +17,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ from adapter_server.engine.routing import Routing, Step, Use, current, running
 from adapter_server.families.base import AnyPatch, ParamPatch
 
 if TYPE_CHECKING:
+    from adapter_server.engine.layers import Layers
     from adapter_server.engine.operands import More
     from adapter_server.engine.placed import Placed
     from adapter_server.engine.site import LinearGroup
@@ -202,16 +204,33 @@ class FusedLayer:
     second: FusedNorm
     attending: FusedAttention | None  # what the modules have been fused to
     gating: FusedMlp | None
+    together: Layers | None = None
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         step = current()
         if step is None or args or step.routing.unfused or hidden_states.dtype != self.first.weight.dtype:
             return self.base(hidden_states, *args, **kwargs)
+        if (found := self._together(step, hidden_states, kwargs)) is not None:
+            return found
         x, total = self.first.enter(step, hidden_states)
         y, more = self._attended(step, x, kwargs)
         x, total = self.second.add(step, y, total, more)
         step.carry = (total, *(self.gating.apart(x) if self.gating is not None else (self.rest(x), None)))
         return total
+
+    def _together(self, step: Step, x: Tensor, kwargs: Mapping[str, Any]) -> Tensor | None:
+        """The stream behind all layers, which the first one runs; None where they run one by one."""
+        layers, places = self.together, kwargs.get("position_embeddings")
+        if step.ran is not None:
+            if places is not step.ran:
+                raise RuntimeError("layers that ran as one were given different angles")
+            return x
+        if layers is None or self.attending is None or self.attending.layer or step.kv is None or places is None:
+            return None
+        if (links := layers.links(step.routing)) is None:
+            return None
+        step.ran = places
+        return layers.run(step, step.kv, links, x, places)
 
     def _attended(self, step: Step, x: Tensor, kwargs: Mapping[str, Any]) -> tuple[Tensor, More | None]:
         places = kwargs.get("position_embeddings")
@@ -242,7 +261,7 @@ class Fuser:
         self.device = next(module.parameters()).device
         self.norms: dict[nn.Module, FusedNorm] = {}
         self.fused: dict[nn.Module, Any] = {}
-        self.done: dict[str, int] = {"norm": 0, "mlp": 0, "attention": 0, "layer": 0}
+        self.done: dict[str, int] = {"norm": 0, "mlp": 0, "attention": 0, "layer": 0, "layers": 0}
 
     @torch.inference_mode()
     def run(self) -> dict[str, int]:
@@ -362,9 +381,23 @@ class Fuser:
             module.forward = fused.forward
         if self._agree(lambda: want, self._whole, WHOLE):
             self.done["layer"] = len(found)
+            self._together(found, want)
         else:
             for module, forward in before.items():
                 module.forward = forward
+
+    def _together(self, found: Sequence[tuple[nn.Module, FusedLayer]], want: Tensor) -> None:
+        """All layers as one, where the kernels have that."""
+        layers = None if self.kernels.Layers is None else self.kernels.Layers.of([fused for _, fused in found])
+        if layers is None:
+            return
+        for module, fused in found:
+            module.forward = replace(fused, together=layers).forward
+        if self._agree(lambda: want, self._whole, WHOLE):
+            self.done["layers"] = 1
+            return
+        for module, fused in found:
+            module.forward = fused.forward
 
     def _whole(self) -> Tensor:
         """Logits of a short prompt."""

@@ -4,6 +4,7 @@
     lowrank.c    what a group's segments add, `added.py`         `lowrank.Banked`
     deltas.c     what of it is no low rank                       `deltas.py`
     block.c      what stands between products, `cpu.py`          the base's own modules
+    layers.c     all of it, layer upon layer, `layers.py`        the above, one by one
 
 They are built once per machine into the user's cache and linked to the OpenMP that torch itself runs on, so that both
 share one set of threads.
@@ -28,7 +29,7 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-NAMES = ("vectors.h", "added.h", "product.c", "lowrank.c", "deltas.c", "block.c")
+NAMES = ("vectors.h", "added.h", "layers.h", "product.c", "lowrank.c", "deltas.c", "block.c", "layers.c")
 SOURCES = [Path(__file__).with_name(name) for name in NAMES]
 SERIAL = 250_000  # multiplications; below, waking a second thread costs more than it saves
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-c")
@@ -43,6 +44,7 @@ SIGNATURES = {
     "gated": "ppnnnii",
     "rope_write": "ppnpnpnpppnnnnpfipfipi",
     "paged_decode": "pnnpnnpppnppnnnnnnnffnppi",
+    "layers_run": "pnni",
 }  # of the functions in SOURCES, by the letters of TYPES
 
 

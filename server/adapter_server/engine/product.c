@@ -11,7 +11,7 @@
  */
 #include <string.h>
 
-#include "added.h"
+#include "layers.h"
 
 enum { VECTORS = 3, WIDE = VECTORS * LANES, DEEP = 2048 / LANES, STRIDE = 4, MANY = 128 };
 #ifdef __AVX512F__
@@ -92,8 +92,8 @@ static void block(work of, i64 tokens, int first) {
 /* Columns `first` to `last` of y, by the threads of the region that this is called in, MANY rows after another, which
  * fit into a cache. A panel that reaches beyond is computed whole.
  */
-static void product_within(float *y, const float *x, i64 tokens, const float *panels, const float *bias, i64 in, i64 out,
-                           i64 first, i64 last) {
+static void columns(float *y, const float *x, i64 tokens, const float *panels, const float *bias, i64 in, i64 out,
+                    i64 first, i64 last) {
     for (i64 t = 0; t < tokens; t += MANY)
 #pragma omp for schedule(guided) nowait
         for (i64 column = first / WIDE * WIDE; column < last; column += WIDE)
@@ -123,27 +123,28 @@ static void turn(const added *by, const float *x, i64 tokens, i64 in) {
     }
 }
 
-/* With what adapters add, if any: the threads go on to it together. */
+/* The threads go on to what adapters add together. */
+void product_within(float *y, const float *x, i64 tokens, const float *panels, const float *bias, i64 in, i64 out,
+                    const added *more, gate *door) {
+    if (more && more->own) {
+        turn(more, x, tokens, in);
+        meet(door);
+        for (i64 m = 0, first = 0; m < more->members; first += more->outs[m++]) {
+            const float *own = more->input_of[m] < 0 ? x : more->inputs + more->input_of[m] * tokens * in;
+            columns(y, own, tokens, panels, bias, in, out, first, first + more->outs[m]);
+        }
+    } else
+        columns(y, x, tokens, panels, bias, in, out, 0, out);
+    if (!more) return;
+    meet(door);
+    add_within(more, y, out, x, in, door);
+}
+
 void product(float *y, const float *x, i64 tokens, const float *panels, const float *bias, i64 in, i64 out,
              const added *more, int threads) {
     gate door = {0};
 #pragma omp parallel num_threads(threads)
-    if (more && more->own) {
-        turn(more, x, tokens, in);
-        meet(&door);
-        for (i64 m = 0, first = 0; m < more->members; first += more->outs[m++]) {
-            const float *own = more->input_of[m] < 0 ? x : more->inputs + more->input_of[m] * tokens * in;
-            product_within(y, own, tokens, panels, bias, in, out, first, first + more->outs[m]);
-        }
-        meet(&door);
-        add_within(more, y, out, x, in, &door);
-    } else {
-        product_within(y, x, tokens, panels, bias, in, out, 0, out);
-        if (more) {
-            meet(&door);
-            add_within(more, y, out, x, in, &door);
-        }
-    }
+    product_within(y, x, tokens, panels, bias, in, out, more, &door);
 }
 
 /* How many numbers the panels of W [out, in] are. */

@@ -158,6 +158,7 @@ class Step:
     given: Mapping[str, Tensor] = field(default_factory=dict)  # by module path: outputs that were found beforehand
     streams: dict[str, Tensor] = field(default_factory=dict)  # what taps noted: [1, T, hidden] by module path
     carry: tuple[Tensor, Tensor, More | None] | None = None  # a fused layer's output, and what its reader is to add
+    ran: tuple[Tensor, Tensor] | None = None  # cos and sin of the layers, where the first one has run them all
 
 
 class _Context(threading.local):

@@ -127,7 +127,7 @@ class LinearGroup:
         routing = self._routing()
         if routing is None or routing.plain:
             return self.base(x)
-        plan = self._planned(routing, x)
+        plan = self.planned(routing, x.shape[0])
         if plan.beside is not None and plan.beside.whole:
             return plan.beside.run(self.base, x.contiguous(), sum(self.outs))[0]
         return plan.whole(x) if plan.whole else self._mixed(x.contiguous(), plan, routing)
@@ -135,17 +135,18 @@ class LinearGroup:
     def apart(self, x: Tensor) -> tuple[Tensor, More | None]:
         """As `run`; but what adapters add may come apart from y, for whoever reads y to add."""
         routing = self._routing()
-        beside = None if routing is None or routing.plain else self._planned(routing, x).beside
+        beside = None if routing is None or routing.plain else self.planned(routing, x.shape[0]).beside
         return (self.run(x), None) if beside is None else beside.run(self.base, x.contiguous(), sum(self.outs))
 
     def _routing(self) -> Routing | None:
         step = current()
         return None if step is None else step.head if self.head else step.routing
 
-    def _planned(self, routing: Routing, x: Tensor) -> Plan:
+    def planned(self, routing: Routing, tokens: int) -> Plan:
+        """The plan under a routing, made when it is first asked for."""
         plan: Plan | None = routing.plans.get(self.index)
         if plan is None:
-            plan = routing.plans[self.index] = self.plan(routing, x.shape[0])
+            plan = routing.plans[self.index] = self.plan(routing, tokens)
         return plan
 
     def _mixed(self, x: Tensor, plan: Plan, routing: Routing) -> Tensor:

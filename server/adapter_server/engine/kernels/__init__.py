@@ -60,10 +60,12 @@ from adapter_server.engine.kernels.parts import (
 )
 from adapter_server.engine.operands import Form, More, Norm, Rows
 
+Layers = None  # captured steps do what that is for
+
 __all__ = [
     "ABOVE", "CHUNK", "EACH", "FEW", "HEAD", "IN_SCALE", "MANY", "MANY_RANKS", "MEMBER", "MIRROR", "MOST_CHUNKS",
     "MOST_ROWS", "MOST_SPLITS", "NETWORK", "OWN", "QUERIES", "SPARSE", "SPECTRAL", "TILINGS", "TURN", "WIDE",
-    "Chunks", "Form", "More", "Norm", "Outputs", "Owners", "Rows", "Run", "Tiles", "Tiling",
+    "Chunks", "Form", "Layers", "More", "Norm", "Outputs", "Owners", "Rows", "Run", "Tiles", "Tiling",
     "add_hidden", "add_low_rank", "add_rms_norm", "add_sparse", "draw", "few_rows", "gated", "hidden", "inputs",
     "low_rank", "mirrored", "own_product", "own_rows", "paged_decode", "paged_prefill", "pick", "rms_norm",
     "rope_write", "takes",
