@@ -294,15 +294,16 @@ class SlotPool(KvPool):
             store.index_copy_(0, target, store.index_select(0, source))
 
     def plan(self, chunks: Sequence[Chunk], tokens: int) -> KvStep:
-        places, prefills, decodes = torch.empty(tokens, dtype=torch.long), [], []
+        places, prefills, decodes = [0] * tokens, [], []
         for chunk in chunks:
             first = chunk.lease.pages[0] * self.page + chunk.past
-            places[chunk.start : chunk.start + chunk.count] = torch.arange(first, first + chunk.count)
+            places[chunk.start : chunk.start + chunk.count] = range(first, first + chunk.count)
             if chunk.count == 1:
                 decodes.append(chunk)
             else:
                 prefills.append((chunk, slice(first - chunk.past, first + chunk.count)))
-        return KvStep(self, places.to(self.device), prefills, self._decodes(decodes) if decodes else None)
+        at = torch.tensor(places, device=self.device)
+        return KvStep(self, at, prefills, self._decodes(decodes) if decodes else None)
 
     def _decodes(self, chunks: Sequence[Chunk]) -> Decodes:
         """For kernels a slot is a large page. Else the batch is slots 0..n−1; a slot of no decode row reads token 0,

@@ -191,7 +191,7 @@ class Layers:
         memory = self.memory if needed <= self.memory.numel() else torch.empty(needed)
         if tokens <= KEPT:
             self.memory = memory
-        parts = memory[:needed].split([tokens * width for width in self.widths.values()])
+        parts = torch.split(memory[:needed], [tokens * width for width in self.widths.values()])
         made = {name: part.view(tokens, -1) for name, part in zip(self.widths, parts, strict=True)}
         for name, tensor in made.items():
             setattr(self.call, name, tensor.data_ptr())
