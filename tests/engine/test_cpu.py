@@ -65,6 +65,12 @@ def test_rope(shape: tuple[int, int, int], normed: bool, centred: bool) -> None:
     assert proofs.rope_error(cpu, CPU, DTYPE, shape, normed, centred) < FAR
 
 
+def test_angles_of_another_shape_are_refused() -> None:
+    stores, places = torch.zeros(8, 1, 16), torch.arange(2)
+    with pytest.raises(ValueError, match="cos and sin of 2 tokens and 16 numbers"):
+        cpu.rope_write(torch.zeros(2, 64), torch.ones(2, 8), torch.ones(2, 8), stores, stores, places, 2, 1)
+
+
 def test_what_is_still_to_be_added() -> None:
     assert proofs.more_error(cpu, CPU, DTYPE) < FAR
 

@@ -73,9 +73,11 @@ def rope_write(
     """mixed [T, (heads + 2 kv_heads) dim], a group's q | k | v → q [T, heads, dim], normed and turned.
 
     k, normed and turned, and v go to `keys` and `values` [places, kv_heads, dim], contiguous, at `places` [T] int64; a
-    token whose place is below 0 is written nowhere. cos, sin [T, dim].
+    token whose place is below 0 is written nowhere. cos, sin [T, dim]. Raises ValueError for those of another shape.
     """
     mixed, dim = _whole(mixed, more), keys.shape[2]
+    if not cos.shape == sin.shape == (len(mixed), dim):
+        raise ValueError(f"cos and sin of {len(mixed)} tokens and {dim} numbers are needed, not {tuple(cos.shape)}")
     q, room = torch.empty(len(mixed), heads, dim), torch.empty(len(mixed), dim)
     _kernel().rope_write(
         q.data_ptr(), mixed.data_ptr(), mixed.stride(0), cos.data_ptr(), cos.stride(0), sin.data_ptr(), sin.stride(0),

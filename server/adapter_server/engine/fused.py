@@ -227,7 +227,7 @@ class FusedLayer:
             return x
         if layers is None or self.attending is None or self.attending.layer or step.kv is None or places is None:
             return None
-        if (links := layers.links(step.routing)) is None:
+        if (links := layers.links(step.routing, places[0])) is None:
             return None
         step.ran = places
         return layers.run(step, step.kv, links, x, places)

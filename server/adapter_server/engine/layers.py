@@ -7,6 +7,7 @@ act in the products' own calls alone; of any other, layers run one by one.
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -64,7 +65,8 @@ class Link(NamedTuple):
 
     panels: int
     bias: int
-    more: int  # a table of `added.h`
+    more: int = 0  # a table of `added.h`
+    most: int = sys.maxsize  # threads that it has room for
 
 
 class Parts(NamedTuple):
@@ -97,6 +99,7 @@ class Layers:
         self.largest = max(sum(group.outs) * group.inp for group in self.groups)
         self.run_halves = native.library().layers_run  # type: ignore[union-attr]
         self._linked: Sequence[Link] = ()
+        self._most = 0
         self._pool: Any = None  # whose places the fields name
 
     @classmethod
@@ -134,8 +137,10 @@ class Layers:
         wide = {"mixed": sum(mixed.outs), "q": out.inp, "seen": out.inp, "both": sum(both.outs), "inner": down.inp}
         return {"x": mixed.inp, "y": mixed.inp, "room": dim, **wide}
 
-    def links(self, routing: Routing) -> Sequence[Link] | None:
+    def links(self, routing: Routing, cos: Tensor) -> Sequence[Link] | None:
         """What each group's product reads; None for a step that is not taken."""
+        if cos.shape[-1] != self.widths["room"]:  # not all of a head is turned
+            return None
         if routing.plain:
             return self.own
         if "layers" not in routing.shared:
@@ -164,7 +169,7 @@ class Layers:
         call.places = kv.places.data_ptr()
         self._link(links)
         self._pool_of(kv)
-        threads = 1 if x.shape[1] * self.largest < native.SERIAL else torch.get_num_threads()
+        threads = 1 if x.shape[1] * self.largest < native.SERIAL else min(torch.get_num_threads(), self._most)
         if kv.decodes is not None and kv.pool.kernels is not None and not kv.prefills and kv.chunks is None:
             self._decode(kv, kv.decodes)
             self.run_halves(ctypes.byref(call), 0, 2 * len(self.parts), threads)
@@ -200,9 +205,9 @@ class Layers:
     def _link(self, links: Sequence[Link]) -> None:
         if links is self._linked:
             return
-        for linear, (panels, bias, more) in zip(self.linears, links, strict=True):
-            linear.panels, linear.bias, linear.more = panels, bias, more
-        self._linked = links
+        for linear, link in zip(self.linears, links, strict=True):
+            linear.panels, linear.bias, linear.more = link.panels, link.bias, link.more
+        self._linked, self._most = links, min(link.most for link in links)
 
     def _pool_of(self, kv: KvStep) -> None:
         if kv.pool is self._pool:
@@ -226,7 +231,7 @@ class Layers:
 
 def _link(base: Any) -> Link:
     """A product's alone."""
-    return Link(base.packed.memory.data_ptr(), 0 if base.bias is None else base.bias.data_ptr(), 0)
+    return Link(base.packed.memory.data_ptr(), 0 if base.bias is None else base.bias.data_ptr())
 
 
 def _planned(plan: Plan, own: Link) -> Link | None:
@@ -234,5 +239,5 @@ def _planned(plan: Plan, own: Link) -> Link | None:
     if isinstance(plan.whole, Product):
         return _link(plan.whole) if isinstance(plan.whole.packed, Panels) else None
     if isinstance(plan.beside, NativeBeside) and not plan.beside.small.noting:
-        return own._replace(more=ctypes.addressof(plan.beside.small.table))
+        return own._replace(more=ctypes.addressof(plan.beside.small.table), most=plan.beside.small.most)
     return own if plan.narrow and not plan.small else None
