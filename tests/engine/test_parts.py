@@ -129,6 +129,7 @@ def fused(as_on_cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F
     if native.library() is None:
         pytest.skip("needs a C compiler")
     monkeypatch.setattr(forms, "between", lambda *_: cpu)
+    monkeypatch.setattr(cpu, "Layers", None)  # as on CUDA
 
 
 @pytest.mark.usefixtures("fused")

@@ -85,7 +85,7 @@ class Layers:
     """All layers of one base, in their order."""
 
     def __init__(self, parts: Sequence[Parts]) -> None:
-        self.parts = parts
+        self.parts, self.kernels = parts, parts[0].layer.first.kernels
         self.groups = [group for part in parts for group in part.groups]
         self.own = [_link(group.base) for group in self.groups]
         self.fields = (LayerFields * len(parts))()
@@ -118,9 +118,9 @@ class Layers:
         fields.first, fields.second, fields.of_q, fields.of_k = map(self._norm, (*norms, *attending.norms))
         for group, linear in zip(part.groups, (fields.mixed, fields.outward, fields.both, fields.down), strict=True):
             linear.inp, linear.out = group.inp, sum(group.outs)
-        form = attending.scores.form(part.layer.first.kernels)
+        form = attending.scores.form(self.kernels)
         fields.heads, fields.kv_heads, fields.dim = attending.heads, kv_heads, dim
-        fields.act, fields.window = part.layer.first.kernels.ACTS[part.gating.act], form.window or 0
+        fields.act, fields.window = self.kernels.ACTS[part.gating.act], form.window or 0
         fields.sinks = 0 if form.sinks is None else self._at(form.sinks.float().contiguous())
         fields.scale, fields.cap = form.scale, form.cap or 0.0
 
@@ -170,7 +170,7 @@ class Layers:
         self._link(links)
         self._pool_of(kv)
         threads = 1 if x.shape[1] * self.largest < native.SERIAL else min(torch.get_num_threads(), self._most)
-        if kv.decodes is not None and kv.pool.kernels is not None and not kv.prefills and kv.chunks is None:
+        if kv.decodes is not None and kv.pool.kernels is self.kernels and not kv.prefills and kv.chunks is None:
             self._decode(kv, kv.decodes)
             self.run_halves(ctypes.byref(call), 0, 2 * len(self.parts), threads)
         else:
