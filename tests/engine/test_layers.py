@@ -19,6 +19,7 @@ from adapter_server.engine.routing import Routing, Step, running
 
 NAMES = ("lora", "velora", "dora", "ia3", "prefix", "oft")
 ARCHS = ("llama", "mistral", "phi3", "qwen2", "qwen3")  # biases, windows, norms of heads, one Linear for q, k, v
+INSIDE = ("ln_tuning", "lora_embed")  # norms and embeddings of their own
 LAYERS = 2  # of the tests' bases
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="no C compiler")
@@ -48,6 +49,21 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 
     monkeypatch.setattr(Layers, "__init__", init)
     return made
+
+
+@pytest.fixture
+def asked_for(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Routing, bool]]:
+    """The routing of each step, and whether it was taken."""
+    noted: list[tuple[Routing, bool]] = []
+    real = Layers.links
+
+    def links(layers: Layers, routing: Routing, cos: Tensor) -> Any:
+        found = real(layers, routing, cos)
+        noted.append((routing, found is not None))
+        return found
+
+    monkeypatch.setattr(Layers, "links", links)
+    return noted
 
 
 @pytest.fixture
@@ -120,24 +136,17 @@ def test_a_snapshot_for_every_row_is_read_in_place_of_the_base(calls: list[tuple
     engine.close()
 
 
-@pytest.mark.parametrize("other", ["ln_tuning", "lora_embed", "adaption_prompt"])
-def test_adapters_that_act_elsewhere_run_layer_by_layer(other: str, calls: list[tuple[int, int]]) -> None:
+@pytest.mark.parametrize(("other", "mode"), [*((n, "unmerged") for n in INSIDE), ("velora", "merged")])
+def test_adapters_that_do_more_run_layer_by_layer(other: str, mode: str, asked_for: list[tuple[Routing, bool]]) -> None:
+    """Norms or embeddings of their own; a snapshot for some of the rows."""
     engine = rig.engine("llama", ("lora", other))
-    asked: Asked = [("lora", "unmerged"), (other, "unmerged")]
-    answers(engine, asked)  # and so they begin together
-    calls.clear()
+    asked: Asked = [("lora", "unmerged"), (other, mode)]
+    answers(engine, asked)  # all are loaded
     hold("llama", asked, answers(engine, asked))
-    assert not calls
-    engine.close()
-
-
-def test_a_snapshot_beside_others_runs_layer_by_layer(calls: list[tuple[int, int]]) -> None:
-    engine = rig.engine("llama", ("lora", "velora"))
-    asked: Asked = [("lora", "merged"), ("velora", "unmerged")]
-    answers(engine, asked)
-    calls.clear()
-    hold("llama", asked, answers(engine, asked))
-    assert not calls
+    mixed = [taken for routing, taken in asked_for if len(routing.segments) == 2]
+    inside = [taken for routing, taken in asked_for if routing.inside]
+    assert not any(mixed + inside)
+    assert mixed + inside
     engine.close()
 
 
