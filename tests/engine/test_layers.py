@@ -23,6 +23,8 @@ INSIDE = ("ln_tuning", "lora_embed")  # norms and embeddings of their own
 LAYERS = 2  # of the tests' bases
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="no C compiler")
+Call = tuple[int, int, int]  # the first half, the one behind the last, threads
+WHOLE = (0, 2 * LAYERS, 1)
 Asked = Sequence[tuple[str | None, str]]
 
 
@@ -32,9 +34,9 @@ def mixed(arch: str) -> Asked:
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """The halves of each call into C."""
-    made: list[tuple[int, int]] = []
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
+    """The calls into C."""
+    made: list[Call] = []
     real = Layers.__init__
 
     def init(layers: Layers, *args: Any) -> None:
@@ -42,7 +44,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
         run = layers.run_halves
 
         def noted(call: Any, first: int, last: int, threads: int) -> None:
-            made.append((first, last))
+            made.append((first, last, threads))
             run(call, first, last, threads)
 
         layers.run_halves = noted
@@ -91,16 +93,14 @@ def hold(arch: str, asked: Asked, given: Sequence[rig.Answer]) -> None:
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_they_are_what_they_are_one_by_one(
-    arch: str, calls: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_they_are_what_they_are_one_by_one(arch: str, calls: list[Call], monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts and single tokens of several kinds together, as rows come and go."""
     engine, asked = rig.engine(arch, NAMES), mixed(arch)
     assert engine.model.fused[-1] == "layers"
     answers(engine, asked)  # all are loaded
     calls.clear()
     given = answers(engine, asked, stagger=2)
-    assert {(0, 2 * LAYERS), (0, 1), (1, 3), (3, 4)} == set(calls)
+    assert {WHOLE, (0, 1, 1), (1, 3, 1), (3, 4, 1)} == set(calls)
     hold(arch, asked, given)
     monkeypatch.setattr(Layers, "links", lambda *_: None)
     calls.clear()
@@ -111,7 +111,9 @@ def test_they_are_what_they_are_one_by_one(
 
 
 @pytest.mark.parametrize("threads", [2, 5], indirect=True)
-def test_threads_that_have_to_wait_for_cores_too(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_that_have_to_wait_for_cores_too(
+    threads: int, calls: list[Call], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """More of them than cores: who waits long sleeps, and is woken."""
     monkeypatch.setattr(native, "SERIAL", 0)
     asked = [*mixed("llama"), *mixed("llama")]
@@ -119,18 +121,19 @@ def test_threads_that_have_to_wait_for_cores_too(threads: int, monkeypatch: pyte
     answers(engine, asked)
     together = answers(engine, asked)
     hold("llama", asked, together)
+    assert (0, 2 * LAYERS, threads) in calls
     monkeypatch.setattr(Layers, "links", lambda *_: None)
     alone = matrices(engine, asked)
     assert all(torch.equal(a.matrix(), b) for a, b in zip(together, alone, strict=True))
     engine.close()
 
 
-def test_a_snapshot_for_every_row_is_read_in_place_of_the_base(calls: list[tuple[int, int]]) -> None:
+def test_a_snapshot_for_every_row_is_read_in_place_of_the_base(calls: list[Call]) -> None:
     engine = rig.engine("llama", ("lora",))
     asked: Asked = [("lora", "merged")] * 3
     calls.clear()
     hold("llama", asked, answers(engine, asked))
-    assert (0, 2 * LAYERS) in calls
+    assert WHOLE in calls
     base: Asked = [(None, "base")]
     hold("llama", base, answers(engine, base))
     engine.close()

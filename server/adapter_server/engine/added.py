@@ -313,11 +313,6 @@ class NativeSmall:
             return base(x)
         return panels(x, base.bias, Added(self.inputs.alone, self.threads, self.most))
 
-    @property
-    def noting(self) -> bool:
-        """Whether some adapter reads the residual stream."""
-        return bool(self._streams)
-
     def note_streams(self) -> None:
         """Where the step's residual stream is, for networks that read it."""
         self._noted = [stream(entry.stream).float().contiguous() for entry in self._streams]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,14 +17,14 @@ from torch import Tensor
 from adapter_server.engine import native
 from adapter_server.engine.added import NativeBeside
 from adapter_server.engine.attention import attend
-from adapter_server.engine.kv import Decodes, KvStep
+from adapter_server.engine.kv import Decodes, KvPool, KvStep
 from adapter_server.engine.native import Panels
-from adapter_server.engine.operands import Norm
-from adapter_server.engine.placed import Product
 from adapter_server.engine.routing import Routing, Step
 
 if TYPE_CHECKING:
-    from adapter_server.engine.fused import FusedAttention, FusedLayer, FusedMlp
+    from adapter_server.engine.fused import FusedAttention, FusedLayer, FusedMlp, FusedNorm
+    from adapter_server.engine.operands import Norm
+    from adapter_server.engine.placed import Product, Separate
     from adapter_server.engine.site import LinearGroup, Plan
 
 KEPT = 256  # tokens of a step whose working memory is kept for the next
@@ -87,7 +87,7 @@ class Layers:
     def __init__(self, parts: Sequence[Parts]) -> None:
         self.parts, self.kernels = parts, parts[0].layer.first.kernels
         self.groups = [group for part in parts for group in part.groups]
-        self.own = [_link(group.base) for group in self.groups]
+        self.own = [link for group in self.groups if (link := _link(group.base)) is not None]  # `of` has seen to all
         self.fields = (LayerFields * len(parts))()
         self.linears = [linear for at in self.fields for linear in (at.mixed, at.outward, at.both, at.down)]
         self.kept: list[Tensor] = []  # whose addresses are named
@@ -100,7 +100,7 @@ class Layers:
         self.run_halves = native.library().layers_run  # type: ignore[union-attr]
         self._linked: Sequence[Link] = ()
         self._most = 0
-        self._pool: Any = None  # whose places the fields name
+        self._pool: KvPool | None = None  # whose places the fields name
 
     @classmethod
     def of(cls, layers: Sequence[FusedLayer]) -> Layers | None:
@@ -109,13 +109,13 @@ class Layers:
         if [part.attending.layer for part in parts] != list(range(len(layers))):
             return None
         sizes = {(part.attending.shape, *(group.outs for group in part.groups)) for part in parts}
-        packed = all(isinstance(group.base.packed, Panels) for part in parts for group in part.groups)
+        packed = all(_link(group.base) for part in parts for group in part.groups)
         return cls(parts) if packed and len(sizes) == 1 else None
 
     def _fill(self, fields: LayerFields, part: Parts) -> None:
         attending, (kv_heads, dim, _) = part.attending, part.attending.shape
-        norms = [Norm(norm.weight, norm.eps, norm.centred) for norm in (part.layer.first, part.layer.second)]
-        fields.first, fields.second, fields.of_q, fields.of_k = map(self._norm, (*norms, *attending.norms))
+        norms = part.layer.first, part.layer.second, *attending.norms
+        fields.first, fields.second, fields.of_q, fields.of_k = map(self._norm, norms)
         for group, linear in zip(part.groups, (fields.mixed, fields.outward, fields.both, fields.down), strict=True):
             linear.inp, linear.out = group.inp, sum(group.outs)
         form = attending.scores.form(self.kernels)
@@ -124,7 +124,7 @@ class Layers:
         fields.sinks = 0 if form.sinks is None else self._at(form.sinks.float().contiguous())
         fields.scale, fields.cap = form.scale, form.cap or 0.0
 
-    def _norm(self, norm: Norm | None) -> NormFields:
+    def _norm(self, norm: FusedNorm | Norm | None) -> NormFields:
         return NormFields() if norm is None else NormFields(self._at(norm.weight), norm.eps, norm.centred)
 
     def _at(self, t: Tensor) -> int:
@@ -229,15 +229,17 @@ class Layers:
         call.lengths, call.asking = decodes.lengths.data_ptr(), decodes.tokens.data_ptr()
 
 
-def _link(base: Any) -> Link:
-    """A product's alone."""
+def _link(base: Product | Separate) -> Link | None:
+    """A product's alone; None where it has no panels."""
+    if not isinstance(base.packed, Panels):
+        return None
     return Link(base.packed.memory.data_ptr(), 0 if base.bias is None else base.bias.data_ptr())
 
 
 def _planned(plan: Plan, own: Link) -> Link | None:
     """What a group's plan comes to; None where it is more than a product and what stands in its call."""
-    if isinstance(plan.whole, Product):
-        return _link(plan.whole) if isinstance(plan.whole.packed, Panels) else None
-    if isinstance(plan.beside, NativeBeside) and not plan.beside.small.noting:
+    if plan.whole is not None:
+        return _link(plan.whole)
+    if isinstance(plan.beside, NativeBeside):
         return own._replace(more=ctypes.addressof(plan.beside.small.table), most=plan.beside.small.most)
     return own if plan.narrow and not plan.small else None
